@@ -1,0 +1,439 @@
+"""Every setting, typed and validated: a YAML recipe, then ``key=value`` overrides.
+
+A recipe is refused at start when a key is unknown, a type is wrong or settings contradict each other; the
+message names the field, what it got, what it expected and the way out. What the DeepSpeed JSON sets (ZeRO
+stage, precision, accumulation type) is not repeated here: see ``beit_dist/engine/resolve.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from beit_dist.errors import ConfigError, UserError
+
+Unit = tuple[float, float, float]
+
+HALF: Unit = (0.5, 0.5, 0.5)
+"""Mean and deviation of the released 22k models (unilm ``IMAGENET_INCEPTION_MEAN``)."""
+IMAGENET_MEAN: Unit = (0.485, 0.456, 0.406)
+IMAGENET_STD: Unit = (0.229, 0.224, 0.225)
+
+_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+}
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values cannot be changed after validation."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class ModelConfig(Section):
+    """The BEiT v1 backbone and head (arXiv 2106.08254; the released code's settings are the defaults)."""
+
+    size: Literal["tiny", "small", "base", "large"] = "base"
+    """Fills in width, depth and heads where they are not given."""
+    width: int = Field(0, ge=0)
+    depth: int = Field(0, ge=0)
+    heads: int = Field(0, ge=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    image_size: int = Field(224, gt=0)
+    """Side of the square image in pixels."""
+    patch_size: int = Field(16, gt=0)
+    """Side of a patch in pixels."""
+    vocabulary: int = Field(8192, ge=2, le=32768)
+    """Number of visual tokens; they are stored as int16."""
+    absolute_positions: bool = False
+    """Learned absolute position embeddings (the paper's IN-1k models)."""
+    relative_positions: bool = True
+    """One relative position bias table shared by all blocks (the released code's default)."""
+    layer_scale: float = Field(0.1, ge=0)
+    """Initial LayerScale; 0 leaves it out. 0.1 for base, 1e-5 for large in the released code."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the last block; rises linearly from 0 at the first."""
+    pixel_mean: Unit = HALF
+    """Mean of the normalisation, in units of 0..1, by channel."""
+    pixel_std: Unit = HALF
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_size(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        filled = dict(values)
+        for name, number in _SIZES.get(filled.get("size", "base"), {}).items():
+            if not filled.get(name):
+                filled[name] = number
+        return filled
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                "model.patch_size", self.patch_size, f"a divisor of model.image_size ({self.image_size})"
+            )
+        if self.width % self.heads:
+            raise ConfigError("model.heads", self.heads, f"a divisor of model.width ({self.width})")
+        if not all(deviation > 0 for deviation in self.pixel_std):
+            raise ConfigError("model.pixel_std", self.pixel_std, "three numbers above 0")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image; equal to the side of the visual-token grid."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return self.grid**2
+
+    @property
+    def patch_bytes(self) -> int:
+        """uint8 values of a patch: ``patch_size² · 3``."""
+        return 3 * self.patch_size**2
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Stochastic-depth rate of each block (unilm: ``linspace(0, drop_path, depth)``)."""
+        last = max(1, self.depth - 1)
+        return tuple(self.drop_path * block / last for block in range(self.depth))
+
+
+class MaskingConfig(Section):
+    """Blockwise masking; the algorithms are in ``beit_dist/data/masking.py``."""
+
+    mode: Literal["exact", "original", "paper"] = "exact"
+    """``paper``: Algorithm 1, blocks until more than ``ratio`` is masked; ``original``: the released code's
+    generator, at most ``masked_patches``; ``exact``: the same, topped up to exactly ``masked_patches``."""
+    masked_patches: int = Field(0, ge=0)
+    """Budget of ``exact`` and ``original``; 0 means ceil(ratio · patches)."""
+    ratio: float = Field(0.4, gt=0, lt=1)
+    min_block: int = Field(16, ge=1)
+    """Smallest target area of a block, in patches."""
+
+    def budget(self, patches: int) -> int:
+        """Patches to mask out of ``patches``."""
+        return self.masked_patches or math.ceil(self.ratio * patches)
+
+
+class OptimizerConfig(Section):
+    """AdamW, the learning-rate schedule and clipping."""
+
+    lr: float = Field(1.5e-3, gt=0)
+    """Peak learning rate; absolute, not scaled by the batch."""
+    min_lr: float = Field(1e-5, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    clip_grad: float = Field(3.0, ge=0)
+    """Largest global L2 norm of the gradient; 0 never clips."""
+    warmup_epochs: float | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ConfigError(
+                "optimizer.warmup_steps", self.warmup_steps, "only one of warmup_epochs and warmup_steps"
+            )
+        if self.min_lr > self.lr:
+            raise ConfigError("optimizer.min_lr", self.min_lr, f"at most optimizer.lr ({self.lr})")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError("optimizer.betas", self.betas, "two numbers in [0, 1)")
+        return self
+
+
+class LoaderConfig(Section):
+    """Order of samples and the processes that read them; see ``docs/data.md``."""
+
+    workers: int = Field(2, ge=0)
+    """Reading processes of each rank; 0 reads in a thread of the rank."""
+    prefetch: int = Field(2, ge=1)
+    """Steps that the workers read ahead."""
+    lanes: int | None = Field(None, ge=1)
+    """Independent streams the data is cut into; by default the largest divisor of global_batch up to an
+    eighth of it."""
+    block_samples: int | None = Field(None, ge=1)
+    """Consecutive samples of a shard read together; by default min(64, samples // (16 · lanes))."""
+    window_blocks: int = Field(1, ge=1)
+    """Blocks whose samples are shuffled together."""
+    bad_samples: int = Field(0, ge=0)
+    """How many damaged samples a run may train around, each with loss weight 0."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """How long the trainer waits for a batch before it gives up."""
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_steps: int | None = Field(None, ge=1)
+    every_minutes: float | None = Field(15.0, gt=0)
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints kept."""
+    keep_every_steps: int | None = Field(None, ge=1)
+    """Checkpoints at multiples of this stay for good."""
+    timeout_seconds: float = Field(1800.0, gt=0)
+    """How long rank 0 waits for the other ranks' files before a save counts as failed."""
+
+
+class LoggingConfig(Section):
+    """Progress, metrics and their endpoint."""
+
+    every_steps: int = Field(10, ge=1)
+    """Steps between fetches of the numbers kept on the device."""
+    metrics_port: int | None = Field(9400, ge=0, le=65535)
+    """Port of the Prometheus endpoint on rank 0; 0 takes any free one, null turns it off."""
+    metrics_address: str = "0.0.0.0"
+    progress: bool = True
+
+
+class TrainConfig(Section):
+    """A pre-training recipe."""
+
+    run: str
+    """The run folder: checkpoints, metrics, markers. A run found there is resumed."""
+    data: str | None = None
+    """Folder or URL of the shards written by ``tools/shard_tokens.py``."""
+    tokenizer: str | None = None
+    """The tokenizer's file, if its digest shall be compared with the one the shards were made with."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    global_batch: int = Field(2048, ge=1)
+    """Samples of one optimizer step over all ranks."""
+    micro_batch: int = Field(128, ge=1)
+    """Largest number of samples a rank runs at once; accumulation follows from it."""
+    epochs: float = Field(800, gt=0)
+    steps: int | None = Field(None, ge=1)
+    """Number of optimizer steps, in place of ``epochs``."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loader: LoaderConfig = LoaderConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deterministic: bool = False
+    """Deterministic algorithms on CUDA (slower); the CPU is deterministic either way."""
+    max_skipped_in_a_row: int = Field(20, ge=1)
+    """Steps skipped one after another for non-finite gradients before the run stops."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        patches, masking = self.model.patches, self.masking
+        budget = masking.budget(patches)
+        if budget >= patches:
+            raise ConfigError("masking.masked_patches", budget, f"fewer than the {patches} patches of an image")
+        if masking.min_block > budget:
+            raise ConfigError(
+                "masking.min_block",
+                masking.min_block,
+                f"at most the {budget} masked patches",
+                f"Lower masking.min_block, or raise masking.masked_patches above {masking.min_block}.",
+            )
+        if round(math.sqrt(masking.min_block)) >= self.model.grid:
+            raise ConfigError(
+                "masking.min_block",
+                masking.min_block,
+                f"a block narrower than the {self.model.grid}×{self.model.grid} grid",
+            )
+        lanes = self.loader.lanes
+        if lanes is not None and self.global_batch % lanes:
+            raise ConfigError(
+                "loader.lanes",
+                lanes,
+                f"a divisor of global_batch ({self.global_batch})",
+                f"Near by: {near_divisors(self.global_batch, lanes)}.",
+            )
+        return self
+
+    @property
+    def lanes(self) -> int:
+        """``loader.lanes``, or the largest divisor of the global batch up to an eighth of it."""
+        if self.loader.lanes is not None:
+            return self.loader.lanes
+        most = max(1, self.global_batch // 8)
+        return next(lanes for lanes in range(most, 0, -1) if self.global_batch % lanes == 0)
+
+
+class DVAEConfig(Section):
+    """The DALL-E discrete VAE (arXiv 2102.12092; the published encoder's sizes are the defaults)."""
+
+    vocabulary: int = Field(8192, ge=2, le=32768)
+    hidden: int = Field(256, ge=4)
+    """Channels of the first group; the later three have 2, 4 and 8 times as many."""
+    blocks_per_group: int = Field(2, ge=1)
+    decoder_input: int = Field(128, ge=1)
+    """Channels the decoder's first convolution makes of the one-hot tokens: the codebook's width."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DVAEConfig:
+        if self.hidden % 4:
+            raise ConfigError("model.hidden", self.hidden, "a multiple of 4 (residual paths are a quarter wide)")
+        return self
+
+
+class TokenizerRecipe(Section):
+    """How ``tools/train_tokenizer.py`` trains a dVAE (DALL-E paper, appendix A.2)."""
+
+    model: DVAEConfig = DVAEConfig()
+    image_size: int = Field(112, ge=8)
+    """Side of the training crops in pixels; a multiple of 8, the encoder's stride."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    batch: int = Field(64, ge=1)
+    steps: int = Field(20_000, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    min_lr: float = Field(1e-5, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(1e-4, ge=0)
+    clip_grad: float = Field(1.0, ge=0)
+    ema: float = Field(0.999, ge=0, lt=1)
+    """Decay of the averaged weights that are saved; 0 saves the last weights."""
+    temperature: tuple[float, float] = (1.0, 1 / 16)
+    """Gumbel-softmax temperature at the start and at the end of its cosine."""
+    temperature_steps: int | None = Field(None, ge=1)
+    """Steps of that cosine; by default three quarters of ``steps``."""
+    kl_weight: float = Field(6.6, ge=0)
+    """Final weight of the KL term, in the paper's units: the loss is divided by the number of pixel values."""
+    kl_warmup_steps: int | None = Field(None, ge=1)
+    """Steps of the KL weight's cosine from 0; by default a quarter of ``steps``."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    held_out: int = Field(64, ge=0)
+    """Images kept aside to measure reconstruction and codebook use."""
+    workers: int = Field(2, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerRecipe:
+        if self.image_size % 8:
+            raise ConfigError("image_size", self.image_size, "a multiple of 8, the encoder's stride")
+        if self.temperature[0] < self.temperature[1] or self.temperature[1] <= 0:
+            raise ConfigError("temperature", self.temperature, "start and end, falling and above 0")
+        return self
+
+
+Recipe = TypeVar("Recipe", bound=Section)
+
+
+def load_recipe(schema: type[Recipe], path: str | Path | None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a YAML recipe, apply ``key=value`` overrides in order, and validate the result.
+
+    Args:
+        schema: the recipe's type.
+        path: YAML file; None starts from the defaults.
+        overrides: ``optimizer.lr=1e-3`` and the like; values are YAML.
+
+    Raises:
+        ConfigError: a key is unknown, a type is wrong, or settings contradict each other.
+    """
+    tree = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        _apply(tree, override)
+    return validate(schema, tree)
+
+
+def validate(schema: type[Recipe], tree: Mapping[str, Any]) -> Recipe:
+    """Validate a plain mapping against ``schema``; every fault is reported, not only the first."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        faults = [_explain(schema, fault) for fault in error.errors(include_url=False)]
+        if len(faults) == 1:
+            raise faults[0] from None
+        raise UserError("\n       ".join(str(fault) for fault in faults)) from None
+
+
+def near_divisors(number: int, wanted: int) -> str:
+    """The divisors of ``number`` nearest to ``wanted``, as a list in words."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    nearest = sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:4])
+    return ", ".join(map(str, nearest))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, which plain YAML silently resolves to the last."""
+
+
+def _construct_unique(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise ConfigError(str(key), "the key twice", "it once", f"See line {key_node.start_mark.line + 1}.")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_unique)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("--config", str(path), "a readable YAML file", error.strerror or "") from None
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError("--config", str(path), "valid YAML", " ".join(str(error).split())) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError("--config", str(path), "a YAML mapping of settings")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(override, override, "an override of the form key=value, such as optimizer.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(key, text, "a YAML value") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        section = tree.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(key, text, f"{parent} to be a section, but the recipe gives it a value")
+        tree = section
+    tree[last] = value
+
+
+def _explain(schema: type[Section], fault: Mapping[str, Any]) -> ConfigError:
+    """One fault of pydantic's in our words."""
+    path = [part for part in fault["loc"] if isinstance(part, str)]
+    field = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        known = sorted(_section(schema, path[:-1]).model_fields)
+        close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
+        way_out = f"Did you mean {'.'.join([*path[:-1], close[0]])}?" if close else ""
+        return ConfigError(field, fault["input"], f"one of the known settings: {', '.join(known)}", way_out)
+    if fault["type"] == "missing":
+        return ConfigError(
+            field, None, "a value", f"Set it in the recipe or give {field}=... on the command line."
+        )
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return ConfigError(field, fault["input"], message.removeprefix("input should be "))
+
+
+def _section(schema: type[Section], path: list[str]) -> type[Section]:
+    for name in path:
+        annotation = schema.model_fields[name].annotation
+        choices = [annotation, *get_args(annotation)]
+        schema = next(c for c in choices if isinstance(c, type) and issubclass(c, Section))
+    return schema

@@ -1,0 +1,1 @@
+"""Shards, the order of samples, masks, and the stream that feeds the trainer."""

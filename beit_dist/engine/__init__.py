@@ -1,0 +1,1 @@
+"""The training engine: ranks, optimizer, loop, checkpoints, metrics."""

@@ -1,0 +1,67 @@
+"""The exceptions a user can act on, and how a command ends when one is raised."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something the user can put right. Printed without a traceback; the process exits with ``exit_code``.
+
+    Exit code 2 tells schedulers that no retry helps; 1 that one might.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting is wrong.
+
+    Args:
+        field: dotted name of the setting, as the user would write it (``model.patch_size``).
+        got: the offending value.
+        expected: what would have been accepted.
+        way_out: what to change, if more can be said than ``expected`` does.
+    """
+
+    def __init__(self, field: str, got: object, expected: str, way_out: str = "") -> None:
+        self.field, self.got, self.expected, self.way_out = field, got, expected, way_out
+        text = f"{field}: got {got!r}, expected {expected}"
+        super().__init__(f"{text}. {way_out}" if way_out else text)
+
+
+class DataError(UserError):
+    """Images, shards or a manifest are missing, foreign or damaged."""
+
+
+class SampleError(DataError):
+    """A sample could not be read whole while running; another attempt may succeed."""
+
+    exit_code = 1
+
+
+class TokenizerError(UserError):
+    """A tokenizer file is missing, damaged, or not the one that was asked for."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used, or the run in the folder is another one."""
+
+
+class SpaceError(UserError):
+    """A disk or /dev/shm is too small for what was asked."""
+
+
+def exit_cleanly(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's ``main`` and exit: 0 or its return value, a :class:`UserError`'s code, 130 on Ctrl-C."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code or 0)

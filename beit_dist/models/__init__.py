@@ -1,0 +1,1 @@
+"""The BEiT backbone and its masked-image-modelling head."""

@@ -1,0 +1,1 @@
+"""The offline job: from a corpus of images to shards of patches and tokens."""

@@ -1,0 +1,1 @@
+"""The discrete VAE that turns an image into a grid of visual tokens."""
