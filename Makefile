@@ -1,0 +1,64 @@
+# Needs Python >= 3.10, pip and make; everything else goes into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+# Test processes; tests that start ranks of their own share one of them (tests/conftest.py).
+TEST_PROCESSES ?= 2
+DEMO ?= demo
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) DEMO=$(DEMO) PYTEST_ARGS='-k masks' DEMO_ARGS=--fast"
+
+demo: $(VENV)/.installed ## from generated images to pictures of what the model learnt (about 6 minutes, 2 cores)
+	$(BIN)/python tools/demo.py --out $(DEMO) $(DEMO_ARGS)
+
+test: export OMP_NUM_THREADS ?= 1
+test: $(VENV)/.installed-test ## all tests; those that need a server skip with the reason
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## let ruff sort imports and lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment, the demo and the caches
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of dependencies: nothing is installed again until what it depends on changes.
+$(VENV)/.installed: EXTRAS =
+$(VENV)/.installed-test: EXTRAS = [test]
+$(VENV)/.installed-dev: EXTRAS = [dev]
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.$(EXTRAS)'
+	@touch $@
+
+# Debian and Ubuntu leave ensurepip to a package of its own; virtualenv, or the pip outside, does as well.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $(PYTHON) is missing or older than 3.10; give another one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "creating $(VENV) with venv"; $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m virtualenv --version >/dev/null 2>&1; then \
+	  echo "creating $(VENV) with virtualenv"; $(PYTHON) -m virtualenv --quiet $(VENV); \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1 && $(PYTHON) -m venv --without-pip $(VENV) \
+	  && $(PYTHON) -m pip --quiet --python $(BIN)/python install pip setuptools; then \
+	  echo "created $(VENV) with venv and the pip of $(PYTHON)"; \
+	else \
+	  echo "error: $(PYTHON) can make no virtual environment; install ensurepip, e.g. apt-get install python3-venv" >&2; \
+	  exit 1; \
+	fi
