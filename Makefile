@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# Test processes; tests that start ranks of their own share one of them (tests/conftest.py).
+# Test processes; tests that start ranks of their own do so one after another (tests/conftest.py).
 TEST_PROCESSES ?= 2
 DEMO ?= demo
 DEMO_ARGS ?=
@@ -24,7 +24,7 @@ demo: $(VENV)/.installed ## from generated images to pictures of what the model 
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test ## all tests; those that need a server skip with the reason
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .
