@@ -1,26 +1,98 @@
-"""What holds for every test: one thread a process, and no two launchers beside each other."""
+"""What tests share: few threads, and tiny data sets written through the real writer."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Generator
 
+# Before torch and NumPy are imported: tests run side by side, and the order of sums depends on the threads.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-# Before anything imports torch: many short processes on few cores are slower, and sums differ, with more threads.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from beit_dist.data.draws import Purpose, words
+from beit_dist.data.shards import (
+    Manifest,
+    SampleLayout,
+    SampleNotes,
+    ShardInfo,
+    ShardWriter,
+    sample_key,
+    shard_name,
+)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside pytest-timeout's, so that waiting does not count
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Under xdist, run ``slow`` tests one after another: each starts ranks that fill two cores by themselves.
+def write_shards(
+    root: str | Path,
+    shard_samples: Sequence[int] = (8, 8, 5),
+    views: int = 1,
+    image_size: int = 32,
+    patch_size: int = 8,
+    vocabulary: int = 64,
+    seed: int = 0,
+    gaps: int = 0,
+) -> Manifest:
+    """A valid data set of seeded random patches and tokens in ``root``.
 
-    A lock, since xdist 3.8's ``xdist_group`` has no effect with pytest 9.2 (it sets ``Item._nodeid``, which is
-    no longer read).
+    Args:
+        shard_samples: samples of each shard of a view.
+        gaps: ids left out, spread over the list, as rejected images leave them.
     """
-    if not (os.environ.get("PYTEST_XDIST_WORKER") and item.get_closest_marker("slow")):
-        return (yield)
-    with open(__file__, "rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return (yield)
+    root = Path(root)
+    layout = SampleLayout(image_size, patch_size, vocabulary)
+    samples = sum(shard_samples)
+    ids = [row + (row + 1) * gaps // (samples + 1) for row in range(samples)]
+    shards = []
+    for view in range(views):
+        (root / f"v{view:02d}").mkdir(parents=True, exist_ok=True)
+        first = 0
+        for index, count in enumerate(shard_samples):
+            name = shard_name(view, index)
+            with open(root / name, "wb") as file:
+                writer = ShardWriter(file, layout)
+                for sample_id in ids[first : first + count]:
+                    _write_random(writer, view, sample_id, seed)
+                written = writer.close()
+            shards.append(ShardInfo(name, written.bytes, written.samples, written.sha256))
+            first += count
+    manifest = Manifest(layout, "0" * 64, views, seed, gaps, tuple(shards))
+    (root / "manifest.json").write_bytes(manifest.to_bytes())
+    return manifest
+
+
+def _write_random(writer: ShardWriter, view: int, sample_id: int, seed: int) -> None:
+    layout = writer.layout
+    numbers = -(-layout.patches_nbytes // 8) + layout.patches
+    raw = words(seed, Purpose.CORPUS, (view, sample_id), numbers)
+    pixels = raw.astype("<u8").view(np.uint8)[: layout.patches_nbytes]
+    tokens = (raw[-layout.patches :] % np.uint64(layout.vocabulary)).astype(np.int16)
+    writer.write(
+        sample_key(view, sample_id),
+        pixels.reshape(layout.patches, layout.patch_bytes),
+        tokens.reshape(layout.grid, layout.grid),
+        SampleNotes(f"image-{sample_id}.png", label=f"class-{sample_id % 3}"),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_shards() -> Callable[..., Manifest]:
+    """``make_shards(root, shard_samples=[8, 8, 5], views=1, ...) -> Manifest``; see :func:`write_shards`."""
+    return write_shards
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests do not see the worker index or the ranks of a scheduler that may run them."""
+    for name in (
+        "SLURM_ARRAY_TASK_ID",
+        "JOB_COMPLETION_INDEX",
+        "BEIT_WORKERS",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+    ):
+        monkeypatch.delenv(name, raising=False)
