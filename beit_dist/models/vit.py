@@ -1,0 +1,255 @@
+"""The BEiT v1 backbone: a pre-norm ViT on flattened uint8 patches (arXiv 2106.08254, section 2).
+
+Details that the paper leaves open follow the released code (microsoft/unilm, ``beit/modeling_finetune.py`` and
+``modeling_pretrain.py``), and parameters have the names they have there. Both published variants exist:
+absolute positions without LayerScale (the paper's), and one relative position bias shared by all blocks with
+LayerScale (the released models').
+
+The model draws no random numbers: which residual branches stochastic depth drops arrives with the batch.
+
+Shapes: B samples, P patches, N = 1 + P tokens, C width, H heads, D = ``patch_size² · 3`` values of a patch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit_dist.config import ModelConfig
+
+NORM_EPS = 1e-6
+"""LayerNorm's epsilon everywhere (unilm)."""
+
+
+class PatchEmbedding(nn.Module):
+    """uint8 patches to tokens: normalisation, then one GEMM.
+
+    ``proj.weight`` is (C, D) in the order pixels lie in a shard: y, x, channel. unilm has a convolution
+    (C, 3, patch, patch) instead; ``weight.view(C, patch, patch, 3).permute(0, 3, 1, 2)`` is its weight.
+    """
+
+    scale_and_shift: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.patch_bytes, config.width)
+        self._affine = _pixel_affine(config)
+        self.register_buffer("scale_and_shift", torch.from_numpy(self._affine.copy()), persistent=False)
+
+    def reset_constants(self) -> None:
+        """Compute the buffer anew, for a module that was built on the meta device."""
+        self.scale_and_shift.copy_(torch.from_numpy(self._affine))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, P, D) uint8 to (B, P, C)."""
+        # The numbers are kept as their bits in an int32 buffer: it follows the module to its device, while
+        # casting the module to bf16, which would round them, leaves integers alone.
+        scale, shift = self.scale_and_shift.view(torch.float32).unbind()
+        pixels = torch.addcmul(shift, patches.float(), scale)
+        return _tensor(self.proj(pixels.to(self.proj.weight.dtype)))
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias of every attention logit, by the offset of query and key on the grid; shared by all blocks.
+
+    The table has a row for each of (2 · grid − 1)² offsets and three more: the class token looking at a patch,
+    a patch looking at the class token, and the class token looking at itself.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(self, grid: int, heads: int) -> None:
+        super().__init__()
+        self.grid = grid
+        rows = (2 * grid - 1) ** 2 + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
+        self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+
+    def reset_constants(self) -> None:
+        """Compute the buffer anew, for a module that was built on the meta device."""
+        self.relative_position_index.copy_(relative_position_index(self.grid))
+
+    def forward(self) -> Tensor:
+        """The bias as (1, H, N, N), in the dtype of the table."""
+        table = self.relative_position_bias_table
+        # Looked up in fp32, since a row's gradient is a sum over up to P pairs that bf16 would round at every
+        # term. And by embedding, whose backward adds in a fixed order on CUDA too.
+        bias = F.embedding(self.relative_position_index, table.float())
+        return bias.to(table.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a bias for queries and values, but none for keys (softmax cancels it)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = _Projection(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, N, C) to (B, N, C); ``bias`` (1, H, N, N) is added to the logits."""
+        batch, length, width = x.shape
+        qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        qkv = self.qkv(x, qkv_bias).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
+        mixed = attend(query, key, value, bias)
+        return _tensor(self.proj(mixed.transpose(1, 2).reshape(batch, length, width)))
+
+
+class MLP(nn.Module):
+    """Two linear layers around the exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        return _tensor(self.fc2(F.gelu(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm, scaled by LayerScale and stochastic depth, added to its input.
+
+    Args:
+        config: the model's.
+        drop_rate: probability that a sample's branch is dropped; kept ones are divided by its complement.
+    """
+
+    def __init__(self, config: ModelConfig, drop_rate: float) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, config.heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = MLP(width, int(width * config.mlp_ratio))
+        self.gamma_1 = self.gamma_2 = None
+        if config.layer_scale:
+            self.gamma_1 = nn.Parameter(torch.full((width,), config.layer_scale))
+            self.gamma_2 = nn.Parameter(torch.full((width,), config.layer_scale))
+        self.kept_gain = 1 / (1 - drop_rate)
+
+    def forward(self, x: Tensor, bias: Tensor | None, keeps: Tensor | None) -> Tensor:
+        """(B, N, C) to (B, N, C); ``keeps`` (B, 2) is 1 or 0 for the attention and the MLP branch."""
+        keep_1 = keep_2 = None
+        if keeps is not None:
+            keep_1, keep_2 = (keeps * self.kept_gain)[:, :, None, None].unbind(1)
+        x = _add_branch(x, self.attn(self.norm1(x), bias), self.gamma_1, keep_1)
+        return _add_branch(x, self.mlp(self.norm2(x)), self.gamma_2, keep_2)
+
+
+class BeitBackbone(nn.Module):
+    """Patches to one vector per token; the mask token takes the place of masked patches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = None
+        if config.absolute_positions:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.patches, config.width))
+        self.patch_embed = PatchEmbedding(config)
+        self.rel_pos_bias = None
+        if config.relative_positions:
+            self.rel_pos_bias = RelativePositionBias(config.grid, config.heads)
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in config.drop_path_rates)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+
+    def encode(self, patches: Tensor, masked: Tensor | None = None, keeps: Tensor | None = None) -> Tensor:
+        """Run the backbone.
+
+        Args:
+            patches: (B, P, D) uint8 as they lie in a shard.
+            masked: (B, P) bool, the patches to hide behind the mask token; None hides none.
+            keeps: (B, depth, 2), 1 where a residual branch (attention, MLP) is kept and 0 where stochastic depth
+                drops it; None keeps all and scales none.
+
+        Returns:
+            (B, 1 + P, C) after the final norm, the class token first.
+        """
+        x = self.patch_embed(patches)
+        if masked is not None:
+            x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+        if self.pos_embed is not None:  # after masking: a mask token knows where it is
+            x = x + self.pos_embed
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        kept = None if keeps is None else keeps.to(x.dtype)
+        for index, block in enumerate(self.blocks):
+            x = block(x, bias, None if kept is None else kept[:, index])
+        return _tensor(self.norm(x))
+
+    def forward(self, patches: Tensor, masked: Tensor | None = None, keeps: Tensor | None = None) -> Tensor:
+        """See :meth:`encode`."""
+        return self.encode(patches, masked, keeps)
+
+    def reset_constants(self) -> None:
+        """Compute all buffers anew, for a module that was built on the meta device."""
+        self.patch_embed.reset_constants()
+        if self.rel_pos_bias is not None:
+            self.rel_pos_bias.reset_constants()
+
+
+def relative_position_index(grid: int) -> Tensor:
+    """The table's row for every (query, key) pair: int64 (N, N), N = 1 + grid², the class token first.
+
+    Rows are numbered as in unilm, so that its tables load unchanged: row-major in (query − key) offsets, then
+    class token to patch, patch to class token, class token to itself.
+    """
+    side = 2 * grid - 1
+    y, x = np.divmod(np.arange(grid * grid), grid)
+    index = np.empty((1 + grid * grid, 1 + grid * grid), np.int64)
+    index[1:, 1:] = (y[:, None] - y + grid - 1) * side + (x[:, None] - x + grid - 1)
+    index[0, :] = side * side
+    index[:, 0] = side * side + 1
+    index[0, 0] = side * side + 2
+    return torch.from_numpy(index)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of (B, H, N, C/H) tensors, ``bias`` (1, H, N, N) added to the scaled logits.
+
+    PyTorch's fused kernels run on accelerators. On the CPU, with a bias that needs a gradient, its function
+    takes a slow path that computes bf16 in fp32; spelt out, attention is 2.2 to 2.5 times as fast there.
+    """
+    if bias is not None:
+        bias = bias.to(query.dtype)
+        if query.device.type == "cpu":
+            logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
+            return torch.matmul(logits.softmax(-1), value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+class _Projection(nn.Linear):
+    """A linear layer whose bias belongs to its caller: ``forward`` stays the one place that reads the weight,
+    which ZeRO-3 gathers when this module runs."""
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, self.weight, bias)
+
+
+def _add_branch(x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
+    """``x + branch · gamma · keep``; the small factors first, so that activations are passed over once."""
+    factor = gamma if keep is None else keep if gamma is None else gamma * keep
+    if factor is None:
+        return x + branch
+    return torch.addcmul(x, branch, factor)
+
+
+def _pixel_affine(config: ModelConfig) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """(2, D): (x / 255 − mean) / std as one scale and one shift per value of a patch; fp32 bits as int32."""
+    mean, std = np.array(config.pixel_mean), np.array(config.pixel_std)
+    affine = np.tile(np.stack((1 / (255 * std), -mean / std)), config.patch_size**2)
+    return affine.astype(np.float32).view(np.int32)
+
+
+def _tensor(value: Tensor) -> Tensor:
+    """What a submodule returned: ``nn.Module.__call__`` is typed to return anything."""
+    return value
