@@ -1,5 +1,7 @@
 """What tests share: few threads, and tiny data sets written through the real writer."""
 
+# ruff: noqa: E402 (thread limits come before the imports that start threads)
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""A sample as bytes: where each of its parts lies in a shard, how its key and its json are written and read back."""
+"""A sample as bytes: where its parts lie in a shard, and how its key and json are written and read back."""
 
 from __future__ import annotations
 

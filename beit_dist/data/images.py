@@ -1,0 +1,237 @@
+"""Images to training views: decoding whatever Pillow reads, BEiT's augmentation keyed by image and view, patches.
+
+The recipe is that of the released code (unilm ``datasets.py``, ``DataAugmentationForBEiT``): colour jitter on
+the whole image, mirroring, and one random crop that is resized twice, bicubic for the backbone and Lanczos for
+the tokenizer. Order and ranges are torchvision's; the draws are ours, keyed by (seed, sample id, view).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageStat, UnidentifiedImageError
+
+from beit_dist.data.draws import Purpose, below, uniforms, words
+
+Augment = Literal["random", "center"]
+Box = tuple[int, int, int, int]
+Pixels = NDArray[np.uint8]
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit for a warning (a quarter gigabyte of RGB); larger files are likelier bombs than pictures."""
+MIN_SIDE = 8
+"""Shortest side in pixels: below the 8 pixels of one visual token there is nothing to predict."""
+
+JITTER = 0.4
+"""Brightness, contrast and saturation factors lie in [1 - 0.4, 1 + 0.4] (unilm ``--color_jitter 0.4``)."""
+CROP_AREA = (0.08, 1.0)
+"""Share of the image's area (torchvision ``RandomResizedCrop``'s default, as unilm uses it)."""
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to the operation that undoes it (EXIF 2.32, tag 274)."""
+
+
+class ImageRejectedError(Exception):
+    """An image cannot be used; the message is the reason, the same in every run."""
+
+
+class View(NamedTuple):
+    """One augmented version of an image."""
+
+    image: Pixels
+    """For the backbone: uint8 (image_size, image_size, 3)."""
+    token_image: Pixels
+    """The same crop for the tokenizer: uint8 (token_size, token_size, 3)."""
+    box: Box
+    """(left, top, right, bottom) in pixels of the upright source image."""
+    flip: bool
+    """Whether the crop was then mirrored left to right."""
+
+
+def decode(raw: bytes) -> Image.Image:
+    """The image in ``raw``, upright and in RGB; of an animation the first frame.
+
+    Transparent pixels show white, 16-bit grey is scaled to 8 bit, palettes and CMYK are converted.
+
+    Raises:
+        ImageRejectedError: not an image, damaged, cut short, too large or too small.
+    """
+    try:
+        with Image.open(io.BytesIO(raw)) as image:
+            _check_size(*image.size)
+            image.load()
+            return _upright(image, _to_rgb(image))
+    except ImageRejectedError:
+        raise
+    except UnidentifiedImageError:  # its message holds a memory address
+        raise ImageRejectedError("not an image that Pillow reads") from None
+    except Image.DecompressionBombError:
+        raise ImageRejectedError(f"more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow's readers let errors of any type through for damaged files
+        raise ImageRejectedError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
+def make_view(
+    image: Image.Image,
+    *,
+    image_size: int,
+    token_size: int,
+    augment: Augment,
+    seed: int,
+    sample_id: int,
+    view: int,
+) -> View:
+    """One view of an image, a pure function of the arguments.
+
+    Args:
+        image: upright RGB, from :func:`decode`.
+        image_size: side of the backbone's view in pixels.
+        token_size: side of the tokenizer's view in pixels: 8 for each visual token.
+        augment: ``random`` is BEiT's recipe; ``center`` the largest centred square, nothing else.
+    """
+    key = (sample_id, view)
+    if augment == "center":
+        box, flip = _square(image.width, image.height), False
+        crop = image.crop(box)
+    else:
+        box, flip = crop_box(image.width, image.height, seed, key), _flips(seed, key)
+        crop = _jittered_crop(image, box, seed, key)
+    return View(
+        image=_resize(crop, image_size, Image.Resampling.BICUBIC, flip),
+        token_image=_resize(crop, token_size, Image.Resampling.LANCZOS, flip),
+        box=box,
+        flip=flip,
+    )
+
+
+def crop_box(width: int, height: int, seed: int, key: tuple[int, int]) -> Box:
+    """A random crop: area and aspect ratio as torchvision's RandomResizedCrop draws them.
+
+    Ten attempts at an area uniform in 8 to 100 % and a ratio log-uniform in 3/4 to 4/3 at a uniform place; if
+    none fits into the image, the largest centred box whose ratio is in that range.
+    """
+    raw = words(seed, Purpose.CROP, key, 4 * CROP_ATTEMPTS).reshape(CROP_ATTEMPTS, 4)
+    log_low, log_high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    for attempt, (u_area, u_ratio, _, _) in enumerate(uniforms(raw)):
+        area = width * height * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * float(u_area))
+        ratio = math.exp(log_low + (log_high - log_low) * float(u_ratio))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = below(int(raw[attempt, 2]), width - w + 1)
+            top = below(int(raw[attempt, 3]), height - h + 1)
+            return left, top, left + w, top + h
+    w = max(1, min(width, round(height * CROP_RATIO[1])))
+    h = max(1, min(height, round(width / CROP_RATIO[0])))
+    return _centred(width, height, w, h)
+
+
+def patchify(image: Pixels, patch_size: int) -> Pixels:
+    """uint8 (H, W, 3) to (patches, 3 · patch_size²): row-major patches, (y, x, channel) inside a patch."""
+    height, width, channels = image.shape
+    rows, columns = height // patch_size, width // patch_size
+    tiles = image.reshape(rows, patch_size, columns, patch_size, channels).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(tiles).reshape(rows * columns, patch_size * patch_size * channels)
+
+
+def unpatchify(patches: Pixels, patch_size: int) -> Pixels:
+    """The inverse of :func:`patchify` for a square image: (patches, 3 · patch_size²) to uint8 (S, S, 3)."""
+    grid = math.isqrt(len(patches))
+    tiles = patches.reshape(grid, grid, patch_size, patch_size, 3).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(tiles).reshape(grid * patch_size, grid * patch_size, 3)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageRejectedError(f"{width}×{height} px: more than {MAX_PIXELS:,} pixels")
+    if min(width, height) < MIN_SIDE:
+        raise ImageRejectedError(f"{width}×{height} px: a side shorter than {MIN_SIDE} px")
+
+
+def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # broken EXIF is no reason to lose the picture
+        return rgb
+    operation = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return rgb if operation is None else rgb.transpose(operation)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()  # the caller closes the original
+    if image.mode.startswith("I"):
+        return _from_grey16(np.asarray(image))
+    if image.mode == "F":
+        raise ImageRejectedError("floating-point pixels, whose range is not known; convert to 8 bit")
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        opaque.alpha_composite(image.convert("RGBA"))
+        return opaque.convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_grey16(values: NDArray[np.generic]) -> Image.Image:
+    """16-bit grey to RGB; Pillow's own conversion clips at 255 and leaves white."""
+    wide = values.astype(np.int64)
+    if wide.min() < 0 or wide.max() > 65535:
+        raise ImageRejectedError(f"grey values {wide.min()} to {wide.max()}: beyond 16 bit; convert to 8 bit")
+    return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def _jittered_crop(image: Image.Image, box: Box, seed: int, key: tuple[int, int]) -> Image.Image:
+    """Colour jitter as if on the whole image, then the crop.
+
+    Only contrast looks at the whole image (its mean grey), the others at single pixels. So cropping right after
+    that mean is taken gives the same bytes as cropping last, and saves most of the work.
+    """
+    raw = words(seed, Purpose.JITTER, key, 6)
+    brightness, contrast, saturation = (1 - JITTER + 2 * JITTER * float(u) for u in uniforms(raw[:3]))
+    for operation in np.argsort(raw[3:], kind="stable"):  # torchvision: the three in a random order
+        if operation == 0:
+            image = ImageEnhance.Brightness(image).enhance(brightness)
+        elif operation == 2:
+            image = ImageEnhance.Color(image).enhance(saturation)
+        else:
+            grey = int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5)
+            crop = image.crop(box)
+            image = Image.blend(Image.new("RGB", crop.size, (grey, grey, grey)), crop, contrast)
+    return image
+
+
+def _flips(seed: int, key: tuple[int, int]) -> bool:
+    return bool(uniforms(words(seed, Purpose.FLIP, key, 1))[0] < 0.5)
+
+
+def _resize(crop: Image.Image, side: int, filter_: Image.Resampling, flip: bool) -> Pixels:
+    pixels = np.asarray(crop.resize((side, side), filter_))
+    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+
+
+def _square(width: int, height: int) -> Box:
+    side = min(width, height)
+    return _centred(width, height, side, side)
+
+
+def _centred(width: int, height: int, w: int, h: int) -> Box:
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+# The size is checked by us, with a reason that is recorded; Pillow's warning would only clutter the output.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
