@@ -1,0 +1,220 @@
+"""From a resolved recipe to a trainer: data, model, engine, and the newest whole checkpoint, in that order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from beit_dist.config import TrainConfig
+from beit_dist.data.shards import Manifest
+from beit_dist.data.stream import RankBatches
+from beit_dist.engine.checkpoint.fragments import EngineState
+from beit_dist.engine.checkpoint.store import CheckpointStore, Saved
+from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
+from beit_dist.engine.distributed import Agreement, Ranks
+from beit_dist.engine.metrics import Metrics
+from beit_dist.engine.optimizer import build_optimizer
+from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.record import Recorder
+from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.resume import compare_recipes
+from beit_dist.engine.run_folder import RunFolder, versions
+from beit_dist.engine.schedule import schedule_of, steps_of
+from beit_dist.engine.trainer import Parts, Progress
+from beit_dist.errors import SpaceError
+from beit_dist.models.flops import flops_per_image
+from beit_dist.models.mim import MaskedImageModel
+
+_log = logging.getLogger(__name__)
+BYTES_OF_STATE = 12  # a checkpoint holds the fp32 weight and two moments of each parameter
+
+
+def build(
+    config: TrainConfig,
+    resolved: Resolved,
+    manifest: Manifest,
+    ranks: Ranks,
+    device: torch.device,
+    stop: StopRequest,
+    timeout: timedelta,
+) -> Parts:
+    """Build what a trainer needs and restore the newest whole checkpoint. Collective.
+
+    Raises:
+        CheckpointError: the run in the folder has another model, data set, seed or masking.
+        SpaceError: the disk has no room for the checkpoints that are kept.
+    """
+    agreement = Agreement(ranks, timeout)
+    run = RunFolder(config.run)
+    if ranks.rank == 0:
+        run.create()
+    agreement.from_rank_0(None)  # the folder is there before anyone uses it
+    store = CheckpointStore(run.checkpoints, config.checkpoint, agreement)
+    attempt = store.begin_attempt()
+    saved = store.newest_whole()
+    if saved is not None:
+        compare_recipes(config, saved.manifest, loud=ranks.rank == 0)
+    plan = build_plan(config, manifest, saved.manifest["plan"] if saved else None)
+    masks = mask_generator(config)
+
+    engine = build_engine(config, resolved, device)
+    state = EngineState(engine, ranks)
+    progress = _restore(store, saved, state, config)
+    parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+    if ranks.rank == 0:
+        _check_space(run.path, parameters, config.checkpoint.keep)
+        run.forget_steps_after(progress.step)
+        run.remove_markers()
+        run.write_config(config)
+
+    total_steps = steps_of(config, plan.samples)
+    metrics = _metrics(config, resolved, progress, total_steps, store) if ranks.rank == 0 else None
+    port = metrics.serve(config.logging) if metrics else None
+    process = {"rank": ranks.rank, "host": socket.gethostname(), "pid": os.getpid()}
+    everyone = agreement.gather(process)
+    facts = {
+        "stage": resolved.stage,
+        "precision": resolved.precision,
+        "dataset": manifest.digest,
+        "tokenizer": manifest.tokenizer,
+        "plan": plan.constants(),
+        "parameters": {name: list(p.shape) for name, p in engine.module.named_parameters()},
+        "groups": _group_names(engine),
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+    }
+    if ranks.rank == 0:
+        run.write_run(
+            {
+                "attempt": attempt,
+                "started": time.time(),
+                "resumed_from": saved.folder.name if saved else None,
+                "world_size": ranks.world,
+                "stage": resolved.stage,
+                "precision": resolved.precision,
+                "dataset": manifest.digest,
+                "metrics_port": port,
+                "versions": facts["versions"],
+                "ranks": everyone,
+            }
+        )
+    return Parts(
+        config=config,
+        resolved=resolved,
+        engine=engine,
+        device=device,
+        plan=plan,
+        schedule=schedule_of(config, plan.samples, progress.first_batch),
+        total_steps=total_steps,
+        batches=RankBatches(
+            root=str(config.data),
+            manifest=manifest,
+            plan=plan,
+            masks=masks,
+            drop_path_rates=config.model.drop_path_rates,
+            global_batch=config.global_batch,
+            rank=ranks.rank,
+            world=ranks.world,
+            consumed=progress.consumed,
+            loader=config.loader,
+            pin=device.type == "cuda",
+        ),
+        agreement=agreement,
+        store=store,
+        state=state,
+        recorder=Recorder(
+            run,
+            metrics,
+            every=config.logging.every_steps,
+            attempt=attempt,
+            total_steps=total_steps,
+            global_batch=config.global_batch,
+            flops_per_sample=flops_per_image(config.model, expected_masked(config.model, masks)),
+            progress=config.logging.progress,
+        ),
+        metrics=metrics,
+        stop=stop,
+        progress=progress,
+        facts=facts,
+    )
+
+
+def build_engine(config: TrainConfig, resolved: Resolved, device: torch.device) -> Any:
+    """The model, its optimizer, and DeepSpeed's engine around both."""
+    if config.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    model = MaskedImageModel(config.model)
+    model.initialise(config.seed)
+    optimizer = build_optimizer(
+        model.parameter_groups(config.optimizer.weight_decay),
+        config.optimizer,
+        guarded=resolved.stage == 0 and resolved.precision == "fp32",
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=resolved.deepspeed, dist_init_required=False
+    )
+    engine.train()
+    return engine
+
+
+def _restore(store: CheckpointStore, saved: Saved | None, state: EngineState, config: TrainConfig) -> Progress:
+    if saved is None:
+        return Progress(first_batch=config.global_batch)
+    store.restore(saved, state)
+    position = saved.manifest["position"]
+    if store.is_rank_0:
+        print(f"resumed from {saved.folder.name}: step {saved.step}, {position['samples']} samples", flush=True)
+    return Progress(
+        step=saved.step,
+        consumed=position["consumed"],
+        samples=position["samples"],
+        first_batch=position["first_batch"],
+        counters=dict(saved.manifest["counters"]),
+    )
+
+
+def _metrics(
+    config: TrainConfig, resolved: Resolved, progress: Progress, total_steps: int, store: CheckpointStore
+) -> Metrics:
+    """Rank 0's metrics, with the counters where the run left them."""
+    metrics = Metrics()
+    named = {name: str(value) for name, value in versions().items() if name != "commit"}
+    metrics.describe(
+        **named, zero_stage=str(resolved.stage), precision=resolved.precision, run=Path(config.run).name
+    )
+    metrics.add("beit_train_steps", progress.step)
+    metrics.add("beit_train_steps_skipped", progress.counters["skipped"])
+    metrics.add("beit_train_samples", progress.samples)
+    metrics.add("beit_train_masked_patches", progress.counters["masked"])
+    metrics.add("beit_data_bad_samples", progress.counters["bad"])
+    metrics.add("beit_checkpoint_damaged", store.passed_over)
+    metrics.set({"beit_train_target_steps": total_steps, "beit_train_world_size": resolved.ranks})
+    return metrics
+
+
+def _group_names(engine: Any) -> list[dict[str, Any]]:
+    """The optimizer's groups by name, with their weight decay."""
+    return [
+        {"name": group["name"], "weight_decay": group["weight_decay"]} for group in engine.optimizer.param_groups
+    ]
+
+
+def _check_space(folder: Path, parameters: int, keep: int) -> None:
+    needed = BYTES_OF_STATE * parameters * (keep + 1)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SpaceError(
+            f"run: {folder} has {free / 2**30:.1f} GiB free, expected {needed / 2**30:.1f} GiB for "
+            f"{keep} checkpoints and the one being written. Free some, or lower checkpoint.keep."
+        )

@@ -1,0 +1,163 @@
+"""Writing and reading a rank's file of fragments: safetensors, streamed, with checksums beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from beit_dist.engine.checkpoint.fragments import Fragment
+from beit_dist.errors import CheckpointError
+
+CHUNK = 4 << 20
+"""Bytes under one crc32: what a range read must fetch to check itself."""
+
+
+def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> None:
+    """Write ``rank-XXXXX.safetensors`` and then, last, ``rank-XXXXX.json`` with its checksums; both fsynced.
+
+    Tensors go to the file one after another: the host needs memory for one of them, not for the state.
+    """
+    name = f"rank-{rank:05d}"
+    table: dict[str, Any] = {}
+    end = 0
+    for fragment in fragments:
+        begin, end = end, end + 4 * fragment.length
+        table[fragment.key] = {"dtype": "F32", "shape": [fragment.length], "data_offsets": [begin, end]}
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+
+    digest, checksums, room, total = hashlib.sha256(), [0], CHUNK, 0
+    with (folder / f"{name}.safetensors").open("wb") as file:
+        parts: Iterable[memoryview] = (_bytes_of(fragment) for fragment in fragments)
+        for part in [memoryview(struct.pack("<Q", len(header)) + header), *parts]:
+            file.write(part)
+            digest.update(part)
+            total += len(part)
+            while len(part):
+                checksums[-1] = zlib.crc32(part[:room], checksums[-1])
+                taken = min(room, len(part))
+                part, room = part[taken:], room - taken
+                if not room:
+                    checksums.append(0)
+                    room = CHUNK
+        file.flush()
+        os.fsync(file.fileno())
+    record = {
+        "file": f"{name}.safetensors",
+        "bytes": total,
+        "sha256": digest.hexdigest(),
+        "chunk": CHUNK,
+        "crc32": checksums if room < CHUNK else checksums[:-1],
+        "fragments": [[f.parameter, f.role, f.start, f.length] for f in fragments],
+    }
+    write_whole(folder / f"{name}.json", json.dumps(record).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file so that it exists whole or not at all, also after a power loss."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def commit_exclusively(path: Path, content: bytes) -> None:
+    """Write a file that must not exist yet; of several writers exactly one succeeds.
+
+    Raises:
+        FileExistsError: another writer was first.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names created in ``folder`` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_fault(path: Path, size: int, sha256: str) -> str:
+    """What is wrong with a file that should have this size and digest; empty when nothing is."""
+    try:
+        got = path.stat().st_size
+        if got != size:
+            return f"{path.name} has {got} bytes, expected {size}"
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    return "" if digest.hexdigest() == sha256 else f"{path.name} has another sha256 than the manifest says"
+
+
+class FragmentReader:
+    """Fills fragments from the files of a checkpoint, reading only the ranges they need."""
+
+    def __init__(self, folder: Path, records: Sequence[dict[str, Any]]) -> None:
+        self._folder = folder
+        self._stretches: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        for record in records:
+            for parameter, role, start, length in record["fragments"]:
+                stretch = (start, start + length, record["file"])
+                self._stretches.setdefault((parameter, role), []).append(stretch)
+        self._open: dict[str, Any] = {}
+
+    def fill(self, fragment: Fragment) -> None:
+        """Copy the fragment's values into its ``data``.
+
+        Raises:
+            CheckpointError: the checkpoint does not cover it.
+        """
+        begin, end, filled = fragment.start, fragment.start + fragment.length, 0
+        for start, stop, file in self._stretches.get((fragment.parameter, fragment.role), []):
+            low, high = max(begin, start), min(end, stop)
+            if low < high:
+                key = Fragment(fragment.parameter, fragment.role, start, fragment.data).key
+                values = self._file(file).get_slice(key)[low - start : high - start]
+                fragment.data[low - begin : high - begin].copy_(values)
+                filled += high - low
+        if filled != fragment.length:
+            raise CheckpointError(
+                f"{self._folder} holds {filled} of {fragment.length} values of {fragment.parameter} "
+                f"({fragment.role}) from {fragment.start}"
+            )
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(str(self._folder / name), framework="pt")
+        return self._open[name]
+
+
+def _bytes_of(fragment: Fragment) -> memoryview:
+    values = fragment.data.detach().to("cpu", torch.float32).contiguous()
+    return memoryview(values.numpy()).cast("B")
+
+
+def _digest(file: Any) -> Any:
+    digest = hashlib.sha256()
+    while block := file.read(CHUNK):
+        digest.update(block)
+    return digest

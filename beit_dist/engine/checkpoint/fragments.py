@@ -1,0 +1,152 @@
+"""The engine's fp32 state as flat fragments keyed by parameter name, whatever DeepSpeed optimizer holds it.
+
+A fragment is a run of one parameter's flattened fp32 master weight, or of one of its AdamW moments. Stages 1
+and 2 partition a group's concatenated parameters over the ranks, so a rank owns pieces of parameters; at
+stage 0 every rank holds everything, and each saves its share. Loading is interval arithmetic on names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from beit_dist.engine.distributed import Ranks
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """``data``, a 1-D fp32 view of live memory, is ``[start, start + length)`` of the flattened parameter."""
+
+    parameter: str
+    role: str
+    start: int
+    data: Tensor
+
+    @property
+    def length(self) -> int:
+        """Number of values."""
+        return self.data.numel()
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor in a checkpoint file."""
+        return f"{self.role}/{self.parameter}@{self.start}"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a parameter, its master weight's view, and where its moments lie."""
+
+    parameter: str
+    start: int
+    weight: Tensor
+    owner: Tensor  # the tensor that the wrapped AdamW steps; key of its state
+    offset: int  # where the piece begins in the flattened owner
+
+
+class EngineState:
+    """Reads and writes the fp32 weights, moments and update count of a DeepSpeed engine at stages 0 to 2."""
+
+    def __init__(self, engine: Any, ranks: Ranks) -> None:
+        self._optimizer = engine.optimizer
+        self._ranks = ranks
+        self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        self._wrapped: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        self._replicated = not isinstance(self._optimizer, BF16_Optimizer | DeepSpeedZeroOptimizer)
+        self._pieces = list(self._find_pieces())
+        # FP16_UnfusedOptimizer steps once on zero gradients to create its state: forget that step.
+        self._wrapped.state.clear()
+
+    def saved_fragments(self) -> list[Fragment]:
+        """What this rank writes: its partition, or at stage 0 its 1/world share of every parameter."""
+        found = []
+        for fragment in self.held_fragments():
+            low, high = 0, fragment.length
+            if self._replicated:
+                low, high = (fragment.length * (self._ranks.rank + i) // self._ranks.world for i in (0, 1))
+            if high > low:
+                view = fragment.data[low:high]
+                found.append(Fragment(fragment.parameter, fragment.role, fragment.start + low, view))
+        return found
+
+    def held_fragments(self) -> list[Fragment]:
+        """Everything that this rank holds, as views; what must be filled to restore it."""
+        found = []
+        for piece in self._pieces:
+            length = piece.weight.numel()
+            found.append(Fragment(piece.parameter, WEIGHT, piece.start, piece.weight))
+            state = self._state_of(piece.owner)
+            for role in MOMENTS:
+                view = state[role].view(-1)[piece.offset : piece.offset + length]
+                found.append(Fragment(piece.parameter, role, piece.start, view))
+        return found
+
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has applied; its bias correction depends on them."""
+        steps = {int(state["step"]) for state in self._wrapped.state.values() if "step" in state}
+        if len(steps) > 1:
+            raise RuntimeError(f"parameters with different numbers of updates: {sorted(steps)}")
+        return steps.pop() if steps else 0
+
+    @torch.no_grad()
+    def publish(self, updates: int) -> None:
+        """After the held fragments were filled: set the update count, and make the model's weights of the masters.
+
+        Collective: at stages 1 and 2 every rank's part is gathered.
+        """
+        for piece in self._pieces:
+            self._state_of(piece.owner)["step"].fill_(float(updates))
+        if isinstance(self._optimizer, FP16_UnfusedOptimizer):
+            for low, high in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True):
+                for parameter, master in zip(low, high, strict=True):
+                    parameter.copy_(master)
+        elif not self._replicated:
+            self._optimizer.update_lp_params()
+
+    def _state_of(self, owner: Tensor) -> dict[str, Tensor]:
+        """AdamW's state of ``owner``, created as AdamW itself would at its first step."""
+        state: dict[str, Tensor] = self._wrapped.state[owner]
+        if not state:
+            fused = self._wrapped.defaults.get("fused")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device if fused else "cpu")
+            for role in MOMENTS:
+                state[role] = torch.zeros_like(owner, memory_format=torch.preserve_format)
+        return state
+
+    def _find_pieces(self) -> Iterator[_Piece]:
+        optimizer = self._optimizer
+        if isinstance(optimizer, BF16_Optimizer):
+            yield from self._partitioned(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+            yield from self._partitioned(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+        elif isinstance(optimizer, FP16_UnfusedOptimizer):
+            yield from self._whole(optimizer.fp16_groups, optimizer.fp32_groups)
+        else:
+            groups = [group["params"] for group in optimizer.param_groups]
+            yield from self._whole(groups, groups)
+
+    def _partitioned(self, groups: list[list[nn.Parameter]], flats: list[Tensor]) -> Iterator[_Piece]:
+        for parameters, flat in zip(groups, flats, strict=True):
+            for parameter in parameters:
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed; None: not ours
+                if mapping is not None:
+                    offset = mapping.hp_fragment_address.start
+                    weight = flat.detach()[offset : offset + mapping.hp_fragment_address.numel]
+                    start = mapping.lp_fragment_address.start
+                    yield _Piece(self._names[parameter], start, weight, flat, offset)
+
+    def _whole(self, groups: list[list[nn.Parameter]], masters: list[list[Tensor]]) -> Iterator[_Piece]:
+        for parameters, owners in zip(groups, masters, strict=True):
+            for parameter, owner in zip(parameters, owners, strict=True):
+                yield _Piece(self._names[parameter], 0, owner.detach().view(-1), owner, 0)

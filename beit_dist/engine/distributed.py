@@ -1,0 +1,140 @@
+"""Ranks: who this process is under any launcher, the process groups, and what all ranks agree on each step."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from beit_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: ``rank`` of ``world``, ``local_rank`` on its host."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Who this process is: the variables of ``deepspeed`` and ``torchrun``, else those of ``srun``, else alone.
+
+    Raises:
+        ConfigError: the variables are incomplete; guessing would start many runs of one rank each.
+    """
+    names: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not any(environment.get(name) for name in names):
+        # A batch script has these too, but only what srun starts has a step id that is a number.
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        if not environment.get("SLURM_STEP_ID", "").isdigit():
+            return Ranks()
+    missing = [name for name in names if not environment.get(name)]
+    if missing:
+        raise ConfigError(", ".join(missing), None, f"{', '.join(names)} all set, or none")
+    rank, world, local = (int(environment[name]) for name in names)
+    if not 0 <= rank < world:
+        raise ConfigError(names[0], rank, f"a rank below {names[1]} ({world})")
+    return Ranks(rank, world, local)
+
+
+def init_process_groups(ranks: Ranks, timeout: timedelta) -> torch.device:
+    """Join the other ranks through DeepSpeed and return this rank's device.
+
+    A rank that is alone needs no launcher: an address and a free port are chosen for it.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if ranks.world == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            ", ".join(missing), None, "the address of rank 0", "Launch by deepspeed or torchrun, or export them."
+        )
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # This op serves inference only; leaving it on compiles C++ at every first start (needs g++ and ninja).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(ranks.local_rank)
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(),
+        auto_mpi_discovery=False,
+        timeout=timeout,
+        verbose=False,
+    )
+    name = accelerator.device_name()
+    return torch.device(name) if name == "cpu" else torch.device(name, ranks.local_rank)
+
+
+class Agreement:
+    """Small sums and exchanges over all ranks on the CPU, beside whatever the device does.
+
+    The group is gloo's, of its own: nothing here synchronises with the accelerator, and every rank issues the
+    same calls in the same order.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
+        self.ranks = ranks
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if ranks.world > 1 else None
+        self._values = torch.zeros(0, dtype=torch.int64)
+        self._work: Any = None
+
+    def post(self, values: Sequence[int]) -> None:
+        """Start summing ``values`` over the ranks; returns at once."""
+        if self._work is not None:
+            raise RuntimeError("post() before the result() of the one before")
+        self._values = torch.tensor(list(values), dtype=torch.int64)
+        if self._group is not None:
+            self._work = dist.all_reduce(self._values, group=self._group, async_op=True)
+
+    def result(self) -> list[int]:
+        """The sums of the last ``post``, the same on every rank."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return [int(value) for value in self._values]
+
+    def sum(self, values: Sequence[int]) -> list[int]:
+        """Sum ``values`` over the ranks and wait."""
+        self.post(values)
+        return self.result()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's small ``value``, in the order of ranks."""
+        gathered: list[Any] = [value]
+        if self._group is not None:
+            gathered = [None] * self.ranks.world
+            dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's small ``value``."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+
+def close_process_groups() -> None:
+    """Leave all groups; harmless when there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

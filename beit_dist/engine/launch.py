@@ -1,0 +1,76 @@
+"""One start of a run on one rank: join, build, train, and leave a marker that says how it ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import traceback
+from datetime import timedelta
+from typing import NoReturn
+
+from beit_dist.config import TrainConfig
+from beit_dist.data.shards import Manifest
+from beit_dist.engine.build import build
+from beit_dist.engine.checkpoint.store import SupersededError
+from beit_dist.engine.dataset import open_data
+from beit_dist.engine.distributed import Ranks, close_process_groups, init_process_groups
+from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
+from beit_dist.engine.trainer import Trainer
+from beit_dist.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another in a collective before it gives up."""
+
+
+def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
+    """Train on this rank; 0 when the run is done, or was stopped on request with a whole checkpoint.
+
+    What every rank would find wrong alike is raised before the ranks join. After that a failure ends this
+    process at once, without further collectives: others may be stuck in one, and follow when they notice.
+    """
+    stop = StopRequest().install()  # from here on: a signal during the start is a stop before the first step
+    _quieten()
+    manifest = open_data(config, check_files=ranks.local_rank == 0)
+    try:
+        _train(config, resolved, ranks, manifest, stop)
+    except SupersededError as error:  # the folder belongs to the newer attempt: leave no marker in it
+        _end(f"rank {ranks.rank} on {socket.gethostname()}: {error}", error.exit_code)
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, UserError) else 1
+        text = str(error) if isinstance(error, UserError) else traceback.format_exc()
+        if config.run:
+            RunFolder(config.run).mark(FAILED, rank=ranks.rank, exit_code=code, error=text)
+        _end(f"error: rank {ranks.rank} on {socket.gethostname()}: {text}", code)
+    return 0
+
+
+def _train(config: TrainConfig, resolved: Resolved, ranks: Ranks, manifest: Manifest, stop: StopRequest) -> None:
+    device = init_process_groups(ranks, TIMEOUT)
+    parts = build(config, resolved, manifest, ranks, device, stop, TIMEOUT)
+    try:
+        first_step = parts.progress.step
+        marker = Trainer(parts).run()
+        if ranks.rank == 0:
+            step, total = parts.progress.step, parts.total_steps
+            RunFolder(config.run).mark(marker, attempt=parts.store.attempt, step=step, signal=stop.name)
+            nothing_left = marker == DONE and first_step >= total
+            ended = "nothing left to do" if nothing_left else "done" if marker == DONE else "stopped on request"
+            print(f"\n{ended}: step {step} of {total}, run folder {config.run}", flush=True)
+    finally:
+        parts.close()
+    close_process_groups()
+
+
+def _quieten() -> None:
+    """DeepSpeed logs every stage of its start; what matters of it is in ``run.json`` and in our own lines."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,118 @@
+"""Every metric's name, kind and unit in one table, and the Prometheus endpoint that serves them on rank 0."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+
+from beit_dist.config import LoggingConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table. Counters are exported with ``_total``, an info with ``_info`` behind its name."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram", "info"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS = (
+    Metric("beit_build", "info", "Versions, ZeRO stage, precision and run of this process."),
+    Metric("beit_train_steps", "counter", "Optimizer steps attempted, over all starts of the run."),
+    Metric("beit_train_steps_skipped", "counter", "Steps without an update, for gradients that were not finite."),
+    Metric("beit_train_samples", "counter", "Samples trained on."),
+    Metric("beit_train_masked_patches", "counter", "Masked patches whose tokens were predicted."),
+    Metric("beit_train_target_steps", "gauge", "Steps at which the run is done."),
+    Metric("beit_train_epoch", "gauge", "Passes over the data so far, with fraction."),
+    Metric(
+        "beit_train_loss", "gauge", "Mean cross-entropy of the masked patches in the last fetched step, in nats."
+    ),
+    Metric(
+        "beit_train_accuracy_ratio", "gauge", "Masked patches whose token was predicted right, last fetched step."
+    ),
+    Metric("beit_train_grad_norm", "gauge", "Global L2 norm of the gradients before clipping, last fetched step."),
+    Metric("beit_train_learning_rate", "gauge", "Learning rate of the last fetched step."),
+    Metric("beit_train_samples_per_second", "gauge", "Samples a second over the last logging interval."),
+    Metric(
+        "beit_train_model_flops_per_second", "gauge", "Model FLOPs a second over the last interval, all ranks."
+    ),
+    Metric("beit_train_last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended."),
+    Metric("beit_train_world_size", "gauge", "Ranks."),
+    Metric("beit_data_wait_ratio", "gauge", "Share of the last interval in which rank 0 waited for data."),
+    Metric("beit_data_bad_samples", "counter", "Damaged samples trained around with weight 0."),
+    Metric("beit_checkpoint_saves", "counter", "Checkpoints by result: ok or failed.", ("result",)),
+    Metric("beit_checkpoint_damaged", "counter", "Damaged checkpoints passed over at the start."),
+    Metric("beit_checkpoint_duration_seconds", "histogram", "Time that a save held up training."),
+    Metric(
+        "beit_checkpoint_last_success_timestamp_seconds", "gauge", "Unix time of the last committed checkpoint."
+    ),
+)
+
+_DURATIONS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The table as live collectors in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._collectors: dict[str, Any] = {}
+        for metric in METRICS:
+            arguments: dict[str, Any] = {"labelnames": metric.labels, "registry": self.registry}
+            if metric.kind == "histogram":
+                arguments["buckets"] = _DURATIONS
+            kinds = {"counter": Counter, "gauge": Gauge, "histogram": Histogram, "info": Info}
+            self._collectors[metric.name] = kinds[metric.kind](metric.name, metric.help, **arguments)
+        self._server: Any = None
+
+    def set(self, values: Mapping[str, float]) -> None:
+        """Set gauges by name."""
+        for name, value in values.items():
+            self._collectors[name].set(value)
+
+    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Raise a counter."""
+        collector = self._collectors[name]
+        (collector.labels(**labels) if labels else collector).inc(amount)
+
+    def observe(self, name: str, value: float) -> None:
+        """Record one value of a histogram."""
+        self._collectors[name].observe(value)
+
+    def describe(self, **facts: str) -> None:
+        """Set the labels of ``beit_build_info``."""
+        self._collectors["beit_build"].info(facts)
+
+    def serve(self, settings: LoggingConfig) -> int | None:
+        """Start the endpoint; the port it listens on, or None when it is off.
+
+        A port in use must not stop a run: another free one is taken, logged, and written to ``run.json``.
+        """
+        if settings.metrics_port is None:
+            return None
+        for port in (settings.metrics_port, 0):
+            try:
+                self._server, _ = start_http_server(port, settings.metrics_address, registry=self.registry)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or port == 0:
+                    raise
+                _log.warning("metrics port %d is in use; taking a free one", port)
+                continue
+            return int(self._server.server_port)
+        return None
+
+    def close(self) -> None:
+        """Stop the endpoint."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None

@@ -1,0 +1,58 @@
+"""AdamW with the original's decay groups, in the form that each ZeRO stage needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from beit_dist.config import OptimizerConfig
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that clips by the global norm and leaves the parameters alone when that norm is not finite.
+
+    DeepSpeed's wrapped optimizers do both themselves; without a wrapper (stage 0 in fp32) it does neither check
+    nor report. The engine reads ``overflow`` and ``_global_grad_norm`` after each step. Gradients are already
+    averaged over the ranks here, so all ranks see the same norm.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], clip_grad: float, **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self.clip_grad = clip_grad
+        self.overflow = False
+        self._global_grad_norm: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Clip and update, or skip."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self._global_grad_norm = norm
+        self.overflow = not bool(torch.isfinite(norm))
+        if self.overflow:
+            return
+        if self.clip_grad > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        super().step()
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], settings: OptimizerConfig, *, guarded: bool, fused: bool
+) -> torch.optim.AdamW:
+    """AdamW over ``groups`` (each with ``name``, ``params``, ``weight_decay``).
+
+    Args:
+        groups: parameter groups of the model.
+        settings: betas, eps and clipping.
+        guarded: no DeepSpeed optimizer will wrap this one (stage 0 in fp32).
+        fused: use torch's fused kernel.
+
+    The learning rate starts at 0: the schedule sets it before each step, and wrappers that step once on zero
+    gradients to create their state must not decay the weights.
+    """
+    common: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps, "fused": fused}
+    if guarded:
+        return GuardedAdamW(groups, settings.clip_grad, **common)
+    return torch.optim.AdamW(groups, **common)

@@ -1,0 +1,192 @@
+"""What a step leaves behind: numbers stay on the device until the logging interval, then go to all who ask."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from beit_dist.engine.metrics import Metrics
+from beit_dist.engine.run_folder import RunFolder
+
+
+@dataclass
+class StepFacts:
+    """What the host knows about a step without asking the device."""
+
+    step: int
+    samples: int
+    """Samples trained on up to and including this step."""
+    epoch: float
+    lr: float
+    masked: int
+    """Masked patches in the global batch."""
+    bad: int
+    applied: bool
+    """False: the gradients were not finite and nothing was updated."""
+    wait_seconds: float
+    """How long this rank waited for the step's data."""
+
+
+class Recorder:
+    """Collects steps on every rank; rank 0 writes ``metrics.jsonl``, the metrics and the progress line.
+
+    Args:
+        run: the run folder.
+        metrics: rank 0's metrics; None on the other ranks.
+        every: steps between fetches.
+        attempt: number of this start of the run.
+        total_steps: steps at which the run is done.
+        global_batch: samples of a step.
+        flops_per_sample: FLOPs of forward and backward for one image.
+        progress: show a progress line.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        metrics: Metrics | None,
+        *,
+        every: int,
+        attempt: int,
+        total_steps: int,
+        global_batch: int,
+        flops_per_sample: int,
+        progress: bool,
+    ) -> None:
+        self._metrics = metrics
+        self._every = every
+        self._attempt = attempt
+        self._total_steps = total_steps
+        self._global_batch = global_batch
+        self._flops = flops_per_sample
+        self._progress = progress
+        self._facts: list[StepFacts] = []
+        self._numbers: list[Tensor] = []
+        self._file = run.metrics.open("a", encoding="utf-8") if metrics is not None else None
+        self._since = time.perf_counter()
+        self.last_loss = math.nan
+
+    def add(self, facts: StepFacts, loss_sum: Tensor, correct: Tensor, grad_norm: Tensor | float | None) -> None:
+        """Note a step; ``loss_sum`` and ``correct`` are this rank's sums and stay on the device."""
+        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, dtype=torch.float32)
+        self._facts.append(facts)
+        self._numbers.append(torch.stack([loss_sum.float(), correct.float(), norm.to(loss_sum.device)]))
+        if len(self._facts) >= self._every:
+            self.flush()
+
+    def flush(self, durable: bool = False) -> None:
+        """Fetch the noted steps (collective: one small sum over the ranks) and write them out.
+
+        Args:
+            durable: also make the lines survive a power loss, as a checkpoint that follows them does.
+        """
+        if self._facts:
+            self._fetch()
+        if durable and self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def pause(self) -> None:
+        """What happened since the last flush, a save for instance, does not count as training time."""
+        if not self._facts:
+            self._since = time.perf_counter()
+
+    def _fetch(self) -> None:
+        local = torch.stack(self._numbers)  # (steps, 3)
+        norms = local[:, 2].cpu()
+        sums = local[:, :2].contiguous()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        facts, self._facts, self._numbers = self._facts, [], []
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        if self._metrics is None or self._file is None:
+            return
+        line: dict[str, Any] = {}
+        for fact, (loss_sum, correct), norm in zip(facts, sums.cpu().numpy(), norms.tolist(), strict=True):
+            line = self._line(fact, loss_sum, correct, norm)
+            self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.last_loss = float(line["loss"]) if line["loss"] is not None else math.nan
+        self._export(facts, line, seconds)
+
+    def close(self) -> None:
+        """Write what is noted and end the progress line."""
+        if self._file is not None:
+            self._file.close()
+            if self._progress and sys.stdout.isatty():
+                print(flush=True)
+
+    def _line(self, fact: StepFacts, loss_sum: np.float32, correct: np.float32, norm: float) -> dict[str, Any]:
+        count = np.float32(max(1, fact.masked))
+        # float() of a float32 is exact and json writes the shortest text that reads back as it: nothing is lost.
+        return {
+            "step": fact.step,
+            "samples": fact.samples,
+            "epoch": round(fact.epoch, 6),
+            "loss": _finite(float(loss_sum / count)),
+            "accuracy": _finite(float(correct / count)),
+            "lr": fact.lr,
+            "grad_norm": _finite(norm),
+            "masked": fact.masked,
+            "bad": fact.bad,
+            "skipped": not fact.applied,
+            "attempt": self._attempt,
+        }
+
+    def _export(self, facts: list[StepFacts], line: dict[str, Any], seconds: float) -> None:
+        assert self._metrics is not None  # rank 0 only; for the type checker
+        speed = len(facts) * self._global_batch / max(seconds, 1e-9)
+        wait = min(1.0, sum(fact.wait_seconds for fact in facts) / max(seconds, 1e-9))
+        self._metrics.add("beit_train_steps", len(facts))
+        self._metrics.add("beit_train_steps_skipped", sum(not fact.applied for fact in facts))
+        self._metrics.add("beit_train_samples", len(facts) * self._global_batch)
+        self._metrics.add("beit_train_masked_patches", sum(fact.masked for fact in facts))
+        self._metrics.add("beit_data_bad_samples", sum(fact.bad for fact in facts))
+        self._metrics.set(
+            {
+                "beit_train_epoch": line["epoch"],
+                "beit_train_loss": _number(line["loss"]),
+                "beit_train_accuracy_ratio": _number(line["accuracy"]),
+                "beit_train_grad_norm": _number(line["grad_norm"]),
+                "beit_train_learning_rate": line["lr"],
+                "beit_train_samples_per_second": speed,
+                "beit_train_model_flops_per_second": speed * self._flops,
+                "beit_train_last_step_timestamp_seconds": time.time(),
+                "beit_data_wait_ratio": wait,
+            }
+        )
+        if self._progress:
+            left = (self._total_steps - line["step"]) * seconds / len(facts)
+            loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+            text = (
+                f"step {line['step']}/{self._total_steps}  epoch {line['epoch']:.2f}  loss {loss}  "
+                f"accuracy {100 * _number(line['accuracy']):.1f} %  lr {line['lr']:.2e}  {speed:.0f} images/s  "
+                f"data wait {100 * wait:.1f} %  left {_clock(left)}"
+            )
+            terminal = sys.stdout.isatty()
+            print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

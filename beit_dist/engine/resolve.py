@@ -1,0 +1,180 @@
+"""The recipe and the DeepSpeed JSON together: batch arithmetic, ``"auto"`` filled in, conflicts refused.
+
+The JSON is the one truth for the ZeRO stage, the precision and the accumulation type; the recipe for the rest.
+Where both speak, they must agree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beit_dist.config import TrainConfig
+from beit_dist.errors import ConfigError
+
+AUTO = "auto"
+
+_KNOWN = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "comms_logger",
+    "flops_profiler",
+    "zero_allow_untested_optimizer",
+}
+_RECIPES_OWN = {"optimizer": "optimizer", "scheduler": "optimizer", "checkpoint": "checkpoint"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run's arithmetic on a given number of ranks, and the complete DeepSpeed configuration."""
+
+    ranks: int
+    micro_batch: int
+    accumulation: int
+    stage: int
+    precision: str
+    """``bf16`` or ``fp32``."""
+    accumulation_type: str
+    deepspeed: dict[str, Any]
+
+    @property
+    def rank_batch(self) -> int:
+        """Samples of a rank in one optimizer step."""
+        return self.micro_batch * self.accumulation
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """Read the file of ``--ds_config``."""
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("--ds_config", str(path), "a readable JSON file", error.strerror or "") from None
+    except ValueError as error:
+        raise ConfigError("--ds_config", str(path), "valid JSON", str(error)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("--ds_config", str(path), "a JSON object")
+    return tree
+
+
+def resolve(config: TrainConfig, ds_config: Mapping[str, Any], ranks: int) -> Resolved:
+    """Combine recipe and JSON for ``ranks`` ranks.
+
+    Raises:
+        ConfigError: they conflict, the ranks do not divide the global batch, or DeepSpeed cannot do it.
+    """
+    _check_keys(ds_config)
+    stage, precision, accumulation_type = _numerics(ds_config)
+    micro, accumulation = batch_arithmetic(config.global_batch, config.micro_batch, ranks)
+    clip = config.optimizer.clip_grad
+    guarded = stage == 0 and precision == "fp32"
+    filled = dict(ds_config)
+    filled["train_batch_size"] = _agree(ds_config, "train_batch_size", config.global_batch)
+    filled["train_micro_batch_size_per_gpu"] = _agree(ds_config, "train_micro_batch_size_per_gpu", micro)
+    filled["gradient_accumulation_steps"] = _agree(ds_config, "gradient_accumulation_steps", accumulation)
+    filled["gradient_clipping"] = _agree(ds_config, "gradient_clipping", clip)
+    if guarded:  # GuardedAdamW clips: DeepSpeed would, but without checking that the norm is finite
+        filled["gradient_clipping"] = 0.0
+    return Resolved(ranks, micro, accumulation, stage, precision, accumulation_type, filled)
+
+
+def batch_arithmetic(global_batch: int, micro_batch: int, ranks: int) -> tuple[int, int]:
+    """The largest micro-batch up to ``micro_batch`` that divides a rank's share, and the accumulation steps.
+
+    Raises:
+        ConfigError: ``ranks`` does not divide ``global_batch``; names what near by would fit.
+    """
+    if global_batch % ranks:
+        fitting = [n for n in range(1, min(global_batch, 4 * ranks) + 1) if global_batch % n == 0]
+        worlds = sorted(sorted(fitting, key=lambda n: (abs(n - ranks), n))[:3])
+        below = global_batch // ranks * ranks
+        batches = [batch for batch in (below, below + ranks) if batch]
+        raise ConfigError(
+            "global_batch",
+            global_batch,
+            f"a multiple of the {ranks} ranks",
+            f"Use global_batch={' or '.join(map(str, batches))}, or {_in_words(worlds)} ranks.",
+        )
+    share = global_batch // ranks
+    micro = next(size for size in range(min(micro_batch, share), 0, -1) if share % size == 0)
+    return micro, share // micro
+
+
+def _check_keys(ds_config: Mapping[str, Any]) -> None:
+    for key in ds_config:
+        if key in _RECIPES_OWN:
+            raise ConfigError(
+                f"--ds_config {key}",
+                ds_config[key],
+                "no such section",
+                f"The recipe's {_RECIPES_OWN[key]} sets it.",
+            )
+        if key not in _KNOWN:
+            close = difflib.get_close_matches(key, _KNOWN, n=1)
+            way_out = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(_KNOWN))}."
+            raise ConfigError(f"--ds_config {key}", ds_config[key], "a known DeepSpeed setting", way_out)
+
+
+def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str, str]:
+    """ZeRO stage, precision and accumulation type of the JSON, if they can be run."""
+    zero = ds_config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
+    if stage not in (0, 1):
+        way_out = "Stages 2 and 3 are not supported yet." if stage in (2, 3) else ""
+        raise ConfigError("--ds_config zero_optimization.stage", stage, "0 or 1", way_out)
+    for section in ("offload_optimizer", "offload_param"):
+        if zero.get(section):
+            raise ConfigError(f"--ds_config zero_optimization.{section}", zero[section], "no offloading")
+    if _enabled(ds_config, "fp16"):
+        raise ConfigError("--ds_config fp16.enabled", True, "bf16 or fp32", "Enable bf16 instead.")
+    precision = "bf16" if _enabled(ds_config, "bf16") else "fp32"
+    for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
+        if ds_config.get("bf16", {}).get(name):
+            raise ConfigError(f"--ds_config bf16.{name}", True, "false", "Checkpoints hold fp32 state.")
+    asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    if asked not in ("fp32", "bf16", None):
+        raise ConfigError("--ds_config data_types.grad_accum_dtype", asked, "fp32 or bf16")
+    accumulation = asked or precision
+    if precision == "fp32" and accumulation != "fp32":
+        raise ConfigError("--ds_config data_types.grad_accum_dtype", asked, "fp32, as bf16 is not enabled")
+    if stage == 0 and precision == "bf16" and accumulation == "fp32":
+        raise ConfigError(
+            "--ds_config data_types.grad_accum_dtype",
+            asked,
+            "bf16 at ZeRO stage 0 (DeepSpeed cannot accumulate bf16 gradients in fp32 there)",
+            "Set zero_optimization.stage to 1, which can.",
+        )
+    return stage, precision, accumulation
+
+
+def _enabled(ds_config: Mapping[str, Any], section: str) -> bool:
+    tree = ds_config.get(section, {})
+    return bool(tree.get("enabled", False)) if isinstance(tree, Mapping) else False
+
+
+def _agree(ds_config: Mapping[str, Any], key: str, value: float) -> float:
+    """``value``, unless the JSON says another number."""
+    asked = ds_config.get(key, AUTO)
+    if asked != AUTO and asked != value:
+        raise ConfigError(
+            f"--ds_config {key}", asked, f'{value} as the recipe has it, or "auto"', "Change one of the two."
+        )
+    return value
+
+
+def _in_words(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))

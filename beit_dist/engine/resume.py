@@ -1,0 +1,43 @@
+"""What may differ between a run and the recipe that continues it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from beit_dist.config import TrainConfig
+from beit_dist.errors import CheckpointError
+
+FROZEN = ("model", "masking", "seed")
+"""Settings that make another run. The data set and the order of samples are compared by the plan's digests."""
+SHOWN = ("optimizer", "epochs", "steps", "global_batch")
+"""Settings that may change, and change what is learnt: the difference is printed."""
+
+
+def compare_recipes(config: TrainConfig, manifest: Mapping[str, Any], *, loud: bool) -> None:
+    """Compare a recipe with the one a checkpoint was made with.
+
+    Raises:
+        CheckpointError: a setting that cannot change on resume differs.
+    """
+    old, new = manifest["config"], config.model_dump(mode="json")
+    differences = {
+        name: (was, now) for name, was, now in _differences(old, new, "") if name.partition(".")[0] in FROZEN
+    }
+    if differences:
+        lines = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in differences.items())
+        raise CheckpointError(
+            f"run {config.run} cannot be continued: {lines}. Put the settings back, or choose another run folder."
+        )
+    for name, was, now in _differences(old, new, ""):
+        if loud and name.partition(".")[0] in SHOWN:
+            print(f"changed on resume: {name} was {was!r}, now {now!r}", flush=True)
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of each leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in [*old, *(name for name in new if name not in old)]:
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    elif old != new:
+        yield path, old, new

@@ -1,0 +1,121 @@
+"""The run folder: the resolved recipe, what ran where, one line of numbers per step, and how the run ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import beit_dist
+from beit_dist.config import TrainConfig
+from beit_dist.engine.checkpoint.files import write_whole
+
+DONE, PREEMPTED, FAILED = MARKERS = ("DONE", "PREEMPTED", "FAILED")
+METRICS = "metrics.jsonl"
+
+
+class RunFolder:
+    """``RUN`` on disk. Only rank 0 writes, except for ``FAILED``, which whichever rank fails first creates."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step."""
+        return self.path / METRICS
+
+    def create(self) -> None:
+        """Make the folder and those in it."""
+        for path in (self.checkpoints, self.path / "ranks", self.path / "pictures"):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def remove_markers(self) -> None:
+        """A new attempt begins: how the one before ended is no longer the truth."""
+        for marker in MARKERS:
+            (self.path / marker).unlink(missing_ok=True)
+
+    def mark(self, marker: str, **facts: Any) -> None:
+        """Leave a marker; the first ``FAILED`` stands, others replace each other."""
+        facts = {"time": time.time(), "host": socket.gethostname(), **facts}
+        content = (json.dumps(facts, indent=1) + "\n").encode()
+        if marker != FAILED:
+            write_whole(self.path / marker, content)
+            return
+        try:
+            descriptor = os.open(self.path / marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except OSError:  # another rank was first, or the disk is what failed
+            return
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """``config.yaml``: the recipe with every default."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_whole(self.path / "config.yaml", text.encode())
+
+    def write_run(self, facts: dict[str, Any]) -> None:
+        """``run.json``: versions, hosts, process ids and whatever else ``facts`` say."""
+        write_whole(self.path / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+    def forget_steps_after(self, step: int) -> None:
+        """Rewrite ``metrics.jsonl`` without the lines past ``step`` (and without a line cut short).
+
+        The file is replaced, so a process of an older attempt that still holds it writes into nothing.
+        """
+        if not self.metrics.exists():
+            return
+        temporary = self.metrics.with_suffix(".jsonl.tmp")
+        with self.metrics.open("rb") as old, temporary.open("wb") as new:
+            for line in old:
+                try:
+                    keep = json.loads(line)["step"] <= step
+                except (ValueError, KeyError, TypeError):
+                    keep = False
+                if keep and line.endswith(b"\n"):
+                    new.write(line)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(temporary, self.metrics)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run may depend on, for ``run.json`` and the manifests."""
+    import deepspeed
+    import numpy as np
+
+    return {
+        "beit_dist": beit_dist.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _commit() -> str:
+    """The source's git commit, or nothing when it is not a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()

@@ -1,0 +1,66 @@
+"""Learning rate and length of a run as pure functions of the position: nothing to save, nothing to step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from beit_dist.config import OptimizerConfig, TrainConfig
+from beit_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up from 0, then a cosine to ``min_lr``, both per step (unilm ``utils.cosine_scheduler``).
+
+    Time is counted in first batches: ``t = total samples / first global batch``, so that a run continued with
+    another global batch keeps its place. As in the original the warm-up is an inclusive ``linspace``: the first
+    update has learning rate 0, and the peak is reached twice, at the end of the warm-up and at the cosine's
+    start.
+
+    Args:
+        optimizer: peak and final learning rate.
+        warmup: length of the warm-up in first batches.
+        total: length of the run in first batches.
+    """
+
+    optimizer: OptimizerConfig
+    warmup: float
+    total: float
+
+    def lr(self, t: float) -> float:
+        """Learning rate of the step that starts at time ``t``."""
+        peak, low = self.optimizer.lr, self.optimizer.min_lr
+        if t < self.warmup:
+            return peak * t / max(1.0, self.warmup - 1)
+        progress = min(1.0, (t - self.warmup) / max(1.0, self.total - self.warmup))
+        return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * progress))
+
+
+def steps_of(config: TrainConfig, samples: int) -> int:
+    """Optimizer steps of a run on ``samples`` samples: ``steps``, or ceil(epochs · samples / global_batch)."""
+    return config.steps or math.ceil(config.epochs * samples / config.global_batch)
+
+
+def schedule_of(config: TrainConfig, samples: int, first_batch: int) -> Schedule:
+    """The schedule of a run on ``samples`` samples an epoch that was first started with ``first_batch``.
+
+    Raises:
+        ConfigError: the warm-up is not shorter than the run.
+    """
+    settings = config.optimizer
+    if config.steps is not None:
+        total = config.steps * config.global_batch / first_batch
+    else:
+        total = float(math.ceil(config.epochs * samples / first_batch))
+    if settings.warmup_steps is not None:
+        field, warmup = "optimizer.warmup_steps", float(settings.warmup_steps)
+    else:
+        field, warmup = "optimizer.warmup_epochs", (settings.warmup_epochs or 0.0) * samples / first_batch
+    if warmup > 0 and warmup >= total:
+        raise ConfigError(
+            field,
+            getattr(settings, field.rpartition(".")[2]),
+            f"a warm-up shorter than the run's {total:g} steps (it takes {warmup:g})",
+        )
+    return Schedule(settings, warmup, total)

@@ -1,0 +1,220 @@
+"""The loop: next batch, forward, backward, step, record, maybe save; and stopping together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit_dist.config import TrainConfig
+from beit_dist.data.plan import Plan
+from beit_dist.data.stream import RankBatch, RankBatches
+from beit_dist.engine.checkpoint.fragments import EngineState
+from beit_dist.engine.checkpoint.store import CheckpointStore
+from beit_dist.engine.distributed import Agreement
+from beit_dist.engine.metrics import Metrics
+from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.record import Recorder, StepFacts
+from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.run_folder import DONE, PREEMPTED
+from beit_dist.engine.schedule import Schedule
+from beit_dist.errors import SampleError, UserError
+
+
+class TrainingError(UserError):
+    """The run cannot go on; another start may do better."""
+
+    exit_code = 1
+
+
+@dataclass
+class Progress:
+    """Where a run is. Everything else follows from it, the recipe and the plan."""
+
+    step: int = 0
+    """Optimizer steps attempted."""
+    consumed: int = 0
+    """Samples consumed per lane: the position in the plan."""
+    first_batch: int = 0
+    """Global batch of the run's first start, the unit of the schedule's time."""
+    samples: int = 0
+    """Samples trained on, over all lanes: consumed · lanes."""
+    counters: dict[str, int] = field(default_factory=lambda: {"skipped": 0, "bad": 0, "masked": 0})
+
+
+@dataclass
+class Parts:
+    """What a trainer works with; built by ``beit_dist/engine/build.py``."""
+
+    config: TrainConfig
+    resolved: Resolved
+    engine: Any
+    device: torch.device
+    plan: Plan
+    schedule: Schedule
+    total_steps: int
+    batches: RankBatches
+    agreement: Agreement
+    store: CheckpointStore
+    state: EngineState
+    recorder: Recorder
+    metrics: Metrics | None
+    stop: StopRequest
+    progress: Progress
+    facts: dict[str, Any]
+    """What every manifest says besides the position: recipe, plan, versions."""
+
+    def close(self) -> None:
+        """Release what the run holds; in the order in which they depend on each other."""
+        self.batches.close()
+        self.recorder.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        self.stop.close()
+
+
+class Trainer:
+    """Trains from ``progress`` to the last step, a stop request, or a failure. All ranks run the same loop."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.progress = parts.progress
+        self._skipped_in_a_row = 0
+        self._last_save = time.monotonic()
+
+    def run(self) -> str:
+        """Train; the marker that says how it ended (``DONE`` or ``PREEMPTED``).
+
+        Raises:
+            TrainingError: too many steps without an update, or the last checkpoint could not be saved.
+        """
+        parts, progress = self.parts, self.progress
+        batch = self._fetch() if progress.step < parts.total_steps else None
+        while batch is not None:
+            masked, bad, stop, save = parts.agreement.result()
+            if stop:
+                self._save(final=True)
+                return PREEMPTED
+            self._count_bad(bad)
+            batch = self._train_step(batch, masked, bad)
+            if batch is not None and (save or self._save_is_due()):
+                self._save()
+        self._save(final=True)
+        return DONE
+
+    def _train_step(self, batch: RankBatch, masked: int, bad: int) -> RankBatch | None:
+        """One optimizer step on this rank's rows of the global batch; the next batch, if there is a next step.
+
+        The loss is the sum over the masked patches divided by their number in the *global* batch. DeepSpeed
+        averages gradients over the ranks, hence the factor of their number.
+        """
+        parts, progress = self.parts, self.progress
+        lr = parts.schedule.lr(progress.samples / progress.first_batch)
+        for group in parts.engine.optimizer.param_groups:
+            group["lr"] = lr
+        scale = parts.resolved.ranks / masked if masked else 0.0
+
+        loss_sum, correct = torch.zeros((2,), device=parts.device)
+        following: RankBatch | None = None
+        for number, micro_batch in enumerate(self._micro_batches(batch), start=1):
+            output = parts.engine(*micro_batch)
+            parts.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
+            loss_sum = loss_sum + output.loss_sum.detach()
+            correct = correct + output.correct
+            if number == parts.resolved.accumulation and progress.step + 1 < parts.total_steps:
+                following = self._fetch(after=batch)  # while the device still works on what it was given
+            parts.engine.step()
+
+        applied = bool(parts.engine.was_step_applied())
+        progress.step += 1
+        progress.consumed += self._per_lane()
+        progress.samples += parts.config.global_batch
+        progress.counters["masked"] += masked
+        facts = StepFacts(
+            step=progress.step,
+            samples=progress.samples,
+            epoch=progress.samples / parts.plan.samples,
+            lr=lr,
+            masked=masked,
+            bad=bad,
+            applied=applied,
+            wait_seconds=batch.wait_seconds,
+        )
+        parts.recorder.add(facts, loss_sum, correct, parts.engine.get_global_grad_norm())
+        self._count_skipped(applied)
+        return following
+
+    def _micro_batches(self, batch: RankBatch) -> Iterator[tuple[Tensor | None, ...]]:
+        """The rank's rows as (patches, tokens, positions, keeps) on the device, one micro-batch at a time."""
+        size, device = self.parts.resolved.micro_batch, self.parts.device
+        tensors = (batch.patches, batch.tokens, batch.positions, batch.keeps)
+        for low in range(0, self.parts.resolved.rank_batch, size):
+            yield tuple(
+                None if tensor is None else tensor[low : low + size].to(device, non_blocking=True)
+                for tensor in tensors
+            )
+
+    def _fetch(self, after: RankBatch | None = None) -> RankBatch:
+        """The next batch; starts the ranks' agreement on it, whose result is read at the next step's start."""
+        batch = next(self.parts.batches)
+        expected = self.progress.consumed + (self._per_lane() if after is not None else 0)
+        if batch.consumed != expected:
+            raise RuntimeError(f"the stream is at {batch.consumed}, the trainer at {expected}")
+        minutes = self.parts.config.checkpoint.every_minutes
+        rank_0 = self.parts.agreement.ranks.rank == 0
+        save = rank_0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
+        self.parts.agreement.post([batch.masked, batch.bad, self.parts.stop.requested, save])
+        return batch
+
+    def _save_is_due(self) -> bool:
+        every = self.parts.config.checkpoint.every_steps
+        return every is not None and self.progress.step % every == 0
+
+    def _save(self, final: bool = False) -> None:
+        """Save a checkpoint; a failure is only fatal when nothing comes after it."""
+        parts, progress = self.parts, self.progress
+        began = time.monotonic()
+        parts.recorder.flush(durable=True)
+        position = {
+            "consumed": progress.consumed,
+            "samples": progress.samples,
+            "first_batch": progress.first_batch,
+        }
+        facts = {**parts.facts, "position": position, "counters": progress.counters}
+        saved = parts.store.save(progress.step, parts.state, facts)
+        self._last_save = time.monotonic()
+        if parts.metrics is not None:
+            parts.metrics.add("beit_checkpoint_saves", result="ok" if saved else "failed")
+            parts.metrics.observe("beit_checkpoint_duration_seconds", self._last_save - began)
+            if saved:
+                parts.metrics.set({"beit_checkpoint_last_success_timestamp_seconds": time.time()})
+        parts.recorder.pause()
+        if final and not saved:
+            raise TrainingError(f"the checkpoint of step {progress.step}, the last one, could not be saved")
+
+    def _count_bad(self, bad: int) -> None:
+        counters, allowed = self.progress.counters, self.parts.config.loader.bad_samples
+        counters["bad"] += bad
+        if counters["bad"] > allowed:
+            raise SampleError(
+                f"{counters['bad']} damaged samples, loader.bad_samples allows {allowed}. Find them with "
+                f"tools/check_shards.py {self.parts.config.data}"
+            )
+
+    def _count_skipped(self, applied: bool) -> None:
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        self.progress.counters["skipped"] += not applied
+        limit = self.parts.config.max_skipped_in_a_row
+        if self._skipped_in_a_row >= limit:
+            self.parts.recorder.flush()
+            raise TrainingError(
+                f"{limit} steps in a row up to step {self.progress.step} had gradients that were not finite; "
+                "nothing was updated in them. Lower optimizer.lr, or raise max_skipped_in_a_row."
+            )
+
+    def _per_lane(self) -> int:
+        return self.parts.config.global_batch // self.parts.plan.lanes
