@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,20 @@ from beit_dist.data.draws import Purpose, below, permutation, uniforms, words
 def test_the_words_are_pinned() -> None:
     assert [hex(word) for word in words(0, Purpose.MASK, (), 2).tolist()] == WORDS_0
     assert [hex(word) for word in words(2**63 - 1, Purpose.DROP_PATH, (3, 12345678901), 2).tolist()] == WORDS_1
+
+
+def test_the_words_are_those_of_a_fresh_philox() -> None:
+    for count in (1, 3, 4, 65):  # counts that leave words in a generator's buffer
+        counter, key = np.array([0, 7, 2**64 - 1, 0], np.uint64), np.array([5, Purpose.FLIP], np.uint64)
+        expected = np.random.Philox(counter=counter, key=key).random_raw(count)
+        assert words(5, Purpose.FLIP, (7, -1), count).tolist() == expected.tolist()
+
+
+def test_threads_draw_what_one_thread_draws() -> None:
+    expected = [words(1, Purpose.MASK, (n,), 500).tolist() for n in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda n: words(1, Purpose.MASK, (n,), 500).tolist(), range(200)))
+    assert drawn == expected
 
 
 def test_the_numbers_of_the_purposes_are_pinned() -> None:

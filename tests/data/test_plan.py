@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beit_dist.data.draws import Purpose, permutation
 from beit_dist.data.plan import Picks, Plan
 from beit_dist.errors import CheckpointError, ConfigError, DataError
 
@@ -46,6 +48,48 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
+def spelt_out(plan: Plan, shards: list[int], epochs: int) -> list[list[Sample]]:
+    """The lanes' streams as the definition has them, a list at a time."""
+    blocks = [
+        [(shard, row) for row in range(low, min(low + plan.block_samples, size))]
+        for shard, size in enumerate(shards)
+        for low in range(0, size, plan.block_samples)
+    ]
+    size, lanes = plan.samples, plan.lanes
+    streams: list[list[Sample]] = [[] for _ in range(lanes)]
+    for epoch in range(epochs):
+        order = permutation(plan.seed, Purpose.BLOCK_ORDER, (epoch,), len(blocks))
+        stream = [(place, *sample) for place, block in enumerate(order) for sample in blocks[block]]
+        for lane in range(lanes):
+            length = ((epoch + 1) * size + lane) // lanes - (epoch * size + lane) // lanes
+            run, stream = stream[:length], stream[length:]
+            pieces = [list(piece) for _, piece in itertools.groupby(run, lambda sample: sample[0])]
+            for window in range(-(-len(pieces) // plan.window_blocks)):
+                first = window * plan.window_blocks
+                mixed = list(itertools.chain.from_iterable(pieces[first : first + plan.window_blocks]))
+                for index in permutation(plan.seed, Purpose.WINDOW_ORDER, (epoch, lane, window), len(mixed)):
+                    streams[lane].append((epoch, epoch % plan.views, *mixed[index][1:]))
+        assert not stream
+    return streams
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shards=st.lists(st.integers(0, 23), min_size=1, max_size=8).filter(sum),
+    lanes=st.integers(1, 9),
+    block=st.none() | st.integers(1, 30),
+    window=st.integers(1, 4),
+    views=st.integers(1, 3),
+)
+def test_the_order_is_the_one_defined(
+    shards: list[int], lanes: int, block: int | None, window: int, views: int
+) -> None:
+    plan = Plan(shard_samples=shards, views=views, seed=4, lanes=lanes, block_samples=block, window_blocks=window)
+    expected = spelt_out(plan, shards, 3)
+    length = min(map(len, expected))
+    assert lane_streams(plan, 0, length, 1) == [stream[:length] for stream in expected]
+
+
 @settings(max_examples=150, deadline=None)
 @given(plan=plans(), epochs=st.integers(1, 5), first=st.integers(0, 40))
 def test_each_epoch_has_every_sample_exactly_once(plan: Plan, epochs: int, first: int) -> None:
@@ -75,11 +119,8 @@ def test_any_cut_of_the_rows_gives_the_same_rows(
     whole = samples(plan.picks(consumed, per_lane, range(rows)))
     cuts = sorted(data.draw(st.lists(st.integers(0, rows), max_size=5)))
     edges = [0, *cuts, rows]
-    parts = [
-        samples(plan.picks(consumed, per_lane, range(low, high)))
-        for low, high in zip(edges[:-1], edges[1:], strict=True)
-    ]
-    assert sum(parts, []) == whole
+    parts = [samples(plan.picks(consumed, per_lane, range(low, high))) for low, high in itertools.pairwise(edges)]
+    assert list(itertools.chain.from_iterable(parts)) == whole
 
 
 @settings(max_examples=100, deadline=None)
@@ -115,7 +156,7 @@ def test_a_lane_reads_whole_blocks() -> None:
     plan = Plan(shard_samples=[640] * 10, views=1, seed=5, lanes=8, block_samples=64)
     for stream in lane_streams(plan, 0, 1, 800):
         blocks = [(shard, row // 64) for _, _, shard, row in stream]
-        switches = sum(a != b for a, b in zip(blocks[:-1], blocks[1:], strict=True))
+        switches = sum(a != b for a, b in itertools.pairwise(blocks))
         assert switches == len(set(blocks)) - 1  # once left, a block is not come back to
         assert len(set(blocks)) <= 800 // 64 + 2
         rows = [row for _, _, _, row in stream]
@@ -153,7 +194,7 @@ def test_constants_survive_json_and_a_difference_is_named() -> None:
     saved = json.loads(json.dumps(plan.constants()))
     plan.check(saved)
     for field in saved:
-        with pytest.raises(CheckpointError, match=f"plan.{field}: the checkpoint has 'other'"):
+        with pytest.raises(CheckpointError, match=rf"plan\.{field}: the checkpoint has 'other'"):
             plan.check({**saved, field: "other"})
     uneven = Plan(shard_samples=[20, 30], views=2, seed=3, lanes=2, dataset_digest="d1")
     with pytest.raises(CheckpointError, match="first_picks"):
@@ -170,7 +211,7 @@ def test_asking_for_constants_leaves_the_order_alone() -> None:
 def test_impossible_plans_are_refused() -> None:
     with pytest.raises(DataError, match="no samples"):
         Plan(shard_samples=[0, 0], views=1, seed=0, lanes=1)
-    with pytest.raises(ConfigError, match="loader.lanes"):
+    with pytest.raises(ConfigError, match=r"loader\.lanes"):
         Plan(shard_samples=[4], views=1, seed=0, lanes=0)
     plan = Plan(shard_samples=[4], views=1, seed=0, lanes=2)
     with pytest.raises(ValueError, match="rows of a global batch"):
