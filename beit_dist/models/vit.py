@@ -217,14 +217,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
     """Attention of (B, H, N, C/H) tensors, ``bias`` (1, H, N, N) added to the scaled logits.
 
     PyTorch's fused kernels run on accelerators. On the CPU, with a bias that needs a gradient, its function
-    takes a slow path that computes bf16 in fp32; spelt out, attention is 2.2 to 2.5 times as fast there.
+    takes a path that computes bf16 in fp32: spelt out, attention is 2.2 to 2.5 times as fast there, and as
+    fast as the fused kernel without a bias.
     """
     if bias is not None:
         bias = bias.to(query.dtype)
-        if query.device.type == "cpu":
-            logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
-            return torch.matmul(logits.softmax(-1), value)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    logits = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1))
+    if bias is not None:
+        logits = logits + bias
+    return torch.matmul(logits.softmax(-1), value)
 
 
 class _Projection(nn.Linear):
