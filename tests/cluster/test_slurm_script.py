@@ -1,0 +1,139 @@
+"""``cluster/slurm/pretrain.sbatch`` run by bash, with small programs in the place of ``srun`` and ``scontrol``."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "slurm" / "pretrain.sbatch"
+
+# srun: notes its arguments and the rendezvous, then does what $BEHAVIOUR says.
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$MASTER_ADDR:$MASTER_PORT" "$@" > srun.called
+case $BEHAVIOUR in
+  done) touch run/DONE ;;
+  fails) exit 3 ;;
+  stops) touch run/PREEMPTED ;;
+  waits)
+    trap 'echo stop >> signals; touch run/PREEMPTED; exit 0' USR1
+    touch ready
+    while :; do sleep 0.05; done ;;
+esac
+"""
+SCONTROL = """#!/usr/bin/env bash
+[[ $1 == show ]] && printf 'node7\\nnode8\\n'
+[[ $1 == requeue ]] && echo "$2" >> requeued
+exit 0
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A folder to submit from, with an empty run folder and the two stand-ins."""
+    (tmp_path / "run").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def start(job: Path, behaviour: str, **settings: str) -> subprocess.Popen[str]:
+    """The script as slurmd would start it."""
+    environment = {
+        "PATH": f"{job}:{os.environ['PATH']}",
+        "BEHAVIOUR": behaviour,
+        "RUN": "run",
+        "SLURM_SUBMIT_DIR": str(job),
+        "SLURM_JOB_ID": "41016",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_NTASKS": "16",
+        "SLURM_CPUS_PER_TASK": "8",
+        **settings,
+    }
+    command = ["bash", str(SCRIPT), "optimizer.lr=1e-3"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output."""
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def test_one_rank_for_each_task_with_one_rendezvous_and_the_overrides(job: Path) -> None:
+    assert ended(start(job, "done"))[0] == 0
+    rendezvous, *arguments = (job / "srun.called").read_text().splitlines()
+    assert rendezvous == f"node7:{20000 + 16 * 20}"
+    assert arguments[arguments.index("-c") + 1] == "8", "srun does not inherit --cpus-per-task"
+    assert "--kill-on-bad-exit=1" in arguments
+    assert arguments[-3:] == ["run=run", "data=shards", "optimizer.lr=1e-3"]
+    assert not (job / "requeued").exists()
+
+
+def test_ports_of_neighbouring_jobs_and_restarts_differ(job: Path) -> None:
+    ports = set()
+    for number in ("16", "17"):
+        for restart in ("0", "1", "2"):
+            ended(start(job, "done", SLURM_JOB_ID=number, SLURM_RESTART_COUNT=restart))
+            ports.add((job / "srun.called").read_text().splitlines()[0])
+    assert len(ports) == 6
+
+
+@pytest.mark.parametrize("stop", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_reaches_the_ranks_and_the_job_is_requeued(job: Path, stop: signal.Signals) -> None:
+    process = start(job, "waits")
+    while not (job / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(stop)
+    code, output = ended(process)
+    assert code == 0, output
+    assert (job / "signals").read_text() == "stop\n"
+    assert (job / "requeued").read_text() == "41016\n"
+
+
+def test_a_run_that_fails_is_not_requeued_and_its_code_is_passed_on(job: Path) -> None:
+    code, output = ended(start(job, "fails"))
+    assert code == 3
+    assert "not requeued" in output
+    assert not (job / "requeued").exists()
+
+
+def test_a_marker_of_the_last_start_does_not_requeue_a_run_that_fails(job: Path) -> None:
+    (job / "run" / "PREEMPTED").touch()
+    assert ended(start(job, "fails"))[0] == 3
+    assert not (job / "requeued").exists()
+
+
+def test_the_number_of_restarts_is_bounded(job: Path) -> None:
+    code, output = ended(start(job, "stops", SLURM_RESTART_COUNT="5", MAX_RESTARTS="5"))
+    assert code == 0
+    assert "not requeued after 5 restarts" in output
+    assert not (job / "requeued").exists()
+
+
+def test_an_end_without_a_marker_is_a_failure_whatever_srun_says(job: Path) -> None:
+    assert ended(start(job, "nothing"))[0] == 1
+
+
+def test_the_batch_shell_is_warned_in_time_and_the_job_may_be_requeued() -> None:
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", SCRIPT.read_text(), re.MULTILINE))
+    assert options["signal"] == "B:USR1@180"
+    assert "requeue" in options
+    assert options["open-mode"] == "append"
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+
+
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not installed (apt-get install shellcheck)"
+)
+def test_shellcheck_finds_nothing() -> None:
+    assert subprocess.run(["shellcheck", str(SCRIPT)], check=False).returncode == 0
