@@ -1,0 +1,85 @@
+"""Files that exist whole or not at all, also after a crash: temporary name, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from beit_dist.errors import SampleError
+
+TEMPORARY = ".tmp"
+"""Suffix of files under way. Their names start with a dot, so patterns such as ``shard-*.tar`` skip them."""
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that no other process uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
+
+
+def leftovers(folder: Path, name: str = "") -> list[Path]:
+    """Temporary files that killed processes left in ``folder``, of the file ``name`` or of any."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(p for p in folder.iterdir() if p.name.startswith(f".{name}") and p.suffix == TEMPORARY)
+    return []
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a written and fsynced temporary file its name.
+
+    Raises:
+        SampleError: the temporary file is gone, so another process makes the same file.
+    """
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        raise SampleError(
+            f"{path}: its temporary file is gone: another worker with the same index is making the same shard. "
+            "Let one of them finish"
+        ) from None
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` durable."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file; it takes its name when the block ends, and never does if the block raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_once(path: Path, content: bytes) -> bool:
+    """Create ``path`` with ``content`` unless it exists; of several processes one succeeds. Returns whether."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)  # unlike a rename, a link never replaces
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True

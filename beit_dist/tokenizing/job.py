@@ -1,0 +1,135 @@
+"""What a tokenizing job is: everything that decides the bytes of its shards, recorded once in ``job.json``.
+
+The first worker records it; every other worker, restart and the finish compare theirs with it, so that shards
+of two different jobs never come together in one data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from beit_dist.data.images import Augment
+from beit_dist.data.sample import MAX_VIEWS, SampleLayout
+from beit_dist.errors import ConfigError, DataError
+from beit_dist.tokenizing.durable import write_once
+
+JOB_NAME = "job.json"
+TOKEN_STRIDE = 8
+"""Pixels of the tokenizer's view for each visual token: the dVAE's downsampling."""
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings that decide the bytes.
+
+    Args:
+        images: sha256 of ``sources.jsonl``.
+        tokenizer: digest of the tokenizer.
+        batch: images of one encoder batch; its fixed shape keeps tokens independent of the workers.
+        device: ``cpu`` or ``cuda``: they round differently, so near-ties give other tokens.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    images: str
+    tokenizer: str
+    vocabulary: int
+    image_size: int
+    patch_size: int
+    views: int
+    shard_samples: int
+    seed: int
+    augment: Augment
+    batch: int
+    precision: Precision
+    device: str
+
+    def __post_init__(self) -> None:
+        SampleLayout(self.image_size, self.patch_size, self.vocabulary)
+        if not 1 <= self.views <= MAX_VIEWS:
+            raise ConfigError("--views", self.views, f"1 to {MAX_VIEWS}")
+        if self.views > 1 and self.augment == "center":
+            raise ConfigError("--views", self.views, "1, since every view is the same with --augment center")
+        for name in ("shard_samples", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')}", getattr(self, name), "1 or more")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("--seed", self.seed, "0 to 2**63 - 1")
+
+    @property
+    def layout(self) -> SampleLayout:
+        return SampleLayout(self.image_size, self.patch_size, self.vocabulary)
+
+    @property
+    def token_size(self) -> int:
+        """Side of the tokenizer's view in pixels: its token grid is the patch grid."""
+        return TOKEN_STRIDE * self.layout.grid
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the settings; every commit carries it."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The canonical content of ``job.json``."""
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    def differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """What ``settings`` says differently, as ``name: got ..., expected ...`` with this job as expected."""
+        ours = asdict(self)
+        return [
+            f"{name}: got {value!r}, expected {ours[name]!r}"
+            for name, value in settings.items()
+            if name in ours and value is not None and value != ours[name]
+        ]
+
+
+def record_job(out: Path, job: Job) -> None:
+    """Record the job in the data set's folder, or check that it is the one recorded there.
+
+    Raises:
+        DataError: the folder belongs to another job.
+    """
+    if not write_once(out / JOB_NAME, job.to_bytes()):
+        check_same_job(out, read_job(out), asdict(job))
+
+
+def check_same_job(out: Path, recorded: Job, settings: Mapping[str, Any]) -> None:
+    """Refuse settings (None: not given) that differ from the recorded job's.
+
+    Raises:
+        DataError: names each difference.
+    """
+    differences = recorded.differences(settings)
+    if differences:
+        raise DataError(
+            f"{out}: belongs to another job: {'; '.join(differences)}. Give the settings in {out / JOB_NAME}, "
+            "or start over in another --out"
+        )
+
+
+def read_job(out: Path) -> Job:
+    """The job recorded in the data set's folder.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    path = out / JOB_NAME
+    try:
+        settings = json.loads(path.read_bytes())
+        missing = {field.name for field in fields(Job)} ^ set(settings)
+        if missing:
+            raise ValueError(f"wrong fields {sorted(missing)}")
+        return Job(**settings)
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found, so no worker has started here yet") from None
+    except (OSError, ValueError, TypeError, ConfigError) as error:
+        raise DataError(f"{path}: not a job of this version of shard_tokens.py ({error})") from None

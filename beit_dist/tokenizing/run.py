@@ -1,0 +1,132 @@
+"""The steps of the job as a user starts them: freeze, work (one worker alone does everything), finish."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from beit_dist.data.images import Augment
+from beit_dist.data.shards import Manifest
+from beit_dist.errors import ConfigError
+from beit_dist.tokenizing.commits import rejection_limit
+from beit_dist.tokenizing.decoding import CHUNK
+from beit_dist.tokenizing.encoder import DVAEEncoder
+from beit_dist.tokenizing.finish import finish, finished
+from beit_dist.tokenizing.freeze import check_same_sources, expand_sources, freeze
+from beit_dist.tokenizing.job import Job, Precision, record_job
+from beit_dist.tokenizing.place import worker_place
+from beit_dist.tokenizing.sources import SourceList, read_header
+from beit_dist.tokenizing.worker import Worker
+from beit_dist.visual_tokens.weights import load_tokenizer
+
+MAX_DECODERS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None where nothing was given, except for the settings that have defaults."""
+
+    images: tuple[str, ...]
+    out: Path
+    tokenizer: Path
+    views: int = 1
+    image_size: int = 224
+    patch_size: int = 16
+    shard_samples: int = 4096
+    seed: int = 0
+    augment: Augment = "random"
+    batch: int = 64
+    precision: Precision = "fp32"
+    device: str | None = None
+    decoders: int | None = None
+    index: int | None = None
+    count: int | None = None
+    max_rejected: str = "1%"
+    finish: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How :func:`work` ended; ``manifest`` is None until the job is finished."""
+
+    index: int
+    count: int
+    made: int
+    kept: int
+    images: int
+    rejected: int
+    manifest: Manifest | None
+
+
+def work(options: Options, environment: Mapping[str, str]) -> Outcome:
+    """Be one worker of the job. One worker alone also freezes the list and finishes.
+
+    Raises:
+        UserError: see the parts; nothing is written before the settings are known to be valid.
+    """
+    out = options.out
+    index, count = worker_place(options.index, options.count, environment)
+    device = _device(options.device)
+    model = load_tokenizer(options.tokenizer)
+    job = Job(
+        images="",
+        tokenizer=model.digest,
+        vocabulary=model.config.vocabulary,
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+        views=options.views,
+        shard_samples=options.shard_samples,
+        seed=options.seed,
+        augment=options.augment,
+        batch=options.batch,
+        precision=options.precision,
+        device=device.type,
+    )
+    manifest = finished(out, {**asdict(job), "images": None})
+    _freeze_or_check(options, count)
+    sources = SourceList(out, options.shard_samples)
+    if manifest is not None:
+        return Outcome(index, count, 0, sources.shards, 0, manifest.rejected, manifest)
+    job = replace(job, images=sources.sha256)
+    limit = rejection_limit(options.max_rejected, sources.header.entries)
+    record_job(out, job)
+    encoder = DVAEEncoder(model.to(device), options.precision)
+    decoders = _decoders(options.decoders, sources.header.entries)
+    worker = Worker(out, job, sources, encoder, index=index, count=count, decoders=decoders, max_rejected=limit)
+    report = worker.run()
+    if count == 1 and options.finish:
+        manifest = finish(out, asdict(job), options.max_rejected)
+    return Outcome(index, count, *report, manifest)
+
+
+def _freeze_or_check(options: Options, count: int) -> None:
+    """One worker freezes; several only read, since two of them would freeze a changing folder differently."""
+    if count == 1:
+        freeze(options.images, options.out, options.seed)
+    else:
+        header = read_header(options.out)
+        check_same_sources(header, expand_sources(options.images), options.seed, options.out)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("--device", name, "cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device", name, "a device of this machine", "It has no usable CUDA device: use cpu.")
+    return device
+
+
+def _decoders(wanted: int | None, entries: int) -> int:
+    if wanted is None:
+        wanted = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
+    if wanted < 0:
+        raise ConfigError("--decoders", wanted, "0 or more")
+    return min(wanted, -(-entries // CHUNK))

@@ -1,0 +1,177 @@
+"""The offline job: images to shards of patches and visual tokens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from beit_dist.errors import ConfigError, exit_cleanly
+
+# Imports of the work itself stay inside functions: decoding processes import this file too, and need no torch.
+if TYPE_CHECKING:
+    from beit_dist.data.shards import Manifest
+
+DESCRIPTION = """\
+Turn images into shards that training reads without decoding anything: augment, tokenize, write.
+A worker that was killed is run again with the same command; finished shards are kept. The bytes are the same for
+any number of workers, on one device type, thread count and set of versions.
+"""
+
+EXAMPLES = """\
+examples:
+  one machine does everything:
+    python tools/shard_tokens.py --images photos/ --out shards/ --tokenizer dvae.safetensors
+
+  four views of images in tars, 16 workers of a job array:
+    python tools/shard_tokens.py --images 'train-{000..099}.tar' --out shards/ --index-only     (once, before)
+    BEIT_WORKERS=16 python tools/shard_tokens.py --images 'train-{000..099}.tar' --out shards/ \\
+        --tokenizer dvae.safetensors --views 4                                                  (in each task)
+    python tools/shard_tokens.py --out shards/ --finish                                         (once, after)
+"""
+
+SETTINGS: dict[str, Any] = {
+    "views": 1,
+    "image_size": 224,
+    "patch_size": 16,
+    "shard_samples": 4096,
+    "seed": 0,
+    "augment": "random",
+    "batch": 64,
+    "precision": "fp32",
+}
+"""Settings that decide the bytes, and their defaults; --finish compares those that are given with the job's."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one step of the job, or all of them; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    if "://" in arguments.out:
+        raise ConfigError("--out", arguments.out, "a local folder", "Write there, then copy the folder.")
+    if arguments.finish:
+        return _finish(arguments)
+    if not arguments.images:
+        raise ConfigError("--images", None, "folders or tars of images")
+    return _freeze(arguments) if arguments.index_only else _work(arguments)
+
+
+def _freeze(arguments: argparse.Namespace) -> int:
+    from beit_dist.tokenizing.freeze import freeze
+
+    header = freeze(arguments.images, Path(arguments.out), arguments.seed or SETTINGS["seed"])
+    print(f"{arguments.out}: {header.entries} images {'with' if header.labels else 'without'} labels are frozen")
+    return 0
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    if arguments.tokenizer is None:
+        raise ConfigError("--tokenizer", None, "a tokenizer's file", "tools/train_tokenizer.py trains one.")
+    from beit_dist.tokenizing.run import Options, work
+
+    given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
+    options = Options(
+        images=tuple(arguments.images),
+        out=Path(arguments.out),
+        tokenizer=Path(arguments.tokenizer),
+        device=arguments.device,
+        decoders=arguments.decoders,
+        index=arguments.index,
+        count=arguments.count,
+        max_rejected=arguments.max_rejected,
+        finish=not arguments.no_finish,
+        **(SETTINGS | given),
+    )
+    outcome = work(options, os.environ)
+    if outcome.manifest is not None and outcome.made == 0 and outcome.images == 0:
+        print("already complete: ", end="")
+    if outcome.manifest is not None:
+        _report(arguments.out, outcome.manifest)
+        return 0
+    print(
+        f"worker {outcome.index} of {outcome.count}: {outcome.made} shards made, {outcome.kept} kept, "
+        f"{outcome.images} images, {outcome.rejected} rejected. When all workers are done: "
+        f"{os.path.basename(sys.argv[0])} --out {arguments.out} --finish"
+    )
+    return 0
+
+
+def _finish(arguments: argparse.Namespace) -> int:
+    from beit_dist.tokenizing.finish import finish, finished
+
+    out = Path(arguments.out)
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    if arguments.tokenizer is not None:
+        from beit_dist.visual_tokens.weights import tokenizer_digest
+
+        settings["tokenizer"] = tokenizer_digest(arguments.tokenizer)
+    manifest = finished(out, settings)
+    if manifest is not None:
+        print("already complete: ", end="")
+    _report(arguments.out, manifest or finish(out, settings, arguments.max_rejected))
+    return 0
+
+
+def _report(out: str, manifest: Manifest) -> None:
+    total = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{out}: {manifest.samples} samples × {manifest.views} views in {len(manifest.shards)} shards "
+        f"({total / 1e9:.2f} GB), {manifest.rejected} images rejected, digest {manifest.digest}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--images",
+        nargs="+",
+        metavar="SRC",
+        help="folders (with what is below) or tars; {000..009} expands",
+    )
+    add("--out", required=True, metavar="DIR", help="folder of the data set")
+    add("--tokenizer", metavar="FILE", help="the dVAE that makes the tokens (.safetensors)")
+
+    bytes_ = parser.add_argument_group("what the shards hold (the same for all workers of a job)")
+    add = bytes_.add_argument
+    add(
+        "--views",
+        type=int,
+        help="augmented versions of each image, used epoch by epoch (default 1)",
+    )
+    add("--image-size", type=int, help="side of the training image in pixels (default 224)")
+    add("--patch-size", type=int, help="side of a patch; the tokenizer sees 8 px for each patch (default 16)")
+    add(
+        "--augment",
+        choices=("random", "center"),
+        help="BEiT's jitter, flip and random crop, or a plain centre crop "
+        "for validation and pictures (default random)",
+    )
+    add("--shard-samples", type=int, help="images of a shard (default 4096: 631 MB)")
+    add("--seed", type=int, help="of the order, crops, flips and jitter (default 0)")
+    add("--batch", type=int, help="images of an encoder batch (default 64)")
+    add("--precision", choices=("fp32", "bf16"), help="of the encoder (default fp32)")
+
+    work = parser.add_argument_group("how the work is split")
+    add = work.add_argument
+    add(
+        "--index",
+        type=int,
+        help="this worker's number from 0; by default that of the SLURM array or Kubernetes",
+    )
+    add("--count", type=int, help="number of workers; by default $BEIT_WORKERS, else 1")
+    add("--index-only", action="store_true", help="only freeze the list of images; needed before several workers")
+    add("--finish", action="store_true", help="only check that all shards are there, and write the manifest")
+    add("--no-finish", action="store_true", help="one worker alone would finish too; leave that out")
+    add("--max-rejected", default="1%", metavar="N|P%%", help="fail when more images cannot be used (default 1%%)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    add("--decoders", type=int, help="decoding processes (default: one for each core, at most 16)")
+    return parser
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
