@@ -153,7 +153,7 @@ class FragmentReader:
 
 def _bytes_of(fragment: Fragment) -> memoryview:
     values = fragment.data.detach().to("cpu", torch.float32).contiguous()
-    return memoryview(values.numpy()).cast("B")
+    return values.numpy().data.cast("B")
 
 
 def _digest(file: Any) -> Any:

@@ -1,0 +1,208 @@
+"""A checkpoint exists whole or not at all; the newest whole one is found; the newer of two runs goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from beit_dist.config import CheckpointConfig
+from beit_dist.engine.checkpoint.files import FragmentReader, write_fragments
+from beit_dist.engine.checkpoint.fragments import Fragment
+from beit_dist.engine.checkpoint.store import CheckpointStore, Saved, SupersededError, committed, rank_records
+from beit_dist.engine.distributed import Agreement, Ranks
+from beit_dist.errors import CheckpointError
+
+
+class State:
+    """Stands in for the engine: a few fragments in memory."""
+
+    def __init__(self, value: float) -> None:
+        self.tensors = [Fragment("a.weight", "weight", 0, torch.full((3000,), value))]
+        self.tensors += [Fragment("b", role, 7, torch.full((5,), value)) for role in ("weight", "exp_avg")]
+        self.updates = 0
+
+    def saved_fragments(self) -> list[Fragment]:
+        return self.tensors
+
+    held_fragments = saved_fragments
+
+    def publish(self, updates: int) -> None:
+        self.updates = updates
+
+
+def store(folder: Path, **settings: Any) -> CheckpointStore:
+    opened = CheckpointStore(folder, CheckpointConfig(**settings), Agreement(Ranks(), timedelta(seconds=5)))
+    opened.begin_attempt()
+    return opened
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """A folder with checkpoints of steps 1, 2 and 3, of values 1.0, 2.0 and 3.0."""
+    writer = store(tmp_path)
+    for step in (1, 2, 3):
+        assert writer.save(step, State(step), {"note": f"step {step}"})
+    return tmp_path
+
+
+def newest(folder: Path) -> Saved:
+    found = store(folder).newest_whole()
+    assert found is not None
+    return found
+
+
+def test_what_was_saved_is_restored_bit_for_bit(tmp_path: Path) -> None:
+    state = State(0)
+    state.updates = 42
+    with torch.no_grad():
+        state.tensors[0].data.copy_(torch.randn(3000, generator=torch.Generator().manual_seed(1)))
+    writer = store(tmp_path)
+    assert writer.save(9, state, {"position": {"consumed": 5}})
+    other = State(-1)
+    saved = newest(tmp_path)
+    store(tmp_path).restore(saved, other)
+    assert (saved.step, saved.manifest["position"], other.updates) == (9, {"consumed": 5}, 42)
+    assert all(torch.equal(a.data, b.data) for a, b in zip(state.tensors, other.tensors, strict=True))
+
+
+def test_the_files_are_plain_safetensors(three: Path) -> None:
+    with safe_open(str(three / "step-00000003.a0001" / "rank-00000.safetensors"), "pt") as file:
+        assert torch.equal(file.get_tensor("weight/a.weight@0"), torch.full((3000,), 3.0))
+
+
+def test_fragments_are_read_across_other_cuts(tmp_path: Path) -> None:
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    for rank, (low, high) in enumerate([(0, 37), (37, 40), (40, 100)]):
+        write_fragments(tmp_path, rank, [Fragment("p", "weight", low, values[low:high])])
+    records = [json.loads((tmp_path / f"rank-{rank:05d}.json").read_bytes()) for rank in range(3)]
+    reader = FragmentReader(tmp_path, records)
+    for low, high in [(0, 100), (36, 41), (99, 100), (38, 39)]:
+        wanted = Fragment("p", "weight", low, torch.zeros(high - low))
+        reader.fill(wanted)
+        assert torch.equal(wanted.data, values[low:high])
+    with pytest.raises(CheckpointError, match="holds 10 of 20 values of p"):
+        reader.fill(Fragment("p", "weight", 90, torch.zeros(20)))
+
+
+def _flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "a byte of the weights": lambda folder: _flip(folder / "rank-00000.safetensors", -1),
+    "a byte of the header": lambda folder: _flip(folder / "rank-00000.safetensors", 20),
+    "a byte of the checksums": lambda folder: _flip(folder / "rank-00000.json", 30),
+    "a digit of the position": lambda folder: (
+        (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"note": "step 3"', '"note": "step 4"')
+        )
+        and None
+    ),
+    "half of the manifest": lambda folder: (
+        (folder / "manifest.json").write_bytes((folder / "manifest.json").read_bytes()[:100]) and None
+    ),
+    "a truncated file": lambda folder: (folder / "rank-00000.safetensors").write_bytes(b"1234") and None,
+    "a removed file": lambda folder: (folder / "rank-00000.safetensors").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_sends_the_run_to_the_checkpoint_before(three: Path, damage: str) -> None:
+    DAMAGE[damage](three / "step-00000003.a0001")
+    reader = store(three)
+    found = reader.newest_whole()
+    assert found is not None
+    assert found.step == 2
+    assert reader.passed_over == 1
+    assert "step-00000003.a0001.bad" in names(three)
+    assert newest(three).step == 2
+
+
+def test_without_its_manifest_a_checkpoint_does_not_exist(three: Path) -> None:
+    (three / "step-00000003.a0001" / "manifest.json").unlink()
+    reader = store(three)
+    found = reader.newest_whole()
+    assert found is not None
+    assert found.step == 2
+    assert "step-00000003.a0001" in names(three)  # removed only once this attempt has saved
+    assert reader.save(3, State(3), {})
+    assert "step-00000003.a0001" not in names(three)
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert store(tmp_path).newest_whole() is None
+
+
+def test_the_last_k_and_every_nth_are_kept(tmp_path: Path) -> None:
+    writer = store(tmp_path, keep=2, keep_every_steps=4)
+    for step in range(1, 11):
+        assert writer.save(step, State(step), {})
+    assert [saved.step for saved in committed(tmp_path)] == [10, 9, 8, 4]
+    assert (tmp_path / "latest").read_text().strip() == "step-00000010.a0001"
+
+
+def test_a_whole_step_is_not_saved_again(three: Path) -> None:
+    again = store(three)
+    assert again.save(3, State(99), {})
+    assert names(three)[-1] == "step-00000003.a0001"
+
+
+def test_attempts_count_up(tmp_path: Path) -> None:
+    assert [store(tmp_path).attempt for _ in range(3)] == [1, 2, 3]
+
+
+def test_the_older_of_two_attempts_stops_and_harms_nothing(three: Path) -> None:
+    older, newer = store(three), store(three)
+    assert newer.save(4, State(4), {})
+    before = names(three)
+    with pytest.raises(SupersededError, match="superseded by attempt 3"):
+        older.save(5, State(5), {})
+    assert [saved.step for saved in committed(three)] == [4, 3, 2]
+    assert set(before) <= set(names(three))
+    assert SupersededError.exit_code == 1
+
+
+def test_a_save_that_cannot_be_written_fails_and_leaves_nothing(
+    three: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = store(three)
+    monkeypatch.setattr("beit_dist.engine.checkpoint.store.write_fragments", no_space)
+    assert not writer.save(4, State(4), {})
+    assert "No space left on device" in caplog.text
+    assert [saved.step for saved in committed(three)] == [3, 2, 1]
+    assert len(names(three)) == 3
+
+
+def test_chunk_checksums_cover_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zlib
+
+    monkeypatch.setattr("beit_dist.engine.checkpoint.files.CHUNK", 1000)
+    write_fragments(tmp_path, 0, [Fragment("p", "weight", 0, torch.arange(777.0))])
+    record = json.loads((tmp_path / "rank-00000.json").read_bytes())
+    content = (tmp_path / "rank-00000.safetensors").read_bytes()
+    assert record["bytes"] == len(content)
+    assert record["crc32"] == [zlib.crc32(content[i : i + 1000]) for i in range(0, len(content), 1000)]
+
+
+def test_another_format_is_refused(three: Path) -> None:
+    saved = newest(three)
+    saved.manifest["format"] = 2
+    with pytest.raises(CheckpointError, match="got format 2, expected 1"):
+        store(three).restore(saved, State(0))
+    assert len(rank_records(saved)) == 1

@@ -1,0 +1,57 @@
+"""Learning rates at every corner of the original's schedule (unilm ``utils.cosine_scheduler``)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from beit_dist.config import TrainConfig, load_recipe
+from beit_dist.engine.schedule import schedule_of, steps_of
+from beit_dist.errors import ConfigError
+
+
+def recipe(*overrides: str) -> TrainConfig:
+    settings = ["run=r", "global_batch=10", "epochs=4", "optimizer.lr=1.0", "optimizer.min_lr=0.1", *overrides]
+    return load_recipe(TrainConfig, None, settings)
+
+
+def original(base: float, final: float, total: int, warmup: int) -> list[float]:
+    """The original's per-step list, from its description: an inclusive ramp from 0, then a cosine."""
+    ramp = [base * i / (warmup - 1) if warmup > 1 else 0.0 for i in range(warmup)]
+    rest = total - warmup
+    return ramp + [final + 0.5 * (base - final) * (1 + math.cos(math.pi * i / rest)) for i in range(rest)]
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 5, 39])
+def test_learning_rates_are_the_originals_at_every_step(warmup: int) -> None:
+    schedule = schedule_of(recipe(f"optimizer.warmup_steps={warmup}"), samples=100, first_batch=10)
+    got = [schedule.lr(t) for t in range(40)]
+    assert got == pytest.approx(original(1.0, 0.1, 40, warmup), abs=1e-12)
+
+
+def test_first_update_has_rate_zero_and_the_peak_comes_twice() -> None:
+    schedule = schedule_of(recipe("optimizer.warmup_epochs=0.5"), samples=100, first_batch=10)
+    assert schedule.warmup == 5
+    assert [schedule.lr(t) for t in (0, 4, 5)] == [0.0, 1.0, 1.0]
+    assert schedule.lr(6) < 1.0
+    assert schedule.lr(40) == pytest.approx(0.1)
+    assert schedule.lr(1000) == pytest.approx(0.1)
+
+
+def test_time_is_counted_in_samples_so_another_batch_keeps_its_place() -> None:
+    small = schedule_of(recipe(), samples=100, first_batch=10)
+    large = schedule_of(recipe("global_batch=20"), samples=100, first_batch=10)
+    assert [small.lr(t) for t in (0, 10, 20, 30)] == [large.lr(t) for t in (0, 10, 20, 30)]
+
+
+def test_steps_cover_the_epochs() -> None:
+    assert steps_of(recipe(), 100) == 40
+    assert steps_of(recipe(), 101) == 41
+    assert steps_of(recipe("epochs=0.25"), 101) == 3
+    assert steps_of(recipe("steps=7"), 101) == 7
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup_steps: got 40, expected a warm-up shorter"):
+        schedule_of(recipe("optimizer.warmup_steps=40"), samples=100, first_batch=10)

@@ -1,0 +1,105 @@
+"""A recipe is refused at start with field, got, expected and way out, or it is complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from beit_dist.config import TrainConfig, load_recipe
+from beit_dist.errors import ConfigError, UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("beit_*.yaml"))
+
+
+def recipe(*overrides: str) -> TrainConfig:
+    return load_recipe(TrainConfig, None, ["run=r", *overrides])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert load_recipe(TrainConfig, path).model.grid == 14
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.siz=base", "Did you mean model.size?"),
+        ("modle={}", "Did you mean model?"),
+        ("optimizer.lr=fast", "optimizer.lr: got 'fast'"),
+        ("epochs=-1", "epochs: got -1, expected greater than 0"),
+        ("model.patch_size=15", "a divisor of model.image_size (224)"),
+        ("model.heads=7", "a divisor of model.width (768)"),
+        ("masking.min_block=90", "masking.min_block: got 90, expected at most the 79 masked patches"),
+        ("masking.masked_patches=196", "fewer than the 196 patches"),
+        ("loader.lanes=7", "a divisor of global_batch (2048). Near by: 1, 2, 4, 8"),
+        ("optimizer.min_lr=1", "at most optimizer.lr"),
+        ("model.vocabulary=65536", "model.vocabulary: got 65536"),
+        ("seed=-1", "seed: got -1"),
+        ("epochs", "key=value"),
+        ("run.x=1", "run.x"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipe(override)
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        recipe("model.siz=1", "epochs=no")
+    assert "model.siz" in str(caught.value)
+    assert "epochs" in str(caught.value)
+
+
+def test_only_one_form_of_warm_up_is_accepted() -> None:
+    with pytest.raises(ConfigError, match="only one of warmup_epochs and warmup_steps"):
+        recipe("optimizer.warmup_epochs=1", "optimizer.warmup_steps=1")
+
+
+def test_overrides_win_over_the_file_and_over_earlier_ones(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("run: a\nepochs: 3\nmodel: {size: tiny, drop_path: 0.3}\n")
+    config = load_recipe(TrainConfig, path, ["epochs=4", "epochs=5", "model.depth=2", "optimizer.lr=1e-3"])
+    assert (config.epochs, config.model.depth, config.model.width) == (5, 2, 192)
+    assert config.model.drop_path == 0.3
+    assert config.optimizer.lr == 1e-3  # YAML alone would read 1e-3 as text
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("run: a\nepochs: 3\nepochs: 4\n")
+    with pytest.raises(ConfigError, match=r"epochs.*twice.*line 3"):
+        load_recipe(TrainConfig, path)
+
+
+@pytest.mark.parametrize(("content", "said"), [("a: [", "valid YAML"), ("- 1", "a YAML mapping")])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(TrainConfig, path)
+    with pytest.raises(ConfigError, match="a readable YAML file"):
+        load_recipe(TrainConfig, tmp_path / "absent.yaml")
+
+
+def test_lanes_default_to_the_largest_divisor_up_to_an_eighth_of_the_batch() -> None:
+    assert recipe().lanes == 256
+    assert recipe("global_batch=60").lanes == 6
+    assert recipe("global_batch=7").lanes == 1
+    assert recipe("global_batch=64", "loader.lanes=16").lanes == 16
+
+
+def test_masked_patches_default_to_two_fifths_rounded_up() -> None:
+    config = recipe()
+    assert config.masking.budget(config.model.patches) == 79
+    assert recipe("masking.masked_patches=75").masking.budget(196) == 75
+
+
+def test_drop_path_rises_linearly_from_the_first_block() -> None:
+    rates = recipe("model.drop_path=0.22").model.drop_path_rates
+    assert rates[0] == 0
+    assert rates[-1] == pytest.approx(0.22)
+    assert rates[1] == pytest.approx(0.02)
