@@ -1,0 +1,338 @@
+"""The trainer's side of loading: workers' parts become one rank batch after another, one step ahead."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import multiprocessing
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from beit_dist.config import LoaderConfig, near_divisors
+from beit_dist.data import shared_memory
+from beit_dist.data.manifest import Manifest
+from beit_dist.data.masking import MaskGenerator
+from beit_dist.data.pipeline import Failure, Part, PartPipeline, RowLayout, split_rows
+from beit_dist.data.plan import Plan
+from beit_dist.data.sample import SampleLayout
+from beit_dist.data.storage import open_reader
+from beit_dist.data.workers import WorkerStart, start_method
+from beit_dist.errors import ConfigError, SampleError, UserError
+
+logger = logging.getLogger(__name__)
+
+_BUFFERS = 3  # one with the trainer, one it may still copy from, one being filled
+_PATIENCE = 5.0  # seconds that close() gives workers to end by themselves
+
+
+@dataclass
+class RankBatch:
+    """A rank's R rows of one optimizer step, lane-major: CPU tensors, valid until the 2nd ``__next__`` after."""
+
+    consumed: int
+    """Samples of each lane before this step."""
+    patches: Tensor
+    """uint8 (R, patches, patch_bytes)."""
+    tokens: Tensor
+    """int16 (R, patches)."""
+    positions: Tensor
+    """int16 (R, K): masked patches, ascending, padded with -1; a damaged sample has -1 only."""
+    keeps: Tensor | None
+    """uint8 (R, depth, 2): 1 keeps a block's residual branch, 0 drops it; None without drop path."""
+    sample_ids: Tensor
+    """int64 (R,); -1 where the sample is damaged."""
+    epochs: Tensor
+    """int32 (R,)."""
+    masked: int
+    """Number of positions >= 0."""
+    bad: int
+    """Damaged samples among the rows."""
+    wait_seconds: float
+    """How long ``__next__`` had to wait for this batch."""
+
+
+def shared_memory_bytes(
+    *, layout: SampleLayout, positions: int, rank_rows: int, loader: LoaderConfig, depth: int = 0
+) -> int:
+    """Bytes of /dev/shm that a rank's loader holds at most.
+
+    Args:
+        layout: shapes of a sample.
+        positions: masked positions of a sample, padding included.
+        rank_rows: samples of a rank's batch.
+        loader: how many steps are read ahead.
+        depth: blocks with drop-path keeps.
+    """
+    if not loader.workers:
+        return 0
+    step = RowLayout(layout, positions, depth, rank_rows).nbytes
+    return shared_memory.held_bytes(step, loader.prefetch)
+
+
+@dataclass
+class _Buffer:
+    """Memory of one rank batch, used again and again: faulting in fresh pages costs more than reading."""
+
+    memory: Tensor
+    tensors: dict[str, Tensor]
+
+
+class RankBatches(Iterator[RankBatch]):
+    """This rank's batches from a position on, for ever.
+
+    Args:
+        root: the data set's folder.
+        manifest: of that data set.
+        plan: the order of samples; its seed keys drop path.
+        masks: makes the masked positions.
+        drop_path_rates: stochastic-depth rate of each block of the model.
+        global_batch: samples of one step over all ranks; a multiple of the plan's lanes and of ``world``.
+        rank: this rank.
+        world: number of ranks.
+        consumed: samples of each lane that were consumed before.
+        loader: workers, prefetch, budget of damaged samples, time limit.
+        pin: put batches into page-locked memory, for asynchronous copies to a GPU.
+        ranks_on_node: ranks that share this node's /dev/shm.
+
+    Raises:
+        ConfigError: the global batch does not divide.
+        SpaceError: /dev/shm is too small.
+        DataError: no reader for such a place.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        manifest: Manifest,
+        plan: Plan,
+        masks: MaskGenerator,
+        drop_path_rates: Sequence[float],
+        global_batch: int,
+        rank: int,
+        world: int,
+        consumed: int,
+        loader: LoaderConfig,
+        pin: bool = False,
+        ranks_on_node: int = 1,
+    ) -> None:
+        _check_division(global_batch, plan.lanes, world)
+        self.root, self.loader, self.consumed = root, loader, consumed
+        self.per_lane = global_batch // plan.lanes
+        self.rows = range(rank * global_batch // world, (rank + 1) * global_batch // world)
+        parts = split_rows(self.rows, self.per_lane, max(1, loader.workers))
+        self.workers = len(parts) if loader.workers else 0
+        self._pipeline = PartPipeline(
+            reader=open_reader(root),
+            manifest=manifest,
+            plan=plan,
+            masks=masks,
+            drop_path_rates=drop_path_rates,
+            parts=parts,
+            per_lane=self.per_lane,
+            consumed=consumed,
+            tolerant=loader.bad_samples > 0,
+        )
+        layout = self._pipeline.layout(len(self.rows))
+        self.prefetch = self._prefetch(layout.nbytes, ranks_on_node)
+        if rank == 0:
+            self._give_notice(plan.lanes, world)
+        self.bad = 0
+        self._held: deque[_Buffer] = deque()
+        self._free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[RankBatch, _Buffer] | BaseException] = queue.SimpleQueue()
+        for _ in range(_BUFFERS):
+            memory = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pin)
+            self._free.put(_Buffer(memory, layout.tensors(memory)))
+        self._stopped, self._word = multiprocessing.Pipe(duplex=False)
+        self._closing = False
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self._thread.start()
+        # Registered after multiprocessing's own exit function and so run before it, which would wait for ever for
+        # workers that ignore SIGTERM.
+        atexit.register(self.close)
+
+    # ------------------------------------------------------------------------------- in the trainer's thread
+
+    def __next__(self) -> RankBatch:
+        """The next batch.
+
+        Raises:
+            SampleError: a sample is damaged beyond the budget, a worker died, or nothing came in time.
+        """
+        if self._failed is not None:
+            raise self._failed
+        if self._closing:
+            raise StopIteration
+        if len(self._held) == _BUFFERS - 1:
+            self._free.put(self._held.popleft())
+        began = time.perf_counter()
+        try:
+            made = self._ready.get(timeout=self.loader.timeout_seconds)
+        except queue.Empty:
+            made = SampleError(
+                f"{self.root}: no batch within loader.timeout_seconds={self.loader.timeout_seconds:g}. The storage"
+                " does not answer or is too slow; raise the limit if that is expected."
+            )
+        if isinstance(made, BaseException):
+            self._failed = made
+            raise made
+        batch, buffer = made
+        batch.wait_seconds = time.perf_counter() - began
+        self._held.append(buffer)
+        return batch
+
+    def close(self) -> None:
+        """End thread and workers; may be called more than once, and returns even if a worker hangs."""
+        self._closing = True
+        self._free.put(None)
+        self._thread.join(_PATIENCE)
+        with contextlib.suppress(OSError):
+            self._word.send_bytes(b"end")  # never read, so every worker sees it
+        self._thread.join(_PATIENCE)
+        self._word.close()
+        atexit.unregister(self.close)
+
+    # ------------------------------------------------------------------------------- in the loader's thread
+
+    def _run(self) -> None:
+        try:
+            loader = self._open_loader()
+            parts = iter(loader)
+            consumed = self.consumed
+            while (buffer := self._free.get()) is not None and not self._closing:
+                batch = self._assemble(parts, buffer, consumed)
+                if batch is None:
+                    break
+                consumed += self.per_lane
+                self._check_state(loader.state_dict(), consumed)
+                self._ready.put((batch, buffer))
+        except BaseException as error:
+            self._ready.put(_explained(error))
+
+    def _open_loader(self) -> Any:
+        # Always a fresh loader at an integer: one path for starting and for resuming, on any number of workers.
+        workers: dict[str, Any] = {}
+        if self.workers:
+            workers = {
+                "prefetch_factor": self.prefetch,
+                "multiprocessing_context": start_method(),
+                "worker_init_fn": WorkerStart(self._stopped),
+            }
+        return StatefulDataLoader(
+            self._pipeline,
+            batch_size=None,
+            num_workers=self.workers,
+            # Without one, creating the iterator draws from the global generator, which belongs to the trainer.
+            generator=torch.Generator(),
+            **workers,
+        )
+
+    def _assemble(self, parts: Iterator[Part | Failure], buffer: _Buffer, consumed: int) -> RankBatch | None:
+        """Fill ``buffer`` with the parts of one step; None if it was told to stop."""
+        self._pipeline.memory = None if self.workers else buffer.memory
+        faults: list[str] = []
+        for _ in range(max(1, self.workers)):
+            if self._closing:
+                return None
+            part = next(parts)
+            if isinstance(part, Failure):
+                raise part.kind(part.text)
+            if part.memory is not buffer.memory:
+                self._copy(part, buffer)
+            faults += part.faults
+        self._count_bad(faults)
+        tensors = buffer.tensors
+        return RankBatch(
+            consumed=consumed,
+            keeps=tensors.get("keeps"),
+            masked=int((tensors["positions"].numpy() >= 0).sum()),
+            bad=len(faults),
+            wait_seconds=0.0,
+            **{name: tensors[name] for name in ("patches", "tokens", "positions", "sample_ids", "epochs")},
+        )
+
+    def _copy(self, part: Part, buffer: _Buffer) -> None:
+        rows = slice(part.rows.start - self.rows.start, part.rows.stop - self.rows.start)
+        for name, tensor in self._pipeline.layout(len(part.rows)).tensors(part.memory).items():
+            # NumPy copies in this thread; torch would take the threads the model computes with.
+            buffer.tensors[name].numpy()[rows] = tensor.numpy()
+
+    def _check_state(self, state: dict[str, Any], expected: int) -> None:
+        """The loader's own account of what it yielded must be the position we believe to be at."""
+        if self.workers:
+            states = [worker["dataset_state"] for worker in state["_snapshot"]["_worker_snapshots"].values()]
+        else:
+            states = [state["dataset_state"]]
+        if any(own != {"consumed": expected} for own in states):
+            raise RuntimeError(f"the loader yielded up to {states}, expected {expected} samples of each lane")
+
+    def _count_bad(self, faults: list[str]) -> None:
+        for fault in faults:
+            self.bad += 1
+            if self.bad > self.loader.bad_samples:
+                raise SampleError(
+                    f"{fault} This is number {self.bad}; loader.bad_samples={self.loader.bad_samples}."
+                )
+            logger.warning("damaged sample %d of %d allowed: %s", self.bad, self.loader.bad_samples, fault)
+
+    # ---------------------------------------------------------------------------------------------- at start
+
+    def _prefetch(self, step_bytes: int, ranks_on_node: int) -> int:
+        available = shared_memory.room(ranks_on_node)
+        if not self.workers or available is None:
+            return self.loader.prefetch
+        return shared_memory.fit_prefetch(self.loader.prefetch, step_bytes, available)
+
+    def _give_notice(self, lanes: int, world: int) -> None:
+        if self.workers < self.loader.workers:
+            logger.warning(
+                "loader.workers: %d reduced to %d, as a rank has no more lanes", self.loader.workers, self.workers
+            )
+        if self.prefetch < self.loader.prefetch:
+            logger.warning(
+                "loader.prefetch: %d reduced to %d to fit into %s",
+                self.loader.prefetch,
+                self.prefetch,
+                shared_memory.SHARED_MEMORY,
+            )
+        if lanes % world:
+            logger.warning(
+                "%d ranks do not divide %d lanes: exact, but ranks read some blocks twice", world, lanes
+            )
+
+
+def _check_division(global_batch: int, lanes: int, world: int) -> None:
+    if global_batch % world:
+        raise ConfigError(
+            "global_batch",
+            global_batch,
+            f"a multiple of the {world} ranks",
+            f"Near by: ranks {near_divisors(global_batch, world)}, or a global batch of"
+            f" {global_batch // world * world or world}.",
+        )
+    if global_batch % lanes:
+        raise ConfigError("global_batch", global_batch, f"a multiple of the run's {lanes} lanes")
+
+
+def _explained(error: BaseException) -> BaseException:
+    """torch's word for a worker that was killed, in ours; anything else as it is."""
+    if isinstance(error, RuntimeError) and "exited unexpectedly" in str(error):
+        return SampleError(
+            f"a loader worker was killed ({error}). Most often that is the system's memory running out, or"
+            f" {shared_memory.SHARED_MEMORY}; lower loader.workers or loader.prefetch, and start again to go on."
+        )
+    if isinstance(error, UserError):
+        error.__traceback__ = None  # its frames would keep the loader, and with it the workers, alive
+    return error
