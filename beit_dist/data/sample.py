@@ -151,14 +151,23 @@ def decode_head(layout: SampleLayout, head: memoryview | bytes) -> tuple[int, st
     """
     if len(head) < layout.patches_start:
         raise DataError(f"sample head: got {len(head)} bytes, expected {layout.patches_start}")
-    start = layout.json_start
-    text = bytes(head[start : start + _JSON_HEAD_BYTES])
-    match = _JSON_HEAD.fullmatch(text)
-    if match is None:
-        raise DataError(f'sample json: got {text!r}, expected {{"crc32":"xxxxxxxx","key":"v02-000000123456",...')
+    crc, key = decode_json_start(head[layout.json_start : layout.json_start + _JSON_HEAD_BYTES])
     npy = bytes(head[layout.patches_start - NPY_HEADER : layout.patches_start])
     if npy != layout.patches_npy_header:
         raise DataError(f"patches npy header: got {npy!r}, expected {layout.patches_npy_header!r}")
+    return crc, key
+
+
+def decode_json_start(start: memoryview | bytes) -> tuple[int, str]:
+    """(crc32, key) from the first bytes of a json member.
+
+    Raises:
+        DataError: they are not in their place.
+    """
+    text = bytes(start[:_JSON_HEAD_BYTES])
+    match = _JSON_HEAD.fullmatch(text)
+    if match is None:
+        raise DataError(f'json: got {text!r}, expected {{"crc32":"xxxxxxxx","key":"v02-000000123456",...')
     return int(match[1], 16), match[2].decode("ascii")
 
 

@@ -1,0 +1,220 @@
+"""Checking every byte of a data set against its manifest, and saying exactly what is wrong and where."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from beit_dist.data.manifest import Manifest, ShardInfo
+from beit_dist.data.sample import (
+    BLOCK,
+    MEMBERS,
+    SampleLayout,
+    SampleNotes,
+    decode_json_start,
+    encode_notes,
+    parse_key,
+    sample_crc,
+)
+from beit_dist.errors import DataError
+
+Progress = Callable[[int], None]
+_READ = 1 << 20
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong, and where."""
+
+    shard: str
+    problem: str
+    """What it is, with got and expected."""
+    sample: int | None = None
+    """Row in the shard."""
+    key: str = ""
+    offset: int | None = None
+    """Byte in the shard file."""
+
+    def __str__(self) -> str:
+        where = [self.shard]
+        if self.sample is not None:
+            where.append(f"sample {self.sample}" + (f" ({self.key})" if self.key else ""))
+        if self.offset is not None:
+            where.append(f"byte {self.offset}")
+        return f"{', '.join(where)}: {self.problem}"
+
+
+class _Checked(NamedTuple):
+    """One shard: what is wrong with it, and its (row, sample id) as far as keys can be read."""
+
+    faults: list[Fault]
+    ids: dict[int, int]
+
+
+def verify(
+    root: str, manifest: Manifest, threads: int = 1, progress: Progress = lambda _: None
+) -> Iterator[Fault]:
+    """Every fault of the data set, shard by shard.
+
+    Args:
+        root: the data set's folder.
+        threads: shards that are read at once.
+        progress: called with numbers of bytes read, from any thread.
+    """
+    yield from _unlisted(root, manifest)
+    groups = list(zip(*(manifest.view_shards(view) for view in range(manifest.views)), strict=True))
+    highest = -1
+    with ThreadPoolExecutor(threads) as pool:
+        results = pool.map(lambda shards: _verify_group(root, manifest.layout, shards, progress), groups)
+        for shards, (faults, ids) in zip(groups, results, strict=True):
+            yield from faults
+            if ids and min(ids.values()) <= highest:
+                row = min(ids, key=lambda row: ids[row])
+                problem = f"sample id: got {ids[row]}, expected above {highest}, the last of the shards before"
+                yield Fault(shards[0].name, problem, row)
+            highest = max(highest, *ids.values()) if ids else highest
+
+
+def _unlisted(root: str, manifest: Manifest) -> Iterator[Fault]:
+    known = {shard.name for shard in manifest.shards}
+    for path in sorted(Path(root).glob("v[0-9][0-9]/*.tar")):
+        name = f"{path.parent.name}/{path.name}"
+        if name not in known:
+            yield Fault(name, "not in the manifest; readers that take all tars would read it")
+
+
+def _verify_group(root: str, layout: SampleLayout, shards: Sequence[ShardInfo], progress: Progress) -> _Checked:
+    """The same shard of all views: each by itself, then their ids against view 0's."""
+    checked = [_verify_shard(root, layout, view, shard, progress) for view, shard in enumerate(shards)]
+    faults = [fault for one in checked for fault in one.faults]
+    first = checked[0].ids
+    for shard, (_, ids) in zip(shards[1:], checked[1:], strict=True):
+        for row in sorted(ids.keys() & first.keys()):
+            if ids[row] != first[row]:
+                problem = f"sample id: got {ids[row]}, expected {first[row]} as in {shards[0].name}"
+                faults.append(Fault(shard.name, problem, row))
+    return _Checked(faults, first)
+
+
+def _verify_shard(root: str, layout: SampleLayout, view: int, shard: ShardInfo, progress: Progress) -> _Checked:
+    path = os.path.join(root, shard.name)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            checked, digest = _read_shard(file, layout, view, shard, progress)
+    except OSError as error:
+        return _Checked([Fault(shard.name, error.strerror or str(error))], {})
+    faults = checked.faults
+    if size != shard.bytes:
+        faults.insert(0, Fault(shard.name, f"size: got {size} bytes, expected {shard.bytes}"))
+    if digest != shard.sha256:
+        hint = "" if faults else "; all checksums inside are right, so it is a name, label or box in some json"
+        faults.append(Fault(shard.name, f"sha256: got {digest}, expected {shard.sha256}{hint}"))
+    return checked
+
+
+def _read_shard(
+    file: BinaryIO, layout: SampleLayout, view: int, shard: ShardInfo, progress: Progress
+) -> tuple[_Checked, str]:
+    digest = hashlib.sha256()
+    faults: list[Fault] = []
+    ids: dict[int, int] = {}
+    for row in range(shard.samples):
+        raw = file.read(layout.stride)
+        digest.update(raw)
+        progress(len(raw))
+        start = row * layout.stride
+        if len(raw) < layout.stride:
+            problem = f"cut short: got {len(raw)} bytes of the sample, expected {layout.stride}"
+            faults.append(Fault(shard.name, problem, row, offset=start))
+            break
+        key = ""
+        try:
+            crc, key = decode_json_start(raw[layout.json_start :])
+            found_view, ids[row] = parse_key(key)
+            if found_view != view:
+                faults.append(Fault(shard.name, f"view: got {found_view}, expected {view}", row, key, start))
+            problems = _sample_problems(layout, memoryview(raw), crc, key)
+        except DataError as error:
+            problems = iter([(layout.json_start, str(error))])
+        faults += [Fault(shard.name, problem, row, key, start + offset) for offset, problem in problems]
+    faults += _id_faults(shard, ids)
+    rest = b"".join(iter(lambda: file.read(_READ), b""))
+    digest.update(rest)
+    progress(len(rest))
+    if any(rest):
+        offset = shard.samples * layout.stride + next(i for i, byte in enumerate(rest) if byte)
+        faults.append(Fault(shard.name, "got data behind the last sample, expected zeros", offset=offset))
+    return _Checked(faults, ids), digest.hexdigest()
+
+
+def _id_faults(shard: ShardInfo, ids: dict[int, int]) -> Iterator[Fault]:
+    for before, row in itertools.pairwise(sorted(ids)):
+        if ids[row] <= ids[before]:
+            yield Fault(
+                shard.name, f"sample id: got {ids[row]}, expected above {ids[before]}, the one before", row
+            )
+
+
+def _sample_problems(layout: SampleLayout, raw: memoryview, crc: int, key: str) -> Iterator[tuple[int, str]]:
+    """(offset in the sample, what is wrong) of everything but the key's place in the data set."""
+    places = zip(MEMBERS, layout.member_starts, layout.member_sizes, strict=True)
+    ends = (*(start - BLOCK for start in layout.member_starts[1:]), layout.stride)
+    for (member, start, size), end in zip(places, ends, strict=True):
+        yield from _differences(
+            raw, start - BLOCK, _tar_header(f"{key}.{member}", size), f"tar header of {member}"
+        )
+        yield from _differences(raw, start + size, bytes(end - start - size), f"padding of {member}")
+    arrays = ((layout.patches_start, layout.patches_npy_header), (layout.tokens_start, layout.tokens_npy_header))
+    for start, header in arrays:
+        yield from _differences(raw, start - len(header), header, "npy header")
+    yield from _json_problems(layout, raw, crc, key)
+    patches = raw[layout.patches_start : layout.patches_start + layout.patches_nbytes]
+    tokens = raw[layout.tokens_start : layout.tokens_start + layout.tokens_nbytes]
+    got = sample_crc(key, patches, tokens)
+    if got != crc:
+        yield layout.patches_start, f"crc32 of key, patches and tokens: got {got:08x}, expected {crc:08x}"
+    values = np.frombuffer(tokens, "<i2")
+    wrong = np.flatnonzero((values < 0) | (values >= layout.vocabulary))
+    if len(wrong):
+        place, expected = int(wrong[0]), f"0 to {layout.vocabulary - 1}"
+        problem = f"token {place}: got {values[place]}, expected {expected} ({len(wrong)} such tokens)"
+        yield layout.tokens_start + 2 * place, problem
+
+
+def _json_problems(layout: SampleLayout, raw: memoryview, crc: int, key: str) -> Iterator[tuple[int, str]]:
+    start, size = layout.member_starts[0], layout.member_sizes[0]
+    text = bytes(raw[start : start + size])
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        box = tuple(fields["box"]) if "box" in fields else None
+        notes = SampleNotes(fields["source"], fields.get("label"), box, fields.get("flip", False))
+        expected = encode_notes(crc, key, notes)
+    except (ValueError, KeyError, TypeError, DataError) as error:
+        yield start, f"json: got {text.rstrip()!r} ({error!r}), expected what the writer writes"
+        return
+    yield from _differences(raw, start, expected, "json")
+
+
+def _differences(raw: memoryview, start: int, expected: bytes, what: str) -> Iterator[tuple[int, str]]:
+    """The first byte that differs from what must stand at ``start``."""
+    got = bytes(raw[start : start + len(expected)])
+    if got != expected:
+        first = next(i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b)
+        yield start + first, f"{what}: got {got[first:][:24]!r}, expected {expected[first:][:24]!r}"
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """The header that webdataset's TarWriter writes for a member."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size, 0o444, 0
+    info.uname = info.gname = "bigdata"
+    return info.tobuf(tarfile.USTAR_FORMAT)
