@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import math
 import os
 import pty
 import shlex
@@ -30,6 +29,7 @@ import psutil
 
 from beit_dist.config import TrainConfig, load_recipe
 from beit_dist.data.manifest import load_manifest
+from beit_dist.engine.schedule import steps_of
 from beit_dist.errors import UserError, exit_cleanly
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +62,7 @@ FULL = Size(images=1500)
 FAST = Size(
     images=96,
     tokenizer=("steps=20", "batch=8", "held_out=8"),
-    train=("steps=12", "global_batch=16", "micro_batch=8", "logging.every_steps=1"),
+    train=("steps=40", "global_batch=32", "micro_batch=16", "logging.every_steps=1"),
 )
 
 
@@ -175,14 +175,15 @@ class Demo:
 
     def preparation(self) -> list[Stage]:
         """Everything before training."""
-        images, tokenizer, shards = self.shown("images"), self.shown("tokenizer.safetensors"), self.shown("shards")
+        corpus, images = self.shown("corpus"), self.shown("corpus", "images")
+        tokenizer, shards = self.shown("tokenizer.safetensors"), self.shown("shards")
         number = str(self.size.images)
         return [
             Stage(
                 "corpus",
                 f"{number} generated images",
-                ("tools/make_corpus.py", "--out", images, "--images", number, "--size", "128"),
-                "images",
+                ("tools/make_corpus.py", "--out", corpus, "--images", number, "--size", "128"),
+                "corpus",
             ),
             Stage(
                 "tokenizer",
@@ -296,8 +297,7 @@ class Demo:
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         recipe = load_recipe(TrainConfig, ROOT / RECIPE, self.overrides())
-        samples = load_manifest(str(self.out / "shards")).samples
-        return recipe.steps or math.ceil(recipe.epochs * samples / recipe.global_batch)
+        return steps_of(recipe, load_manifest(str(self.out / "shards")).samples)
 
     def _start(self, name: str) -> Shown:
         command = self.training(free_port())

@@ -24,7 +24,7 @@ case $BEHAVIOUR in
   waits)
     trap 'echo stop >> signals; touch run/PREEMPTED; exit 0' USR1
     touch ready
-    while :; do sleep 0.05; done ;;
+    for _ in $(seq 600); do sleep 0.05; done ;;  # not for ever, should no signal come
 esac
 """
 SCONTROL = """#!/usr/bin/env bash
@@ -107,8 +107,9 @@ def test_a_run_that_fails_is_not_requeued_and_its_code_is_passed_on(job: Path) -
     assert not (job / "requeued").exists()
 
 
-def test_a_marker_of_the_last_start_does_not_requeue_a_run_that_fails(job: Path) -> None:
-    (job / "run" / "PREEMPTED").touch()
+@pytest.mark.parametrize("marker", ["DONE", "PREEMPTED"])
+def test_a_marker_of_the_last_start_does_not_hide_a_failure(job: Path, marker: str) -> None:
+    (job / "run" / marker).touch()
     assert ended(start(job, "fails"))[0] == 3
     assert not (job / "requeued").exists()
 

@@ -121,7 +121,7 @@ def test_another_size_makes_everything_anew(
 ) -> None:
     out = tmp_path / "demo"
     call(demo, out)
-    left = out / "images" / "of the first call"
+    left = out / "corpus" / "of the first call"
     left.write_text("")
     capfdbinary.readouterr()
     call(demo, out, "--fast")

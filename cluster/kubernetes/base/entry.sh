@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# What a pod of the training Job runs: check the settings, start this node's ranks, and give the Job an exit code
+# that tells how the run ended. torchrun's own does not: it is 1 for a rank's 2, and 0 for a run that was stopped,
+# after which the Job would count this index as complete and never start it again.
+#
+#   0 done    2 the input is wrong    75 stopped with a complete checkpoint    anything else: failed, try again
+set -u
+
+rank_of_node=$JOB_COMPLETION_INDEX
+python=${PYTHON:-python}
+
+launcher=
+stop() {
+  [[ -n $launcher ]] || exit 75 # nothing has begun, nothing is lost
+  kill -TERM "$launcher" 2>/dev/null
+}
+trap stop TERM INT
+
+# Wrong settings are found here, before a launcher can hide the exit code.
+"$python" -m beit_dist.train "$@" --dry-run --ranks $((NODES * GPUS_PER_NODE)) || exit $?
+
+# Markers of the last start would mislead the end of this script.
+[[ $rank_of_node == 0 ]] && rm -f "$RUN/DONE" "$RUN/PREEMPTED" "$RUN/FAILED"
+
+# A pod's name can be looked up only some seconds after it has started.
+for ((tries = 0; tries < ${DNS_SECONDS:-300}; tries++)); do
+  getent hosts "$MASTER_ADDR" >/dev/null && break
+  sleep 1
+done
+
+"$python" -m torch.distributed.run --nnodes "$NODES" --node-rank "$rank_of_node" \
+  --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
+  --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "$SHUTDOWN_SECONDS" \
+  -m beit_dist.train "$@" &
+launcher=$!
+
+wait "$launcher"
+code=$?
+while kill -0 "$launcher" 2>/dev/null; do # a signal ends `wait` early
+  wait "$launcher"
+  code=$?
+done
+
+# Rank 0 may leave its marker, on a file system of its own pace, after the ranks here have ended.
+for ((tries = 0; code == 0 && tries < ${MARKER_SECONDS:-60}; tries++)); do
+  [[ -f $RUN/DONE || -f $RUN/PREEMPTED || -f $RUN/FAILED ]] && break
+  sleep 1
+done
+
+[[ -f $RUN/DONE ]] && exit 0
+[[ -f $RUN/PREEMPTED ]] && exit 75
+grep -qs '"exit_code": 2\b' "$RUN/FAILED" && exit 2
+exit $((code == 0 || code == 2 ? 1 : code))
