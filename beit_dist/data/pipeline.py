@@ -6,8 +6,9 @@ in memory laid out once. Nothing here depends on how many workers or ranks there
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,13 +49,18 @@ class RowLayout:
 
     @cached_property
     def fields(self) -> dict[str, tuple[int, torch.dtype, tuple[int, ...]]]:
-        """Name to (offset in bytes, dtype, shape)."""
+        """Name to (offset in bytes, dtype, shape).
+
+        ``stamp`` is the batch that the memory was last filled for: it tells whether a part was overwritten while
+        it was copied.
+        """
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "patches": (torch.uint8, (self.rows, self.sample.patches, self.sample.patch_bytes)),
             "tokens": (torch.int16, (self.rows, self.sample.patches)),
             "positions": (torch.int16, (self.rows, self.positions)),
             "sample_ids": (torch.int64, (self.rows,)),
             "epochs": (torch.int32, (self.rows,)),
+            "stamp": (torch.int64, (1,)),
         }
         if self.depth:
             shapes["keeps"] = (torch.uint8, (self.rows, self.depth, 2))
@@ -86,8 +92,10 @@ class Part:
     """Samples of each lane before this batch."""
     rows: range
     """Rows of the global batch."""
-    memory: Tensor
-    """uint8, laid out by a :class:`RowLayout` of as many rows."""
+    slot: int
+    """Which of its worker's pieces of memory this part is in."""
+    memory: Tensor | None
+    """uint8, laid out by a :class:`RowLayout` of as many rows; None if the receiver has this slot already."""
     faults: list[str] = field(default_factory=list)
     """What was wrong with each damaged sample; their rows have positions of -1 only."""
 
@@ -109,6 +117,11 @@ def split_rows(rows: range, per_lane: int, parts: int) -> list[range]:
     return [range(edges[part], edges[part + 1]) for part in range(parts)]
 
 
+def drop_path_depth(rates: Sequence[float]) -> int:
+    """Blocks for which keeps are drawn: all of them, or none if nothing is ever dropped."""
+    return len(rates) if any(rates) else 0
+
+
 class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no types
     """The endless stream of parts of one rank; each worker of a loader yields those of its own part number.
 
@@ -123,6 +136,8 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         parts: the rows of the global batch that each worker fills.
         per_lane: samples of each lane in a batch.
         consumed: where to begin.
+        slots: pieces of memory that each worker fills in turn. A part must have been copied by the time its worker
+            is asked for the part ``slots`` later.
         tolerant: carry damaged samples with weight 0, and report them, instead of failing at the first.
     """
 
@@ -137,21 +152,22 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         parts: Sequence[range],
         per_lane: int,
         consumed: int,
+        slots: int,
         tolerant: bool,
     ) -> None:
         super().__init__(self._work, wds.map(self._read), wds.map(self._mask), wds.map(self._keep))
         self.reader, self.plan, self.masks, self.tolerant = reader, plan, masks, tolerant
-        self.parts, self.per_lane, self.consumed = list(parts), per_lane, consumed
+        self.parts, self.per_lane, self.consumed, self.slots = list(parts), per_lane, consumed, slots
         self.rates = np.repeat(np.asarray(drop_path_rates, np.float64), 2).reshape(-1, 2)
+        self.depth = drop_path_depth(drop_path_rates)
         self.shard_names = [[shard.name for shard in manifest.view_shards(v)] for v in range(manifest.views)]
         self.sample = manifest.layout
         self.memory: Tensor | None = None
-        """Memory for the next part, if it shall not be allocated: used without workers."""
+        """Memory for the next part, in place of the slots: used without workers."""
 
     def layout(self, rows: int) -> RowLayout:
         """How a part of so many rows lies in memory."""
-        depth = len(self.rates) if self.rates.any() else 0
-        return RowLayout(self.sample, self.masks.positions_per_image, depth, rows)
+        return RowLayout(self.sample, self.masks.positions_per_image, self.depth, rows)
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed}
@@ -160,8 +176,11 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         self.consumed = state["consumed"]
 
     def __iter__(self) -> Iterator[Part | Failure]:
+        sent: set[int] = set()
         try:
-            yield from super().__iter__()
+            for part in super().__iter__():
+                yield replace(part, memory=None) if part.slot in sent else part
+                sent.add(part.slot)
         except DataError as error:
             yield Failure(type(error), str(error))
 
@@ -171,10 +190,17 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         """Stage 0: this worker's part of one batch after the other."""
         worker = get_worker_info()
         rows = self.parts[0 if worker is None else worker.id]
-        layout = self.layout(len(rows))
-        while True:
-            memory = self.memory if self.memory is not None else shared_memory.allocate(layout.nbytes)
-            part = Part(self.consumed, rows, memory)
+        kept: dict[int, Tensor] = {}
+        for slot in itertools.cycle(range(self.slots)):
+            if self.memory is not None:
+                memory = self.memory
+            elif slot not in kept:
+                # Filling fresh pages costs more than reading and checking, so there are only so many of them.
+                memory = kept[slot] = shared_memory.allocate(self.layout(len(rows)).nbytes)
+            else:
+                memory = kept[slot]
+            part = Part(self.consumed, rows, slot, memory)
+            self._arrays(part)["stamp"][0] = part.consumed
             self.consumed += self.per_lane  # the state counts this part as yielded, and it is about to be
             yield part
 
@@ -216,6 +242,7 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         return part
 
     def _arrays(self, part: Part) -> dict[str, NDArray[Any]]:
+        assert part.memory is not None  # only what is sent away loses it
         tensors = self.layout(len(part.rows)).tensors(part.memory)
         return {name: tensor.numpy() for name, tensor in tensors.items()}
 

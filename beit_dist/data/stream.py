@@ -9,12 +9,14 @@ import multiprocessing
 import queue
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -22,7 +24,7 @@ from beit_dist.config import LoaderConfig, near_divisors
 from beit_dist.data import shared_memory
 from beit_dist.data.manifest import Manifest
 from beit_dist.data.masking import MaskGenerator
-from beit_dist.data.pipeline import Failure, Part, PartPipeline, RowLayout, split_rows
+from beit_dist.data.pipeline import Failure, Part, PartPipeline, RowLayout, drop_path_depth, split_rows
 from beit_dist.data.plan import Plan
 from beit_dist.data.sample import SampleLayout
 from beit_dist.data.storage import open_reader
@@ -132,6 +134,10 @@ class RankBatches(Iterator[RankBatch]):
         self.rows = range(rank * global_batch // world, (rank + 1) * global_batch // world)
         parts = split_rows(self.rows, self.per_lane, max(1, loader.workers))
         self.workers = len(parts) if loader.workers else 0
+        layout = RowLayout(
+            manifest.layout, masks.positions_per_image, drop_path_depth(drop_path_rates), len(self.rows)
+        )
+        self.prefetch = self._prefetch(layout.nbytes, ranks_on_node)
         self._pipeline = PartPipeline(
             reader=open_reader(root),
             manifest=manifest,
@@ -141,10 +147,12 @@ class RankBatches(Iterator[RankBatch]):
             parts=parts,
             per_lane=self.per_lane,
             consumed=consumed,
+            # The loader asks a worker for a part when it hands out the one `prefetch` before it. The one before
+            # that has been copied by then.
+            slots=self.prefetch + 1,
             tolerant=loader.bad_samples > 0,
         )
-        layout = self._pipeline.layout(len(self.rows))
-        self.prefetch = self._prefetch(layout.nbytes, ranks_on_node)
+        self._slots: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
         if rank == 0:
             self._give_notice(plan.lanes, world)
         self.bad = 0
@@ -230,6 +238,8 @@ class RankBatches(Iterator[RankBatch]):
                 "multiprocessing_context": start_method(),
                 "worker_init_fn": WorkerStart(self._stopped),
             }
+        # torchdata calls what torch has deprecated; nothing a user could do about it.
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         return StatefulDataLoader(
             self._pipeline,
             batch_size=None,
@@ -249,7 +259,7 @@ class RankBatches(Iterator[RankBatch]):
             part = next(parts)
             if isinstance(part, Failure):
                 raise part.kind(part.text)
-            if part.memory is not buffer.memory:
+            if self.workers:
                 self._copy(part, buffer)
             faults += part.faults
         self._count_bad(faults)
@@ -264,10 +274,17 @@ class RankBatches(Iterator[RankBatch]):
         )
 
     def _copy(self, part: Part, buffer: _Buffer) -> None:
+        slot = (part.rows.start, part.slot)
+        if part.memory is not None:
+            tensors = self._pipeline.layout(len(part.rows)).tensors(part.memory)
+            self._slots[slot] = {name: tensor.numpy() for name, tensor in tensors.items()}
         rows = slice(part.rows.start - self.rows.start, part.rows.stop - self.rows.start)
-        for name, tensor in self._pipeline.layout(len(part.rows)).tensors(part.memory).items():
+        arrays = self._slots[slot]
+        for name, array in arrays.items():
             # NumPy copies in this thread; torch would take the threads the model computes with.
-            buffer.tensors[name].numpy()[rows] = tensor.numpy()
+            buffer.tensors[name].numpy()[... if name == "stamp" else rows] = array
+        if arrays["stamp"][0] != part.consumed:
+            raise RuntimeError(f"a worker filled memory for {arrays['stamp'][0]} while {part.consumed} was copied")
 
     def _check_state(self, state: dict[str, Any], expected: int) -> None:
         """The loader's own account of what it yielded must be the position we believe to be at."""
