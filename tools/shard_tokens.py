@@ -154,7 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--shard-samples", type=int, help="images of a shard (default 4096: 631 MB)")
     add("--seed", type=int, help="of the order, crops, flips and jitter (default 0)")
     add("--batch", type=int, help="images of an encoder batch (default 64)")
-    add("--precision", choices=("fp32", "bf16"), help="of the encoder (default fp32)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="of the encoder. fp32, the default, rounds least, as tokens are made once and trained on for "
+        "hundreds of epochs; bf16 is twice as fast on a CPU that has it, and about 2 tokens in 100 differ",
+    )
 
     work = parser.add_argument_group("how the work is split")
     add = work.add_argument

@@ -125,6 +125,8 @@ class _HashingSink(io.RawIOBase):
         self._stream, self.digest, self.written = stream, hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:
+        if self._stream.closed:  # an abandoned tar writer flushes once more when it is collected
+            return len(data)
         self._stream.write(data)
         self.digest.update(data)
         self.written += len(data)

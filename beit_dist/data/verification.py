@@ -17,6 +17,7 @@ import numpy as np
 from beit_dist.data.manifest import Manifest, ShardInfo
 from beit_dist.data.sample import (
     BLOCK,
+    JSON_BYTES,
     MEMBERS,
     SampleLayout,
     SampleNotes,
@@ -138,7 +139,7 @@ def _read_shard(
             break
         key = ""
         try:
-            crc, key = decode_json_start(raw[layout.json_start :])
+            crc, key = decode_json_start(raw[layout.json_start : layout.json_start + JSON_BYTES])
             found_view, ids[row] = parse_key(key)
             if found_view != view:
                 faults.append(Fault(shard.name, f"view: got {found_view}, expected {view}", row, key, start))
