@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from beit_dist.data.images import Augment
+from beit_dist.data.listing import expand_sources
 from beit_dist.data.shards import Manifest
 from beit_dist.errors import ConfigError
 from beit_dist.tokenizing.commits import rejection_limit
 from beit_dist.tokenizing.decoding import CHUNK
 from beit_dist.tokenizing.encoder import DVAEEncoder
 from beit_dist.tokenizing.finish import finish, finished
-from beit_dist.tokenizing.freeze import check_same_sources, expand_sources, freeze
+from beit_dist.tokenizing.freeze import check_same_sources, freeze
 from beit_dist.tokenizing.job import Job, Precision, record_job
 from beit_dist.tokenizing.place import worker_place
 from beit_dist.tokenizing.sources import SourceList, read_header
