@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import shutil
@@ -18,7 +20,8 @@ from beit_dist.config import TrainConfig
 from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import RankBatches
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.store import CheckpointStore, Saved
+from beit_dist.engine.checkpoint.layout import Saved
+from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.metrics import Metrics
@@ -161,9 +164,10 @@ def build_engine(config: TrainConfig, resolved: Resolved, device: torch.device) 
         guarded=resolved.stage == 0 and resolved.precision == "fp32",
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=resolved.deepspeed, dist_init_required=False
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures that nothing turns off
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=resolved.deepspeed, dist_init_required=False
+        )
     engine.train()
     return engine
 

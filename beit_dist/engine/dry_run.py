@@ -73,7 +73,7 @@ def _model_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
     blocks = f"blocks of at least {config.masking.min_block}"
     yield "masking", f"{config.masking.mode}: {at_most}{masked} of {model.patches} patches, {blocks}"
     work = multiply_adds(model, masked)
-    yield "FLOPs", f"{6 * work / 1e9:.2f} G per image (6 × {work / 1e9:.2f} G multiply-adds of backbone and head)"
+    yield "FLOPs", f"{6 * work / 1e9:.4g} G per image: 6 × {work / 1e9:.4g} G multiply-adds of backbone and head"
 
 
 def _batch_rows(config: TrainConfig, resolved: Resolved) -> Iterator[tuple[str, str]]:

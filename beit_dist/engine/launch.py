@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import traceback
+import warnings
 from datetime import timedelta
 from typing import NoReturn
 
@@ -66,8 +67,10 @@ def _train(config: TrainConfig, resolved: Resolved, ranks: Ranks, manifest: Mani
 
 
 def _quieten() -> None:
-    """DeepSpeed logs every stage of its start; what matters of it is in ``run.json`` and in our own lines."""
+    """Silence what a user can do nothing about: DeepSpeed's log of its start, and uses of old torch names."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)  # torchdata 0.11
+    warnings.filterwarnings("ignore", message=".*is deprecated.*", module="torch.distributed.*")  # DeepSpeed 0.19
 
 
 def _end(message: str, code: int) -> NoReturn:

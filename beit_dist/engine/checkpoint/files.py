@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from beit_dist.engine.checkpoint.fragments import Fragment
+from beit_dist.engine.checkpoint.layout import Fragment, fragment_key
 from beit_dist.errors import CheckpointError
 
 CHUNK = 4 << 20
@@ -135,7 +135,7 @@ class FragmentReader:
         for start, stop, file in self._stretches.get((fragment.parameter, fragment.role), []):
             low, high = max(begin, start), min(end, stop)
             if low < high:
-                key = Fragment(fragment.parameter, fragment.role, start, fragment.data).key
+                key = fragment_key(fragment.role, fragment.parameter, start)
                 values = self._file(file).get_slice(key)[low - start : high - start]
                 fragment.data[low - begin : high - begin].copy_(values)
                 filled += high - low

@@ -17,30 +17,8 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from beit_dist.engine.checkpoint.layout import MOMENTS, WEIGHT, Fragment
 from beit_dist.engine.distributed import Ranks
-
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """``data``, a 1-D fp32 view of live memory, is ``[start, start + length)`` of the flattened parameter."""
-
-    parameter: str
-    role: str
-    start: int
-    data: Tensor
-
-    @property
-    def length(self) -> int:
-        """Number of values."""
-        return self.data.numel()
-
-    @property
-    def key(self) -> str:
-        """Name of the tensor in a checkpoint file."""
-        return f"{self.role}/{self.parameter}@{self.start}"
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,8 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +26,26 @@ from beit_dist.engine.checkpoint.files import (
     write_whole,
 )
 from beit_dist.engine.checkpoint.fragments import EngineState
+from beit_dist.engine.checkpoint.layout import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Saved,
+    committed,
+    folder_name,
+    parse_folder_name,
+    rank_records,
+    sealed,
+)
 from beit_dist.engine.distributed import Agreement
 from beit_dist.errors import CheckpointError
 
-FORMAT_VERSION = 1
-
 _log = logging.getLogger(__name__)
-_NAME = re.compile(r"step-(\d{8})\.a(\d{4,})")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A committed checkpoint; ``manifest`` is empty when it cannot be read or fails its own checksum."""
-
-    folder: Path
-    step: int
-    attempt: int
-    manifest: dict[str, Any]
 
 
 class SupersededError(CheckpointError):
     """A newer attempt runs in the same folder; this one must leave it alone."""
 
     exit_code = 1
-
-
-def committed(folder: Path) -> list[Saved]:
-    """All committed checkpoints in ``folder``, newest step first, then newest attempt."""
-    found = []
-    for path in folder.glob("step-*"):
-        name = _NAME.fullmatch(path.name)
-        if name and (path / "manifest.json").is_file():
-            found.append(Saved(path, int(name[1]), int(name[2]), _read_manifest(path / "manifest.json")))
-    return sorted(found, key=lambda saved: (saved.step, saved.attempt), reverse=True)
 
 
 class CheckpointStore:
@@ -146,7 +131,7 @@ class CheckpointStore:
         Raises:
             SupersededError: a newer attempt was started on this folder.
         """
-        folder = self.folder / f"step-{step:08d}.a{self.attempt:04d}"
+        folder = self.folder / folder_name(step, self.attempt)
         exists = self._rank == 0 and any(saved.step == step for saved in committed(self.folder))
         if self._agreement.from_rank_0(exists):
             return True
@@ -194,7 +179,7 @@ class CheckpointStore:
         newest = self._newest_attempt()
         if newest > self.attempt:
             raise SupersededError(f"superseded by attempt {newest}: this run (attempt {self.attempt}) stops")
-        commit_exclusively(folder / "manifest.json", _sealed(manifest))
+        commit_exclusively(folder / MANIFEST, sealed(manifest))
         sync_folder(self.folder)
         write_whole(self.folder / "latest", f"{folder.name}\n".encode())
         self._tidy()
@@ -205,40 +190,13 @@ class CheckpointStore:
         for saved in committed(self.folder)[self._settings.keep :]:
             if not (every and saved.step % every == 0):
                 # Without its manifest a checkpoint does not exist: a removal cut short leaves no half one.
-                (saved.folder / "manifest.json").unlink()
+                (saved.folder / MANIFEST).unlink()
                 shutil.rmtree(saved.folder, ignore_errors=True)
         for path in self.folder.glob("step-*"):
-            name = _NAME.fullmatch(path.name)
-            if name and int(name[2]) < self.attempt and not (path / "manifest.json").exists():
+            name = parse_folder_name(path.name)
+            if name and name[1] < self.attempt and not (path / MANIFEST).exists():
                 shutil.rmtree(path, ignore_errors=True)
 
     def _newest_attempt(self) -> int:
         attempts = self.folder / "attempts"
         return max((int(name) for name in os.listdir(attempts) if name.isdigit()), default=0)
-
-
-def rank_records(saved: Saved) -> list[dict[str, Any]]:
-    """The ``rank-XXXXX.json`` of every rank: which fragments lie in which file."""
-    names = [entry["file"] for entry in saved.manifest["files"] if entry["file"].endswith(".json")]
-    try:
-        return [json.loads((saved.folder / name).read_bytes()) for name in names]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{saved.folder} cannot be read: {error}") from None
-
-
-def _sealed(manifest: dict[str, Any]) -> bytes:
-    """The manifest's bytes, with the sha256 of its canonical JSON inside."""
-    return json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode()
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        whole = manifest.pop("sha256") == _digest(manifest)
-    except (OSError, ValueError, KeyError, AttributeError):
-        return {}
-    return manifest if whole else {}
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

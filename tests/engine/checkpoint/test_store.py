@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from beit_dist.config import CheckpointConfig
 from beit_dist.engine.checkpoint.files import FragmentReader, write_fragments
-from beit_dist.engine.checkpoint.fragments import Fragment
-from beit_dist.engine.checkpoint.store import CheckpointStore, Saved, SupersededError, committed, rank_records
+from beit_dist.engine.checkpoint.layout import Fragment, Saved, committed, rank_records
+from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.errors import CheckpointError
 

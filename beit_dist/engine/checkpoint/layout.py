@@ -1,0 +1,105 @@
+"""What a checkpoint folder is made of: fragments in rank files, and the sealed manifest that commits them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from beit_dist.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+_FOLDER = re.compile(r"step-(\d{8,})\.a(\d{4,})")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """``data``, a 1-D fp32 view of live memory, is ``[start, start + length)`` of the flattened parameter."""
+
+    parameter: str
+    role: str
+    start: int
+    data: Tensor
+
+    @property
+    def length(self) -> int:
+        """Number of values."""
+        return self.data.numel()
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor in a checkpoint file."""
+        return fragment_key(self.role, self.parameter, self.start)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint; ``manifest`` is empty when it cannot be read or fails its own checksum."""
+
+    folder: Path
+    step: int
+    attempt: int
+    manifest: dict[str, Any]
+
+
+def fragment_key(role: str, parameter: str, start: int) -> str:
+    """Name of a fragment's tensor in a checkpoint file."""
+    return f"{role}/{parameter}@{start}"
+
+
+def folder_name(step: int, attempt: int) -> str:
+    """Name of the folder that an attempt writes a step's checkpoint to."""
+    return f"step-{step:08d}.a{attempt:04d}"
+
+
+def parse_folder_name(name: str) -> tuple[int, int] | None:
+    """(step, attempt) of a checkpoint folder's name; None if it is not one."""
+    found = _FOLDER.fullmatch(name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def committed(folder: Path) -> list[Saved]:
+    """All committed checkpoints in ``folder``, newest step first, then newest attempt."""
+    found = []
+    for path in folder.glob("step-*"):
+        name = parse_folder_name(path.name)
+        if name and (path / MANIFEST).is_file():
+            found.append(Saved(path, *name, read_manifest(path / MANIFEST)))
+    return sorted(found, key=lambda saved: (saved.step, saved.attempt), reverse=True)
+
+
+def rank_records(saved: Saved) -> list[dict[str, Any]]:
+    """The ``rank-XXXXX.json`` of every rank: which fragments lie in which file."""
+    names = [entry["file"] for entry in saved.manifest["files"] if entry["file"].endswith(".json")]
+    try:
+        return [json.loads((saved.folder / name).read_bytes()) for name in names]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{saved.folder} cannot be read: {error}") from None
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """The manifest's bytes, with the sha256 of its canonical JSON inside."""
+    return json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest whose seal holds; empty otherwise."""
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        whole = manifest.pop("sha256") == _digest(manifest)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return {}
+    return manifest if whole else {}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

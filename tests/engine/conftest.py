@@ -1,0 +1,142 @@
+"""Starting real training runs, small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+model: {size: tiny, width: 32, depth: 2, heads: 2, image_size: 32, patch_size: 8, vocabulary: 64, drop_path: 0.2}
+masking: {min_block: 4}
+global_batch: 16
+micro_batch: 4
+epochs: 5
+optimizer: {lr: 1e-2, warmup_steps: 5}
+loader: {workers: 1, lanes: 4, timeout_seconds: 120}
+checkpoint: {every_steps: 7, every_minutes: null, keep: 2}
+logging: {every_steps: 1, metrics_port: null}
+"""
+
+
+@dataclass
+class Run:
+    """A run folder and the settings that its starts have in common."""
+
+    folder: Path
+    data: Path
+    recipe: Path
+    ds_config: Path
+    ranks: int = 1
+    overrides: list[str] = field(default_factory=list)
+
+    def command(self, *overrides: str) -> list[str]:
+        """The command line: the real launcher for several ranks, plain Python for one."""
+        port = _free_port()
+        launcher = [sys.executable]
+        if self.ranks > 1:
+            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(self.ranks)]
+            launcher += ["--master_port", str(port)]
+        train = [str(ROOT / "beit_dist" / "train.py"), "--ds_config", str(self.ds_config)]
+        train += ["--config", str(self.recipe), f"run={self.folder}", f"data={self.data}"]
+        return [*launcher, *train, *self.overrides, *overrides]
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        """Start training and return at once."""
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            self.command(*overrides),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=self.folder.parent,
+        )
+
+    def finish(self, *overrides: str) -> tuple[int, str]:
+        """Start training and wait; exit code and output."""
+        return wait(self.start(*overrides))
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def numbers(self) -> list[tuple[Any, ...]]:
+        """What must be equal to the last bit between two runs, one tuple a step."""
+        names = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped")
+        return [tuple(line[name] for name in names) for line in self.lines()]
+
+    def signal_at(self, step: int, number: signal.Signals, rank: int = 0) -> tuple[int, str]:
+        """Start training, send a rank a signal once ``step`` is recorded, and wait for the end."""
+        process = self.start()
+        deadline = time.monotonic() + 120
+        while not any(line["step"] >= step for line in self.lines()):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"no step {step}: {wait(process)}")
+            time.sleep(0.01)
+        os.kill(self.facts()["ranks"][rank]["pid"], number)
+        return wait(process)
+
+    def facts(self) -> dict[str, Any]:
+        """run.json."""
+        found: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+        return found
+
+    def final_files(self) -> dict[str, str]:
+        """sha256 of the newest checkpoint's tensors, by file."""
+        newest = self.folder / "checkpoints" / (self.folder / "checkpoints" / "latest").read_text().strip()
+        manifest = json.loads((newest / "manifest.json").read_text())
+        return {f["file"]: f["sha256"] for f in manifest["files"] if f["file"].endswith(".safetensors")}
+
+
+def wait(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str]:
+    """Exit code and output of a process; it is killed when it does not end."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        pytest.fail(f"training did not end in {seconds} s: {output[-3000:]}")
+    return process.returncode, output
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory, make_shards: Callable[..., Any]) -> Path:
+    """147 samples of 32 px in three shards and two views."""
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder, [50, 64, 33], views=2)
+    return folder
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, small_data: Path) -> Callable[..., Run]:
+    """``new_run(name, ds="zero1.json" or a dict, ranks=1, overrides=[])``."""
+
+    def make(name: str, ds: str | dict[str, Any] = "zero1.json", ranks: int = 1, overrides: Any = ()) -> Run:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"run: {tmp_path / name}\n{RECIPE}")
+        ds_config = ROOT / "configs" / "deepspeed" / ds if isinstance(ds, str) else tmp_path / f"{name}.json"
+        if isinstance(ds, dict):
+            ds_config.write_text(json.dumps(ds))
+        return Run(tmp_path / name, small_data, recipe, ds_config, ranks, list(overrides))
+
+    return make

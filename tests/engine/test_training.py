@@ -1,0 +1,181 @@
+"""Real runs under the real launcher: stopped, killed, continued, and compared to the last bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STAGES: dict[str, dict[str, Any]] = {
+    "stage 0, fp32": {"zero_optimization": {"stage": 0}},
+    "stage 0, bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+    "stage 1, fp32": {"zero_optimization": {"stage": 1}},
+    "stage 1, bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+}
+
+
+def test_killed_and_stopped_two_ranks_end_as_if_nothing_had_happened(new_run: Callable[..., Any]) -> None:
+    whole = new_run("whole", ranks=2)
+    code, output = whole.finish()
+    assert code == 0, output
+    assert (whole.folder / "DONE").exists()
+
+    broken = new_run("broken", ranks=2)
+    code, output = broken.signal_at(16, signal.SIGKILL, rank=1)
+    assert code != 0
+    assert not (broken.folder / "DONE").exists()
+
+    code, output = broken.signal_at(30, signal.SIGTERM, rank=1)
+    assert code == 0, output
+    assert "resumed from step-" in output
+    stopped = json.loads((broken.folder / "PREEMPTED").read_text())
+    assert 30 <= stopped["step"] <= 40
+    assert len(broken.lines()) == stopped["step"]
+
+    code, output = broken.finish()
+    assert code == 0, output
+    assert f"step {stopped['step']}" in output
+    assert (broken.folder / "DONE").exists()
+    assert not (broken.folder / "PREEMPTED").exists()
+    assert {line["attempt"] for line in broken.lines()} == {1, 2, 3}
+    assert broken.numbers() == whole.numbers()
+    assert broken.final_files() == whole.final_files()
+
+    losses = [line["loss"] for line in whole.lines()]
+    assert losses[0] == pytest.approx(math.log(64), rel=0.01)
+    assert len(losses) == math.ceil(5 * 147 / 16)
+
+    code, output = broken.finish()
+    assert code == 0, output
+    assert "nothing left to do" in output
+    assert broken.numbers() == whole.numbers()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_and_precision_resumes_bit_for_bit(new_run: Callable[..., Any], stage: str) -> None:
+    whole = new_run("whole", STAGES[stage], overrides=["loader.workers=0", "steps=16"])
+    code, output = whole.finish()
+    assert code == 0, output
+
+    cut = new_run("cut", STAGES[stage], overrides=["loader.workers=0", "steps=16"])
+    shutil.copytree(whole.folder, cut.folder)
+    for newer in cut.folder.glob("checkpoints/step-00000016.*"):  # as if it had died after step 14
+        shutil.rmtree(newer)
+    code, output = cut.finish()
+    assert code == 0, output
+    assert "resumed from step-00000014" in output
+    assert cut.numbers() == whole.numbers()
+    assert cut.final_files() == whole.final_files()
+
+
+def test_ranks_accumulation_and_mask_mode_do_not_change_the_loss(new_run: Callable[..., Any]) -> None:
+    """The loss is the sum over masked patches by their number in the global batch (fp32 sums differ in order)."""
+    for mode in ("exact", "paper"):
+        runs = []
+        for name, ranks, micro in (("one", 1, 16), ("four", 1, 4), ("two", 2, 4)):
+            settings = ["steps=6", f"micro_batch={micro}", f"masking.mode={mode}", "loader.workers=0"]
+            run = new_run(f"{mode}-{name}", STAGES["stage 1, fp32"], ranks=ranks, overrides=settings)
+            code, output = run.finish()
+            assert code == 0, output
+            runs.append(run.lines())
+        for other in runs[1:]:
+            for name in ("loss", "accuracy", "grad_norm"):
+                expected = [line[name] for line in runs[0]]
+                assert [line[name] for line in other] == pytest.approx(expected, rel=1e-4)
+            assert [line["masked"] for line in other] == [line["masked"] for line in runs[0]]
+        if mode == "paper":
+            assert len({line["masked"] for line in runs[0]}) > 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_the_same(new_run: Callable[..., Any]) -> None:
+    run = new_run("run", overrides=["loader.workers=0", "steps=16"])
+    assert run.finish()[0] == 0
+    expected, files = run.numbers(), run.final_files()
+    newest = run.folder / "checkpoints" / "step-00000016.a0001" / "rank-00000.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 16
+    newest.write_bytes(content)
+    code, output = run.finish()
+    assert code == 0, output
+    assert "is damaged" in output
+    assert "resumed from step-00000014" in output
+    assert run.numbers() == expected
+    assert run.final_files() == files
+
+
+def _flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "overrides", "code", "said"),
+    [
+        (lambda data: (data / "v00" / "shard-000001.tar").unlink(), [], 2, "v00/shard-000001.tar"),
+        (lambda data: _cut(data / "v01" / "shard-000002.tar"), [], 2, "v01/shard-000002.tar"),
+        (lambda data: (data / "manifest.json").unlink(), [], 2, "manifest.json"),
+        (lambda data: _flip(data / "v00" / "shard-000000.tar", 2000), [], 1, "v00/shard-000000.tar"),
+        (lambda data: None, ["model.vocabulary=128"], 2, "model.vocabulary: got 128, expected 64"),
+        (lambda data: None, ["model.patch_size=4", "masking.min_block=4"], 2, "model.patch_size: got 4"),
+        (lambda data: None, ["tokenizer=/nowhere.safetensors"], 2, "/nowhere.safetensors"),
+        (lambda data: None, ["optimiser.lr=1"], 2, "Did you mean optimizer?"),
+        (lambda data: None, ["data=null"], 2, "data: got None"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_named_without_a_traceback(
+    new_run: Callable[..., Any], break_it: Callable[[Path], None], overrides: list[str], code: int, said: str
+) -> None:
+    run = new_run("run", overrides=["loader.workers=0", *overrides])
+    run.data = Path(shutil.copytree(run.data, run.folder.parent / "data"))
+    break_it(run.data)
+    got, output = run.finish()
+    assert got == code, output
+    assert said in output
+    assert "Traceback" not in output
+    assert (run.folder / "FAILED").exists() == (code == 1)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20000])
+
+
+def test_another_model_or_data_set_cannot_continue_a_run(
+    new_run: Callable[..., Any], make_shards: Callable[..., Any]
+) -> None:
+    run = new_run("run", overrides=["loader.workers=0", "steps=7"])
+    assert run.finish()[0] == 0
+    code, output = run.finish("model.depth=3")
+    assert code == 2
+    assert "model.depth was 2, now 3" in output
+    code, output = run.finish("seed=1")
+    assert code == 2
+    assert "seed was 0, now 1" in output
+    other = run.folder.parent / "other"
+    make_shards(other, [50, 64, 33], views=2, seed=9)
+    code, output = run.finish(f"data={other}")
+    assert code == 2
+    assert "dataset_digest" in output
+    code, output = run.finish("optimizer.lr=0.02", "steps=8")
+    assert code == 0, output
+    assert "changed on resume: optimizer.lr was 0.01, now 0.02" in output
+    assert len(run.lines()) == 8
+
+
+def test_gradients_that_are_never_finite_stop_the_run_without_an_update(new_run: Callable[..., Any]) -> None:
+    run = new_run("run", overrides=["loader.workers=0", "optimizer.lr=1e38", "max_skipped_in_a_row=3"])
+    code, output = run.finish()
+    assert code == 1
+    assert "3 steps in a row" in output
+    assert "Traceback" not in output
+    skipped = [line["skipped"] for line in run.lines()]
+    assert skipped[-3:] == [True] * 3
+    assert json.loads((run.folder / "FAILED").read_text())["exit_code"] == 1
