@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -231,7 +230,3 @@ def _square(width: int, height: int) -> Box:
 def _centred(width: int, height: int, w: int, h: int) -> Box:
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-# The size is checked by us, with a reason that is recorded; Pillow's warning would only clutter the output.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -130,6 +131,7 @@ def _decode_chunk(recipe: Recipe, sources: list[Source]) -> list[Decoded]:
 
 def _start_decoder() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
+    warnings.filterwarnings("ignore", module="PIL")  # of images that are used all the same; ours are reasons
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

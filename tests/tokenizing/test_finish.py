@@ -1,0 +1,97 @@
+"""Finishing: nothing becomes a data set unless all of it is there and of one job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit_dist.errors import ConfigError, DataError
+from beit_dist.tokenizing.commits import rejection_limit
+from beit_dist.tokenizing.finish import finished
+
+
+def test_missing_shards_are_named_with_their_workers(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bench.work(out, 0, 3)
+    with pytest.raises(DataError, match=r"2 of 4 shards are not committed: 1, 2\. Worker i of N"):
+        bench.finish(out)
+    assert not (out / "manifest.json").exists()
+
+
+def test_nothing_started_is_refused(tmp_path: Path, bench: Any) -> None:
+    with pytest.raises(DataError, match="no worker has started"):
+        bench.finish(tmp_path)
+
+
+def test_a_list_that_changed_is_refused(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bench.work(out)
+    lines = (out / "sources.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "sources.jsonl").write_bytes(b"".join([lines[0], *reversed(lines[1:])]))
+    with pytest.raises(DataError, match="changed since the job began"):
+        bench.finish(out)
+
+
+def test_shards_of_no_list_are_refused(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bench.work(out)
+    (out / "v02").mkdir()
+    (out / "v02/shard-000000.tar").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"shards of no list: v02/shard-000000\.tar"):
+        bench.finish(out)
+
+
+def test_settings_that_differ_from_the_job_are_refused(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bench.work(out)
+    with pytest.raises(DataError, match="views: got 4, expected 2"):
+        bench.finish(out, {"views": 4, "seed": None})
+    assert bench.finish(out, {"views": 2, "seed": None}).views == 2
+
+
+def test_too_many_rejects_fail_the_finish(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = bench.images / "class-0/000.png"
+    path.write_bytes(b"?")
+    bench.work(out)
+    with pytest.raises(DataError, match="1 images rejected, more than the 0"):
+        bench.finish(out, max_rejected="0")
+    assert not (out / "manifest.json").exists()
+    bench.finish(out, max_rejected="1")
+
+
+def test_a_job_that_rejected_everything_is_no_data_set(bench: Any, tmp_path: Path) -> None:
+    for path in bench.images.rglob("*.png"):
+        path.write_bytes(b"?")
+    bench.work(tmp_path / "out")
+    with pytest.raises(DataError, match="every image was rejected"):
+        bench.finish(tmp_path / "out")
+
+
+def test_finished_knows_its_own_data_set_and_refuses_another(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert finished(out, {}) is None
+    bench.run("out")
+    assert finished(out, {"views": 2}) is not None
+    with pytest.raises(DataError, match="another job"):
+        finished(out, {"views": 3})
+    (out / "v00/shard-000000.tar").unlink()
+    assert finished(out, {"views": 2}) is None
+    (out / "job.json").unlink()
+    with pytest.raises(DataError, match="Use another"):
+        finished(out, {"views": 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("0", 0), ("7", 7), ("1%", 10), ("0.25%", 2), ("100%", 1000), ("5000", 1000)]
+)
+def test_the_limit_is_a_number_or_a_percentage(text: str, limit: int) -> None:
+    assert rejection_limit(text, 1000) == limit
+
+
+@pytest.mark.parametrize("text", ["", "%", "-1", "a", "1.5", "nan%", "-2%"])
+def test_another_limit_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--max-rejected"):
+        rejection_limit(text, 1000)

@@ -1,0 +1,213 @@
+"""The frozen list: every image once, in an order that the seed decides, from folders and tars alike."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit_dist.errors import ConfigError, DataError
+from beit_dist.tokenizing.freeze import expand_sources, freeze
+from beit_dist.tokenizing.sources import SourceList, read_source
+
+Pack = Callable[[Path, Path], None]
+
+
+def names(out: Path, shard_samples: int = 5) -> list[str]:
+    sources = SourceList(out, shard_samples)
+    return [entry.name for shard in range(sources.shards) for entry in sources.read(shard)]
+
+
+def touch(path: Path, content: bytes = b"x") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def test_a_folder_is_searched_through_and_only_images_are_taken(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a/c.jpeg", "a/d/e.Png", "z.webp"):
+        touch(tmp_path / "in" / name)
+    for name in ("notes.txt", "._b.jpg", ".hidden/x.jpg.txt", "jpg", "labels.csv"):
+        touch(tmp_path / "in" / name)
+    header = freeze([str(tmp_path / "in")], tmp_path / "out", 0)
+    assert header.entries == 4
+    assert sorted(names(tmp_path / "out")) == ["a/c.jpeg", "a/d/e.Png", "b.JPG", "z.webp"]
+
+
+def test_the_order_is_a_permutation_by_the_seed_and_the_same_every_time(tmp_path: Path) -> None:
+    for number in range(50):
+        touch(tmp_path / "in" / f"{number}.jpg")
+    lists = []
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        freeze([str(tmp_path / "in")], tmp_path / out, seed)
+        lists.append(names(tmp_path / out))
+    assert lists[0] == lists[1]
+    assert lists[0] != lists[2]
+    assert sorted(lists[0]) == sorted(lists[2])
+    assert lists[0] != sorted(lists[0])
+    assert (tmp_path / "a/sources.jsonl").read_bytes() == (tmp_path / "b/sources.jsonl").read_bytes()
+
+
+def test_a_tar_gives_the_same_list_as_its_folder(tmp_path: Path, bench: Any, pack_tar: Pack) -> None:
+    pack_tar(bench.images, tmp_path / "images.tar")
+    freeze([str(bench.images)], tmp_path / "a", 0)
+    freeze([str(tmp_path / "images.tar")], tmp_path / "b", 0)
+    assert names(tmp_path / "a") == names(tmp_path / "b")
+    for one, two in zip(
+        SourceList(tmp_path / "a", 99).read(0), SourceList(tmp_path / "b", 99).read(0), strict=True
+    ):
+        assert (one.sample_id, one.label) == (two.sample_id, two.label)
+        assert read_source(one) == read_source(two) == (bench.images / one.name).read_bytes()
+
+
+def test_several_tars_by_braces_and_several_sources(tmp_path: Path, bench: Any, pack_tar: Pack) -> None:
+    for number in range(3):
+        pack_tar(bench.images / f"class-{number}", tmp_path / f"part-{number}.tar")
+    header = freeze([str(tmp_path / "part-{0..2}.tar")], tmp_path / "out", 0)
+    assert header.entries == 13
+    assert [os.path.basename(path) for _, path in header.sources] == ["part-0.tar", "part-1.tar", "part-2.tar"]
+    both = freeze([str(bench.images / "class-0"), str(tmp_path / "part-1.tar")], tmp_path / "two", 0)
+    assert [kind for kind, _ in both.sources] == ["folder", "tar"]
+
+
+def test_class_folders_become_labels_and_anything_else_does_not(tmp_path: Path, bench: Any) -> None:
+    assert freeze([str(bench.images)], tmp_path / "a", 0).labels
+    for entry in SourceList(tmp_path / "a", 99).read(0):
+        assert entry.label == entry.name.split("/")[0]
+    assert not freeze([str(bench.images / "class-0")], tmp_path / "b", 0).labels
+    assert SourceList(tmp_path / "b", 99).read(0)[0].label is None
+    touch(bench.images / "stray.png")
+    assert not freeze([str(bench.images)], tmp_path / "c", 0).labels
+
+
+def test_names_that_are_no_utf8_survive(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path / "in")
+    os.mkdir(folder)
+    with open(folder + b"/\xff\xfe.jpg", "wb") as file:
+        file.write(b"content")
+    freeze([str(tmp_path / "in")], tmp_path / "out", 0)
+    (entry,) = SourceList(tmp_path / "out", 4).read(0)
+    assert read_source(entry) == b"content"
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere/a.jpg")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
+    freeze([str(tmp_path / "in")], tmp_path / "out", 0)
+    assert names(tmp_path / "out") == ["link/a.jpg"]
+
+
+def test_a_list_is_kept_and_one_of_other_sources_or_seed_is_refused(tmp_path: Path, bench: Any) -> None:
+    out = tmp_path / "out"
+    freeze([str(bench.images)], out, 0)
+    before = (out / "sources.jsonl").read_bytes()
+    touch(bench.images / "class-0/new.png")
+    freeze([str(bench.images)], out, 0)
+    assert (out / "sources.jsonl").read_bytes() == before
+    with pytest.raises(ConfigError, match="--seed: got 1, expected 0"):
+        freeze([str(bench.images)], out, 1)
+    with pytest.raises(ConfigError, match="--images"):
+        freeze([str(bench.images / "class-0")], out, 0)
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tar"])
+def test_a_compressed_tar_is_refused_with_the_way_out(
+    tmp_path: Path, bench: Any, pack_tar: Pack, suffix: str
+) -> None:
+    pack_tar(bench.images, tmp_path / "x.tar")
+    packed = tmp_path / f"y{suffix}"
+    packed.write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
+    with pytest.raises(DataError, match=r"compressed by gzip.*tar -xf"):
+        expand_sources([str(packed)])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("s3://bucket/x.tar", "of this machine"),
+        ("pipe:cat x.tar", "of this machine"),
+        ("nowhere.tar", "No such file"),
+        ("${NO_SUCH_NAME}/x.tar", "NO_SUCH_NAME"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        expand_sources([spec])
+
+
+def test_a_file_that_is_no_tar_or_a_source_given_twice_is_refused(tmp_path: Path, bench: Any) -> None:
+    touch(tmp_path / "x.jpg", b"x" * 2000)
+    with pytest.raises(ConfigError, match="this file is none"):
+        expand_sources([str(tmp_path / "x.jpg")])
+    with pytest.raises(ConfigError, match="once"):
+        expand_sources([str(bench.images), str(bench.images) + "/"])
+
+
+def test_no_image_at_all_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path / "in/readme.txt")
+    with pytest.raises(DataError, match="no image found"):
+        freeze([str(tmp_path / "in")], tmp_path / "out", 0)
+    assert not (tmp_path / "out/sources.jsonl").exists()
+
+
+def test_cut_damaged_and_joined_tars_are_refused(tmp_path: Path, bench: Any, pack_tar: Pack) -> None:
+    pack_tar(bench.images, tmp_path / "whole.tar")
+    raw = (tmp_path / "whole.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        members = tar.getmembers()
+    middle = members[len(members) // 2]
+    damaged = bytearray(raw)
+    damaged[middle.offset + 100] ^= 1
+    cuts = {
+        "at a member": raw[: middle.offset],
+        "in a header": raw[: middle.offset + 100],
+        "in the data": raw[: middle.offset_data + 100],
+        "a damaged header": bytes(damaged),
+        "joined": raw + raw,
+    }
+    for name, content in cuts.items():
+        (tmp_path / "cut.tar").write_bytes(content)
+        with pytest.raises(DataError, match=r"cut\.tar: "):
+            freeze([str(tmp_path / "cut.tar")], tmp_path / name, 0)
+
+
+def test_a_class_name_too_long_for_the_json_is_refused_before_the_work(tmp_path: Path) -> None:
+    touch(tmp_path / "in" / ("\x01" * 100) / "a.jpg")
+    touch(tmp_path / "in/b/a.jpg")
+    with pytest.raises(DataError, match="label"):
+        freeze([str(tmp_path / "in")], tmp_path / "out", 0)
+
+
+def test_a_changed_or_missing_image_is_noticed_when_read(tmp_path: Path, bench: Any, pack_tar: Pack) -> None:
+    freeze([str(bench.images)], tmp_path / "a", 0)
+    entry = SourceList(tmp_path / "a", 99).read(0)[0]
+    path = Path(entry.place)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(DataError, match="changed since the list was frozen"):
+        read_source(entry)
+    path.unlink()
+    with pytest.raises(DataError, match="gone since"):
+        read_source(entry)
+
+
+def test_a_damaged_list_is_refused(tmp_path: Path, bench: Any) -> None:
+    freeze([str(bench.images)], tmp_path, 0)
+    lines = (tmp_path / "sources.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "sources.jsonl").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(DataError, match="got 12 entries, expected 13"):
+        SourceList(tmp_path, 4)
+    (tmp_path / "sources.jsonl").write_bytes(b"".join([lines[0], b"{}\n", *lines[2:]]))
+    with pytest.raises(DataError, match="entry 0 is damaged"):
+        SourceList(tmp_path, 4).read(0)
+    (tmp_path / "sources.jsonl").write_text(json.dumps({"format": "x"}) + "\n")
+    with pytest.raises(DataError, match="another kind of file"):
+        SourceList(tmp_path, 4)
+    with pytest.raises(DataError, match="--index-only"):
+        SourceList(tmp_path / "empty", 4)
