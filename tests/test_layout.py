@@ -1,4 +1,4 @@
-"""The shape of the repository: imports point one way, names shadow nothing, files stay small and name no machine."""
+"""The shape of the repository: imports point one way, names hide nothing, files stay small and name no machine."""
 
 from __future__ import annotations
 
