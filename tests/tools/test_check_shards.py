@@ -1,0 +1,231 @@
+"""Every kind of damage to a data set is found, and named with its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from beit_dist.data.shards import Manifest, SampleLayout, load_manifest, sample_crc
+from beit_dist.data.verification import verify
+from beit_dist.errors import ConfigError, DataError
+from beit_dist.tokenizing.durable import TEMPORARY
+
+SHARDS = [4, 3, 2]
+NAME = "v01/shard-000001.tar"
+ROW = 2
+LAYOUT = SampleLayout(32, 8, 64)
+START = ROW * LAYOUT.stride
+KEY = "v01-000000000006"
+HEADER = 512
+TOOL: Any = None
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_shards: Callable[..., Manifest]) -> Path:
+    make_shards(tmp_path / "data", shard_samples=SHARDS, views=2)
+    return tmp_path / "data"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tool(load_tool: Callable[[str], ModuleType]) -> None:
+    global TOOL
+    TOOL = load_tool("check_shards")
+
+
+def check(data: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    code = TOOL.main([str(data), *options])
+    return code, capsys.readouterr().out
+
+
+def change(data: Path, offset: int, flip: int = 1) -> None:
+    path = data / NAME
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= flip
+    path.write_bytes(raw)
+
+
+def test_a_whole_data_set_passes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = check(data, capsys)
+    assert code == 0
+    assert "whole: 6 shards, 9 samples × 2 views" in out
+
+
+def test_gaps_in_the_ids_are_no_fault(
+    tmp_path: Path, make_shards: Callable[..., Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(tmp_path, shard_samples=[4, 3], views=3, gaps=4)
+    assert check(tmp_path, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("offset", "message"),
+    [
+        (0, "byte {at}: tar header of json"),
+        (300, "byte {at}: tar header of json"),
+        (LAYOUT.json_start + 12, "crc32 of key, patches and tokens"),
+        (LAYOUT.json_start + 1, "byte {json}: json: got"),
+        (LAYOUT.json_start + 27, "byte {json}: json: got"),
+        (LAYOUT.json_start + 511, "json: got"),
+        (LAYOUT.patches_start - 128 - HEADER + 5, "byte {at}: tar header of patches.npy"),
+        (LAYOUT.patches_start - 100, "byte {at}: npy header"),
+        (LAYOUT.patches_start, "crc32 of key, patches and tokens"),
+        (LAYOUT.patches_start + LAYOUT.patches_nbytes - 1, "crc32 of key, patches and tokens"),
+        (LAYOUT.patches_start + LAYOUT.patches_nbytes, "byte {at}: padding of patches.npy"),
+        (LAYOUT.tokens_start - 128 - HEADER, "byte {at}: tar header of tokens.npy"),
+        (LAYOUT.tokens_start - 1, "byte {at}: npy header"),
+        (LAYOUT.tokens_start + 3, "crc32 of key, patches and tokens"),
+        (LAYOUT.stride - 1, "byte {at}: padding of tokens.npy"),
+    ],
+)
+def test_one_wrong_bit_is_named_with_shard_sample_and_byte(
+    data: Path, capsys: pytest.CaptureFixture[str], offset: int, message: str
+) -> None:
+    change(data, START + offset)
+    code, out = check(data, capsys)
+    assert code == 1
+    expected = message.format(at=START + offset, json=START + LAYOUT.json_start)
+    assert any(line.startswith(f"{NAME}, sample {ROW}") and expected in line for line in out.splitlines()), out
+    assert f"{NAME}: sha256: got" in out
+    others = [line for line in out.splitlines() if line.startswith("v0") and not line.startswith(NAME)]
+    assert others == []
+
+
+def test_a_wrong_letter_of_a_source_name_shows_in_the_sha256(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = (data / NAME).read_bytes()
+    change(data, raw.index(b"image-", START))
+    code, out = check(data, capsys)
+    assert code == 1
+    assert "name, label or box in some json" in out
+    assert len(out.splitlines()) == 2
+
+
+def test_every_single_bit_of_a_sample_is_covered(data: Path) -> None:
+    """Whatever byte is changed is found, by a stride that shares no factor with the layout's sizes."""
+    whole = (data / NAME).read_bytes()
+    manifest = load_manifest(str(data))
+    for offset in range(0, len(whole), 1237):
+        change(data, offset, 0x10)
+        assert list(verify(str(data), manifest)), offset
+        (data / NAME).write_bytes(whole)
+    assert not list(verify(str(data), manifest))
+
+
+def reseal(data: Path) -> None:
+    """Make the manifest agree with the files again, as a faulty writer would."""
+    fields = json.loads((data / "manifest.json").read_bytes())
+    for shard in fields["shards"]:
+        shard["sha256"] = hashlib.sha256((data / shard["name"]).read_bytes()).hexdigest()
+    manifest = Manifest._parse(json.dumps(fields).encode())
+    (data / "manifest.json").write_bytes(manifest.to_bytes())
+
+
+def test_tokens_out_of_range_are_found_though_every_checksum_is_right(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = data / NAME
+    raw = bytearray(path.read_bytes())
+    start = START + LAYOUT.tokens_start
+    raw[start + 6 : start + 8] = (64).to_bytes(2, "little")
+    patches = raw[START + LAYOUT.patches_start :][: LAYOUT.patches_nbytes]
+    crc = sample_crc(KEY, bytes(patches), bytes(raw[start : start + LAYOUT.tokens_nbytes]))
+    raw[START + 512 + 10 : START + 512 + 18] = f"{crc:08x}".encode()
+    path.write_bytes(raw)
+    reseal(data)
+    code, out = check(data, capsys)
+    assert code == 1
+    assert out.splitlines()[0] == (
+        f"{NAME}, sample {ROW} ({KEY}), byte {start + 6}: token 3: got 64, expected 0 to 63 (1 such tokens)"
+    )
+
+
+def test_truncated_missing_and_longer_shards_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"v00/shard-00000{index}.tar" for index in range(3)]
+    whole = (data / names[0]).read_bytes()
+    (data / names[0]).write_bytes(whole[: LAYOUT.stride + 100])
+    (data / names[1]).unlink()
+    (data / names[2]).write_bytes((data / names[2]).read_bytes() + b"more")
+    code, out = check(data, capsys)
+    assert code == 1
+    assert f"{names[0]}: size: got {LAYOUT.stride + 100} bytes, expected {len(whole)}" in out
+    assert f"{names[0]}, sample 1, byte {LAYOUT.stride}: cut short: got 100 bytes" in out
+    assert f"{names[1]}: No such file" in out
+    assert f"{names[2]}: size: got" in out
+    assert f"{names[2]}, byte {len((data / names[2]).read_bytes()) - 4}: got data behind the last sample" in out
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_swapped_shards_are_found(
+    tmp_path: Path, make_shards: Callable[..., Manifest], capsys: pytest.CaptureFixture[str], sealed: bool
+) -> None:
+    """Also when the manifest was made of the swapped files: ids ascend, and are the same in every view."""
+    make_shards(tmp_path, shard_samples=[3, 3], views=2)
+    first, second = tmp_path / "v01/shard-000000.tar", tmp_path / "v01/shard-000001.tar"
+    shutil.move(first, tmp_path / "x")
+    shutil.move(second, first)
+    shutil.move(tmp_path / "x", second)
+    if sealed:
+        reseal(tmp_path)
+    code, out = check(tmp_path, capsys)
+    assert code == 1
+    assert "v01/shard-000000.tar, sample 0: sample id: got 3, expected 0 as in v00/shard-000000.tar" in out
+    assert ("sha256" in out) is not sealed
+
+
+def test_ids_that_repeat_or_go_back_are_found(
+    tmp_path: Path, make_shards: Callable[..., Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(tmp_path, shard_samples=[3, 3])
+    shutil.copy(tmp_path / "v00/shard-000000.tar", tmp_path / "v00/shard-000001.tar")
+    reseal(tmp_path)
+    code, out = check(tmp_path, capsys)
+    assert code == 1
+    assert "v00/shard-000001.tar, sample 0: sample id: got 0, expected above 2" in out
+    path = tmp_path / "v00/shard-000000.tar"
+    raw = path.read_bytes()
+    path.write_bytes(raw[LAYOUT.stride : 2 * LAYOUT.stride] + raw[: LAYOUT.stride] + raw[2 * LAYOUT.stride :])
+    assert "sample 1: sample id: got 0, expected above 1" in check(tmp_path, capsys)[1]
+
+
+def test_the_view_of_a_key_must_be_its_folder(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(data / "v00/shard-000002.tar", data / "v01/shard-000002.tar")
+    code, out = check(data, capsys)
+    assert code == 1
+    assert "v01/shard-000002.tar, sample 0 (v00-000000000007), byte 0: view: got 0, expected 1" in out
+
+
+def test_a_shard_that_the_manifest_does_not_list_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "v00/shard-000009.tar").write_bytes(b"")
+    (data / f"v00/.shard-000001.tar.x-1{TEMPORARY}").write_bytes(b"")
+    code, out = check(data, capsys)
+    assert code == 1
+    assert "v00/shard-000009.tar: not in the manifest" in out
+    assert "1 faults" in out
+
+
+def test_the_list_of_faults_is_bounded_but_all_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for row in range(3):
+        change(data, row * LAYOUT.stride + LAYOUT.patches_start)
+    code, out = check(data, capsys, "--limit", "2", "--threads", "2")
+    assert code == 1
+    assert sum(line.startswith(NAME) for line in out.splitlines()) == 2
+    assert "and 2 more" in out
+    assert "4 faults" in out
+
+
+def test_no_data_set_or_a_wrong_option_is_a_user_error(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not found") as caught:
+        TOOL.main([str(tmp_path)])
+    assert caught.value.exit_code == 2
+    wrong: Any
+    for wrong in (["--threads", "0"], ["--limit", "0"]):
+        with pytest.raises(ConfigError):
+            TOOL.main([str(data), *wrong])

@@ -1,0 +1,216 @@
+"""The offline job from the command line, with a real (tiny) dVAE."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_dist.config import DVAEConfig
+from beit_dist.data.shards import load_manifest
+from beit_dist.data.verification import verify
+from beit_dist.errors import ConfigError, DataError, TokenizerError
+from beit_dist.visual_tokens.dvae import DVAE
+from beit_dist.visual_tokens.weights import save_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = ["--image-size", "32", "--patch-size", "8", "--shard-samples", "4", "--batch", "3"]
+
+
+class Command:
+    """``tools/shard_tokens.py`` in this process, on a small folder of images."""
+
+    def __init__(self, tool: ModuleType, root: Path) -> None:
+        self._tool, self.root = tool, root
+        self.images, self.tokenizer = root / "images", root / "dvae.safetensors"
+        self.digest = save_dvae(self.tokenizer, seed=0)
+
+    def options(self, out: str, *extra: str) -> list[str]:
+        return [
+            *("--images", str(self.images), "--out", str(self.root / out)),
+            *("--tokenizer", str(self.tokenizer), "--decoders", "0", "--device", "cpu", *SMALL, *extra),
+        ]
+
+    def __call__(self, out: str, *extra: str) -> int:
+        return int(self._tool.main(self.options(out, *extra)))
+
+    def plain(self, *arguments: str) -> int:
+        return int(self._tool.main(list(arguments)))
+
+
+def save_dvae(path: Path, seed: int) -> str:
+    config = DVAEConfig(vocabulary=32, hidden=4, blocks_per_group=1, decoder_input=4)
+    return save_tokenizer(path, DVAE(config, seed), config, {})
+
+
+@pytest.fixture
+def command(tmp_path: Path, load_tool: Callable[[str], ModuleType]) -> Command:
+    for number in range(10):
+        path = tmp_path / "images" / f"class-{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return Command(load_tool("shard_tokens"), tmp_path)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in [*out.glob("v*/*"), out / "manifest.json"]}
+
+
+def test_one_command_freezes_writes_and_finishes(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("out", "--views", "2") == 0
+    assert "10 samples × 2 views in 6 shards" in capsys.readouterr().out
+    manifest = load_manifest(str(command.root / "out"))
+    assert (manifest.tokenizer, manifest.layout.vocabulary) == (command.digest, 32)
+    assert not list(verify(str(command.root / "out"), manifest))
+
+
+def test_several_workers_by_scheduler_write_the_same_bytes(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("alone")
+    assert command("out", "--index-only") == 0
+    monkeypatch.setenv("BEIT_WORKERS", "3")
+    for task in ("1", "5", "3"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")
+        assert command("out") == 0
+    assert not (command.root / "out/manifest.json").exists()
+    assert "When all workers are done" in capsys.readouterr().out
+    assert command.plain("--out", str(command.root / "out"), "--finish") == 0
+    assert files(command.root / "out") == files(command.root / "alone")
+
+
+def test_several_workers_without_a_list_are_refused(command: Command) -> None:
+    with pytest.raises(DataError, match="--index-only"):
+        command("out", "--index", "0", "--count", "2")
+    assert not (command.root / "out").exists()
+
+
+def test_a_complete_job_says_so_and_another_is_refused(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("out")
+    before = files(command.root / "out")
+    capsys.readouterr()
+    assert command("out") == 0
+    assert capsys.readouterr().out.startswith("already complete: ")
+    assert command.plain("--out", str(command.root / "out"), "--finish") == 0
+    assert capsys.readouterr().out.startswith("already complete: ")
+    for extra in (["--views", "2"], ["--seed", "1"], ["--augment", "center"], ["--precision", "bf16"]):
+        with pytest.raises((DataError, ConfigError), match=f"{extra[0].lstrip('-')}: got"):
+            command("out", *extra)
+    save_dvae(command.tokenizer, seed=1)
+    with pytest.raises(DataError, match="another job: tokenizer: got"):
+        command("out")
+    assert files(command.root / "out") == before
+
+
+def test_a_damaged_data_set_is_repaired_by_the_same_command(command: Command) -> None:
+    command("out")
+    before = files(command.root / "out")
+    (command.root / "out/v00/shard-000001.tar").unlink()
+    assert command("out") == 0
+    assert files(command.root / "out") == before
+
+
+def test_no_finish_leaves_the_manifest_out(command: Command) -> None:
+    assert command("out", "--no-finish") == 0
+    assert not (command.root / "out/manifest.json").exists()
+    assert command("out", "--finish") == 0
+    assert (command.root / "out/manifest.json").exists()
+
+
+def test_finish_refuses_flags_that_contradict_the_job(command: Command) -> None:
+    command("out", "--no-finish")
+    with pytest.raises(DataError, match="views: got 3, expected 1"):
+        command("out", "--finish", "--views", "3")
+
+
+def test_bf16_is_a_job_of_its_own(command: Command) -> None:
+    command("out", "--precision", "bf16")
+    assert json.loads((command.root / "out/job.json").read_text())["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (["--tokenizer", "nowhere.safetensors"], TokenizerError, "no file"),
+        (["--patch-size", "7"], ConfigError, "patch_size: got 7"),
+        (["--views", "0"], ConfigError, "--views"),
+        (["--device", "abacus"], ConfigError, "--device"),
+        (["--decoders", "-1"], ConfigError, "--decoders"),
+        (["--max-rejected", "some"], ConfigError, "--max-rejected"),
+        (["--index", "2"], ConfigError, "--count"),
+        (["--images", "nowhere"], ConfigError, "--images"),
+        (["--out", "s3://bucket/x"], ConfigError, "--out"),
+    ],
+)
+def test_wrong_input_is_refused_before_any_work(
+    command: Command, change: list[str], kind: Any, message: str
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        command("out", *change)
+    assert caught.value.exit_code == 2
+    assert not list((command.root / "out").glob("v*"))
+
+
+def test_needed_flags_are_asked_for(command: Command) -> None:
+    with pytest.raises(ConfigError, match="--images"):
+        command.plain("--out", str(command.root / "out"))
+    with pytest.raises(ConfigError, match="--tokenizer"):
+        command.plain("--out", str(command.root / "out"), "--images", str(command.images))
+
+
+@pytest.mark.slow
+def test_a_worker_killed_by_sigkill_is_run_again_and_leaves_no_process(command: Command) -> None:
+    command("whole")
+    tool = [sys.executable, str(REPOSITORY / "tools" / "shard_tokens.py")]
+    options = command.options("out", "--decoders", "1")
+    process = subprocess.Popen([*tool, *options], start_new_session=True)
+    first = command.root / "out/commits/shard-000000.json"
+    deadline = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.exists()
+    group = process.pid
+    while time.monotonic() < deadline and _alive(group):
+        time.sleep(0.05)
+    assert not _alive(group), "the decoding processes outlived their parent"
+    assert subprocess.run([*tool, *options], check=False, capture_output=True).returncode == 0
+    assert files(command.root / "out") == files(command.root / "whole")
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def test_user_errors_end_without_a_traceback(command: Command) -> None:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "shard_tokens.py")]
+    done = subprocess.run(
+        [*tool, "--images", "nowhere", "--out", str(command.root / "x"), "--index-only"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --images: got 'nowhere'")
+    assert "Traceback" not in done.stderr
