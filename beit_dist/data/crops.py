@@ -1,0 +1,205 @@
+"""Random square crops of any collection of images, decoded once where memory allows: the tokenizer's diet."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from beit_dist.data.draws import Purpose, below, permutation, uniforms, words
+from beit_dist.data.images import ImageRejectedError, decode
+from beit_dist.data.listing import IMAGE_SUFFIXES, expand_sources, list_images
+from beit_dist.errors import DataError
+
+Pixels = NDArray[np.uint8]
+
+_AHEAD = 3
+"""Batches under way while one is used."""
+
+
+class ImageFile(NamedTuple):
+    """Where an image lies: a file, or a range of bytes in a tar."""
+
+    path: str
+    offset: int
+    size: int
+
+
+def find_images(images: str) -> list[ImageFile]:
+    """The images of a folder, a tar or a webdataset specification of tars, sorted by name.
+
+    Raises:
+        ConfigError, DataError: the source cannot be used, or holds no image.
+    """
+    sources = expand_sources([images])
+    files = []
+    for entry in sorted(list_images(sources)):
+        kind, path = sources[entry.source]
+        full = os.path.join(path, os.fsdecode(entry.name)) if kind == "folder" else path
+        files.append(ImageFile(full, entry.offset, entry.size))
+    if not files:
+        raise DataError(f"{images}: no image found, looked for *{', *'.join(IMAGE_SUFFIXES)}")
+    return files
+
+
+class ImagePool:
+    """Images by number, shrunk to what crops need, kept as uint8 within a memory budget.
+
+    Reading begins with the constructor: images that cannot be decoded are counted and left out, those past
+    the budget are decoded whenever they are used.
+
+    Args:
+        shorter: images are shrunk until their shorter side has this many pixels; none is enlarged.
+        budget: bytes of decoded images to keep.
+
+    Raises:
+        DataError: an image cannot be read, or fewer than ``least`` can be decoded.
+    """
+
+    def __init__(self, files: Sequence[ImageFile], shorter: int, budget: int, workers: int, least: int) -> None:
+        self._shorter = shorter
+        self._files: list[ImageFile] = []
+        self._kept: list[Pixels] = []
+        self.rejected: list[str] = []
+        used, number = 0, 0
+        with (
+            ThreadPoolExecutor(workers) as threads,
+            tqdm(total=len(files), desc="reading images", unit=" images", disable=None) as bar,
+        ):
+            while number < len(files) and used < budget:
+                some = files[number : number + 256]
+                for file, pixels in zip(some, threads.map(self._try, some), strict=True):
+                    if isinstance(pixels, str):
+                        self.rejected.append(f"{file.path}: {pixels}")
+                        continue
+                    self._files.append(file)
+                    self._kept.append(pixels)
+                    used += pixels.nbytes
+                number += len(some)
+                bar.update(len(some))
+        self._files += files[number:]
+        if len(self._files) < least:
+            why = f" ({len(self.rejected)} cannot be decoded, first {self.rejected[0]})" if self.rejected else ""
+            raise DataError(
+                f"got {len(self._files)} usable images, expected at least {least}{why}. "
+                "Give more images, or lower held_out."
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, number: int) -> Pixels:
+        """uint8 ``(height, width, 3)``."""
+        if number < len(self._kept):
+            return self._kept[number]
+        pixels = self._try(self._files[number])
+        if isinstance(pixels, str):
+            # Past the budget, and never looked at before: another image takes its place, always the same one.
+            if not self._kept:
+                raise DataError(f"{self._files[number].path}: {pixels}. Remove it, or raise cache_gib.")
+            return self._kept[number % len(self._kept)]
+        return pixels
+
+    def _try(self, file: ImageFile) -> Pixels | str:
+        try:
+            with open(file.path, "rb") as stream:
+                stream.seek(file.offset)
+                raw = stream.read(file.size)
+        except OSError as error:
+            raise DataError(f"{file.path}: cannot be read ({error.strerror})") from None
+        try:
+            image = decode(raw)
+        except ImageRejectedError as error:
+            return str(error)
+        factor = self._shorter / min(image.size)
+        if factor < 1:
+            size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+            image = image.resize(size, Image.Resampling.BOX)
+        return np.asarray(image)
+
+
+class CropBatches:
+    """An endless iterator over batches of random crops, uint8 ``(batch, 3, side, side)``.
+
+    Every image comes once per epoch, in an order of its own; box and flip are keyed by (seed, position), so
+    neither threads nor timing change a batch.
+
+    Args:
+        numbers: the images of ``pool`` to use.
+        share: ``side`` as a share of the view that a drawn square becomes (1 crops whole views).
+    """
+
+    def __init__(
+        self,
+        pool: ImagePool,
+        numbers: Sequence[int],
+        *,
+        batch: int,
+        side: int,
+        scale: tuple[float, float],
+        share: float,
+        seed: int,
+        workers: int,
+    ) -> None:
+        self._pool, self._numbers, self._seed = pool, numbers, seed
+        self._batch, self._side, self._scale, self._share = batch, side, scale, share
+        self._threads = ThreadPoolExecutor(workers)
+        self._order = self._orders()
+        self._ready: list[Future[Pixels]] = []
+        self._position = 0
+
+    def __iter__(self) -> Iterator[Pixels]:
+        return self
+
+    def __next__(self) -> Pixels:
+        while len(self._ready) < _AHEAD:
+            picks = list(islice(self._order, self._batch))
+            self._ready.append(self._threads.submit(self._make, picks, self._position))
+            self._position += self._batch
+        return self._ready.pop(0).result()
+
+    def close(self) -> None:
+        """Stop the threads; crops under way are finished, those waiting are not."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _orders(self) -> Iterator[int]:
+        epoch = 0
+        while True:
+            for row in permutation(self._seed, Purpose.TOKENIZER_ORDER, (epoch,), len(self._numbers)):
+                yield self._numbers[row]
+            epoch += 1
+
+    def _make(self, picks: list[int], position: int) -> Pixels:
+        batch = np.empty((len(picks), self._side, self._side, 3), np.uint8)
+        for row, number in enumerate(picks):
+            batch[row] = self._crop(self._pool[number], position + row)
+        return np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
+
+    def _crop(self, pixels: Pixels, position: int) -> Pixels:
+        raw = words(self._seed, Purpose.TOKENIZER_ORDER, (position, 1), 4)
+        zoom, flip = uniforms(raw[:2])
+        height, width, _ = pixels.shape
+        low, high = (math.log(bound) for bound in self._scale)
+        shorter = min(height, width)
+        side = max(1, min(shorter, round(shorter * math.exp(low + (high - low) * float(zoom)) * self._share)))
+        left, top = below(int(raw[2]), width - side + 1), below(int(raw[3]), height - side + 1)
+        square = Image.fromarray(pixels[top : top + side, left : left + side])
+        crop = np.asarray(square.resize((self._side, self._side), Image.Resampling.BICUBIC))
+        return crop[:, ::-1] if flip < 0.5 else crop
+
+
+def centred_view(pixels: Pixels, side: int) -> Pixels:
+    """The largest centred square of an image, resized: uint8 ``(side, side, 3)``."""
+    height, width, _ = pixels.shape
+    square = min(height, width)
+    top, left = (height - square) // 2, (width - square) // 2
+    image = Image.fromarray(pixels[top : top + square, left : left + square])
+    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
