@@ -14,9 +14,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
 import argparse  # noqa: E402
 
 from beit_dist.config import TrainConfig, load_recipe  # noqa: E402
-from beit_dist.engine.distributed import ranks_from_environment  # noqa: E402
+from beit_dist.engine.distributed import Ranks, ranks_from_environment  # noqa: E402
 from beit_dist.engine.resolve import read_ds_config, resolve  # noqa: E402
-from beit_dist.errors import exit_cleanly  # noqa: E402
+from beit_dist.errors import UserError, exit_cleanly  # noqa: E402
 
 _EXAMPLES = """\
 examples:
@@ -53,6 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code is 0 when the run is done or was stopped with a whole checkpoint."""
     args = parse(arguments)
     ranks = ranks_from_environment()
+    try:
+        return run(args, ranks)
+    except UserError as error:
+        if ranks.local_rank == 0:
+            raise
+        return error.exit_code  # what is wrong before the ranks join, rank 0 of this host says for all
+
+
+def run(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Resolve the settings, then print them or train."""
     config = load_recipe(TrainConfig, args.config, args.overrides)
     resolved = resolve(config, read_ds_config(args.ds_config), args.ranks or ranks.world)
     if args.dry_run:

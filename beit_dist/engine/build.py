@@ -130,6 +130,7 @@ def build(
             consumed=progress.consumed,
             loader=config.loader,
             pin=device.type == "cuda",
+            ranks_on_node=sum(other["host"] == process["host"] for other in everyone),
         ),
         agreement=agreement,
         store=store,

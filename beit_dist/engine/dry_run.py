@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from beit_dist.config import TrainConfig
+from beit_dist.data.pipeline import drop_path_depth
 from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import shared_memory_bytes
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
@@ -143,6 +144,7 @@ def _data_rows(config: TrainConfig, resolved: Resolved, manifest: Manifest) -> I
         positions=mask_generator(config).positions_per_image,
         rank_rows=resolved.rank_batch,
         loader=config.loader,
+        depth=drop_path_depth(config.model.drop_path_rates),
     )
     yield "loader", f"{config.loader.workers} workers a rank, holding up to {_size(held)} of /dev/shm"
 

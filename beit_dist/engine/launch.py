@@ -33,9 +33,9 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     What every rank would find wrong alike is raised before the ranks join. After that a failure ends this
     process at once, without further collectives: others may be stuck in one, and follow when they notice.
     """
-    stop = StopRequest().install()  # from here on: a signal during the start is a stop before the first step
     _quieten()
     manifest = open_data(config, check_files=ranks.local_rank == 0)
+    stop = StopRequest().install()  # a signal during the start is a stop before the first step
     try:
         _train(config, resolved, ranks, manifest, stop)
     except SupersededError as error:  # the folder belongs to the newer attempt: leave no marker in it

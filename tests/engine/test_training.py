@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from beit_dist.errors import UserError
+from beit_dist.train import main
+
 pytestmark = pytest.mark.slow
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -118,30 +121,50 @@ def _flip(path: Path, offset: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "overrides", "code", "said"),
+    ("break_it", "overrides", "said"),
     [
-        (lambda data: (data / "v00" / "shard-000001.tar").unlink(), [], 2, "v00/shard-000001.tar"),
-        (lambda data: _cut(data / "v01" / "shard-000002.tar"), [], 2, "v01/shard-000002.tar"),
-        (lambda data: (data / "manifest.json").unlink(), [], 2, "manifest.json"),
-        (lambda data: _flip(data / "v00" / "shard-000000.tar", 2000), [], 1, "v00/shard-000000.tar"),
-        (lambda data: None, ["model.vocabulary=128"], 2, "model.vocabulary: got 128, expected 64"),
-        (lambda data: None, ["model.patch_size=4", "masking.min_block=4"], 2, "model.patch_size: got 4"),
-        (lambda data: None, ["tokenizer=/nowhere.safetensors"], 2, "/nowhere.safetensors"),
-        (lambda data: None, ["optimiser.lr=1"], 2, "Did you mean optimizer?"),
-        (lambda data: None, ["data=null"], 2, "data: got None"),
+        (lambda data: (data / "v00" / "shard-000001.tar").unlink(), [], "v00/shard-000001.tar"),
+        (lambda data: _cut(data / "v01" / "shard-000002.tar"), [], "v01/shard-000002.tar"),
+        (lambda data: (data / "manifest.json").unlink(), [], "manifest.json"),
+        (lambda data: None, ["model.vocabulary=128"], "model.vocabulary: got 128, expected 64"),
+        (lambda data: None, ["model.patch_size=4"], "model.patch_size: got 4"),
+        (lambda data: None, ["tokenizer=/nowhere.safetensors"], "/nowhere.safetensors"),
+        (lambda data: None, ["optimiser.lr=1"], "Did you mean optimizer?"),
+        (lambda data: None, ["data=null"], "data: got None"),
     ],
 )
-def test_what_a_user_can_get_wrong_is_named_without_a_traceback(
-    new_run: Callable[..., Any], break_it: Callable[[Path], None], overrides: list[str], code: int, said: str
+def test_what_a_user_can_get_wrong_is_named_before_anything_starts(
+    new_run: Callable[..., Any], break_it: Callable[[Path], None], overrides: list[str], said: str
 ) -> None:
-    run = new_run("run", overrides=["loader.workers=0", *overrides])
+    run = new_run("run", overrides=overrides)
     run.data = Path(shutil.copytree(run.data, run.folder.parent / "data"))
     break_it(run.data)
-    got, output = run.finish()
-    assert got == code, output
-    assert said in output
+    with pytest.raises(UserError) as caught:
+        main(run.command()[2:])
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not run.folder.exists()
+
+
+def test_a_user_sees_one_line_and_no_traceback(new_run: Callable[..., Any]) -> None:
+    run = new_run("run", ranks=2, overrides=["model.siz=1"])
+    code, output = run.finish()
+    assert code == 2
+    assert output.count("error: model.siz: got 1, expected one of the known settings") == 1
     assert "Traceback" not in output
-    assert (run.folder / "FAILED").exists() == (code == 1)
+
+
+def test_a_flipped_byte_in_a_shard_ends_the_run_by_name(new_run: Callable[..., Any]) -> None:
+    run = new_run("run", ranks=2)
+    run.data = Path(shutil.copytree(run.data, run.folder.parent / "data"))
+    _flip(run.data / "v00" / "shard-000000.tar", 2000)
+    code, output = run.finish()
+    assert code == 1
+    assert "shard-000000.tar" in output
+    assert "Traceback" not in output
+    failed = json.loads((run.folder / "FAILED").read_text())
+    assert failed["exit_code"] == 1
+    assert "shard-000000.tar" in failed["error"]
 
 
 def _cut(path: Path) -> None:
