@@ -344,10 +344,11 @@ def _check_division(global_batch: int, lanes: int, world: int) -> None:
 
 
 def _explained(error: BaseException) -> BaseException:
-    """torch's word for a worker that was killed, in ours; anything else as it is."""
-    if isinstance(error, RuntimeError) and "exited unexpectedly" in str(error):
-        return SampleError(
-            f"a loader worker was killed ({error}). Most often that is the system's memory running out, or"
+    """What torch and the system say when a worker was killed, in our words; anything else as it is."""
+    lost = isinstance(error, (OSError, EOFError)) or "exited unexpectedly" in str(error)
+    if lost and not isinstance(error, UserError):
+        error = SampleError(
+            f"a loader worker was killed ({str(error) or type(error).__name__}). Most often that is the system's memory running out, or"
             f" {shared_memory.SHARED_MEMORY}; lower loader.workers or loader.prefetch, and start again to go on."
         )
     if isinstance(error, UserError):
