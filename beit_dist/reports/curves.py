@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from beit_dist.errors import DataError
 
 RAW, SMOOTH, MARK = "#9ab8d8", "#1f4e8c", "#b5502f"
 _SMOOTHED_FROM = 50
-"""Steps from which on a curve is also drawn as a moving average, over a fiftieth of the run."""
+"""Steps from which on a curve is also drawn as a moving average over 4 % of the run."""
 _NAMED_RESUMES = 4
 """More resumes than these get their lines without the word."""
 
@@ -107,13 +108,14 @@ def draw_curves(history: History, vocabulary: int, out: str | Path, title: str =
     upper.set_title(title or "Pre-training")
     upper.set_ylabel("loss per masked patch (nats)")
     upper.margins(y=0.08)
-    if len(history.steps) > 1:
+    if len(history.steps) >= _SMOOTHED_FROM:
         upper.legend(loc="lower left", frameon=False, fontsize=9)
 
     _curve(lower, history.steps, 100 * history.accuracy)
     lower.set_ylabel("masked tokens\npredicted right (%)")
     lower.set_ylim(bottom=0)
     lower.set_xlabel("optimizer step")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (upper, lower):
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
@@ -121,6 +123,7 @@ def draw_curves(history: History, vocabulary: int, out: str | Path, title: str =
         for step in history.resumed:
             axes.axvline(step, color=MARK, linewidth=0.9, linestyle=":")
     _name_resumes(upper, history.resumed)
+    figure.align_ylabels()
 
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +131,8 @@ def draw_curves(history: History, vocabulary: int, out: str | Path, title: str =
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A centred moving average over a fiftieth of the values; NaN counts as absent."""
-    reach = max(1, len(values) // 100)
+    """A centred moving average over 4 % of the values; NaN counts as absent."""
+    reach = max(1, len(values) // 50)
     known = np.isfinite(values)
     sums = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
     counts = np.concatenate(([0], np.cumsum(known)))
@@ -142,7 +145,7 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _curve(axes: Axes, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
     if len(steps) < _SMOOTHED_FROM:
-        axes.plot(steps, values, color=SMOOTH, linewidth=1.4, marker="o", markersize=2.5, label="every step")
+        axes.plot(steps, values, color=SMOOTH, linewidth=1.4, marker="o", markersize=2.5)
         return
     axes.plot(steps, values, color=RAW, linewidth=0.7, label="every step")
     axes.plot(steps, smoothed(values), color=SMOOTH, linewidth=1.6, label="moving average")
