@@ -347,8 +347,9 @@ def _explained(error: BaseException) -> BaseException:
     """What torch and the system say when a worker was killed, in our words; anything else as it is."""
     lost = isinstance(error, (OSError, EOFError)) or "exited unexpectedly" in str(error)
     if lost and not isinstance(error, UserError):
+        cause = str(error) or type(error).__name__
         error = SampleError(
-            f"a loader worker was killed ({str(error) or type(error).__name__}). Most often that is the system's memory running out, or"
+            f"a loader worker was killed ({cause}). Most often that is the system's memory running out, or"
             f" {shared_memory.SHARED_MEMORY}; lower loader.workers or loader.prefetch, and start again to go on."
         )
     if isinstance(error, UserError):
