@@ -199,17 +199,8 @@ class Demo:
                 "two views of every image with their tokens, written once",
                 (
                     *("tools/shard_tokens.py", "--images", images, "--out", shards, "--tokenizer", tokenizer),
-                    *[
-                        "--views",
-                        "2",
-                        "--image-size",
-                        "112",
-                        "--patch-size",
-                        "8",
-                        "--shard-samples",
-                        "256",
-                        "--finish",
-                    ],
+                    *("--views", "2", "--image-size", "112", "--patch-size", "8"),
+                    *("--shard-samples", "256"),
                 ),
                 "shards",
             ),
@@ -231,7 +222,7 @@ class Demo:
         launcher = Path(sys.executable).with_name("deepspeed")  # that of this virtual environment, not of PATH
         if not launcher.exists():
             raise StageError(f"{launcher} is missing. Install the package again: pip install -e .")
-        options = ["--num_accelerators", str(RANKS), "--master_port", str(port)]
+        options = ["--num_accelerators", str(RANKS), "--master_port", str(port), "--log_level", "warning"]
         program = ["beit_dist/train.py", "--ds_config", "configs/deepspeed/zero1.json", "--config", RECIPE]
         return [str(launcher), *options, *program, *self.overrides()]
 
@@ -348,6 +339,7 @@ class Demo:
             ("settings, resolved", ("run", "config.yaml")),
             ("shards", ("shards",)),
             ("tokenizer", ("tokenizer.safetensors",)),
+            ("what it can draw", ("tokenizer.png",)),
         ]
         print("\n== where to look")
         for what, parts in rows:

@@ -18,6 +18,7 @@ out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]) if "--out" in sys.argv
 print("tool", *sys.argv[1:])
 if out is not None and out.suffix:
     out.write_text("weights")
+    out.with_suffix(".png").write_text("picture")
 elif out is not None:
     out.mkdir(exist_ok=True)
 if "draw_pictures" in sys.argv[0]:
