@@ -320,6 +320,9 @@ class TokenizerRecipe(Section):
     """Final weight of the KL term, in the paper's units: the loss is divided by the number of pixel values."""
     kl_warmup_steps: int | None = Field(None, ge=1)
     """Steps of the KL weight's cosine from 0; by default a quarter of ``steps``."""
+    usage_weight: float = Field(0.0, ge=0)
+    """Weight, in the same units, of the KL of the batch's average token distribution alone: keeps the codebook
+    in use in short trainings on little data. 0 in the paper."""
     precision: Literal["fp32", "bf16"] = "bf16"
     held_out: int = Field(64, ge=1)
     """Images kept aside to measure reconstruction and codebook use."""

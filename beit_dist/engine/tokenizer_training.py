@@ -124,7 +124,8 @@ class Training:
         self.step_number = self.skipped = self._skipped_in_a_row = 0
         self._noise = torch.Generator(device).manual_seed(_short(recipe.seed, 1))
         named = list(self.model.named_parameters())
-        self._parameters = [p for _, p in named]
+        self._parameters: list[Tensor] = [p for _, p in named]
+        self._averages: list[Tensor] = list(self.averaged.parameters())
         groups = [
             {"params": [p for n, p in named if n.endswith(".w")], "weight_decay": recipe.weight_decay},
             {"params": [p for n, p in named if not n.endswith(".w")], "weight_decay": 0.0},
@@ -157,7 +158,8 @@ class Training:
         images = images.to(self.device, non_blocking=True)
         grid = (images.shape[0], self.recipe.model.vocabulary, images.shape[2] // 8, images.shape[3] // 8)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            terms = elbo(self.model, images, gumbel_noise(grid, self._noise), self.temperature, self.kl_weight)
+            noise = gumbel_noise(grid, self._noise)
+            terms = elbo(self.model, images, noise, self.temperature, self.kl_weight, self.recipe.usage_weight)
         self._optimizer.zero_grad()
         terms.loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.recipe.clip_grad or math.inf)
@@ -170,13 +172,13 @@ class Training:
         else:
             self._skip()
         self.step_number += 1
-        return terms
+        return terms._replace(loss=terms.loss.detach())
 
     @torch.no_grad()
     def _average(self) -> None:
         # A young average follows quickly, or it would still hold the random start when a short run ends.
         decay = min(self.recipe.ema, (1 + self.step_number) / (10 + self.step_number))
-        torch._foreach_lerp_(list(self.averaged.parameters()), self._parameters, 1 - decay)
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
 
     def _skip(self) -> None:
         self.skipped += 1

@@ -23,6 +23,8 @@ class ElboTerms(NamedTuple):
     """Per pixel value, of the relaxed reconstruction."""
     kl: Tensor
     """Per token, in [0, ln V]."""
+    usage_kl: Tensor
+    """KL of the batch's average token distribution to the uniform one, in [0, kl]: 0 when all are used alike."""
     token_counts: Tensor
     """int64 ``(V,)``: how often each token was the likeliest."""
 
@@ -49,28 +51,40 @@ def logit_laplace_nll(mapped: Tensor, parameters: Tensor) -> Tensor:
     return distance * torch.exp(-log_scale) + log_scale + math.log(2) + torch.log(mapped * (1 - mapped))
 
 
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL(q || uniform) = ln V - H(q) of each position: ``(B, V, h, w)`` to ``(B, h, w)``, in [0, ln V]."""
-    log_q = torch.log_softmax(logits.float(), dim=1)
-    return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=1)
+def kl_to_uniform(log_q: Tensor, dim: int) -> Tensor:
+    """KL(q || uniform) = ln V - H(q) along ``dim`` of log-probabilities, in [0, ln V]."""
+    return math.log(log_q.shape[dim]) + (log_q.exp() * log_q).sum(dim)
 
 
-def elbo(model: DVAE, images: Tensor, noise: Tensor, temperature: float, kl_weight: float) -> ElboTerms:
+def elbo(
+    model: DVAE, images: Tensor, noise: Tensor, temperature: float, kl_weight: float, usage_weight: float = 0.0
+) -> ElboTerms:
     """The objective on uint8 images ``(B, 3, H, W)``.
+
+    The KL term is the information a position carries about its image plus the KL of the *average* token
+    distribution (Hoffman and Johnson, "ELBO surgery", 2016). The paper weighs both alike. ``usage_weight`` adds
+    to the second only: it keeps the codebook in use in short trainings on little data, and costs no information.
 
     Args:
         noise: Gumbel noise ``(B, V, H/8, W/8)``.
         kl_weight: in the paper's units, where its final value is 6.6: it multiplies the KL summed over
             positions, and the whole is divided by the number of pixel values.
+        usage_weight: the same for the KL of the average distribution; 0 in the paper.
     """
     mapped = map_pixels(images.float() / 255).contiguous(memory_format=torch.channels_last)
     logits: Tensor = model.encoder(mapped)
     parameters = model.decoder(relax(logits, noise, temperature))
-    kl = kl_to_uniform(logits)
+    log_q = torch.log_softmax(logits.float(), dim=1)
+    kl = kl_to_uniform(log_q, dim=1)
     negative_log_likelihood = logit_laplace_nll(mapped, parameters).mean()
     loss = negative_log_likelihood + kl_weight * kl.sum() / images.numel()
+    usage_kl = torch.zeros_like(loss)
+    if usage_weight:
+        average = torch.logsumexp(log_q.transpose(0, 1).flatten(1), dim=1) - math.log(kl.numel())
+        usage_kl = kl_to_uniform(average, dim=0)
+        loss = loss + usage_weight * usage_kl * (kl.numel() / images.numel())
     counts = torch.bincount(logits.detach().argmax(dim=1).flatten(), minlength=logits.shape[1])
-    return ElboTerms(loss, negative_log_likelihood.detach(), kl.mean().detach(), counts)
+    return ElboTerms(loss, negative_log_likelihood.detach(), kl.mean().detach(), usage_kl.detach(), counts)
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
