@@ -234,7 +234,7 @@ def _run(training: Training, batches: Iterator[np.ndarray]) -> None:
             terms = training.step(torch.from_numpy(next(batches)))
             counts.mul_(_RECENT).add_(terms.token_counts)
             bar.update()
-            if step % (report_every if bar.disable else 10) and step != recipe.steps:
+            if step % (report_every if bar.disable else 10) and step not in (1, recipe.steps):
                 continue
             elapsed = time.monotonic() - start
             numbers = (
