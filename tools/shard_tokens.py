@@ -51,11 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if "://" in arguments.out:
         raise ConfigError("--out", arguments.out, "a local folder", "Write there, then copy the folder.")
-    if arguments.finish:
-        return _finish(arguments)
-    if not arguments.images:
+    if not (arguments.finish or arguments.images):
         raise ConfigError("--images", None, "folders or tars of images")
-    return _freeze(arguments) if arguments.index_only else _work(arguments)
+    from beit_dist.tokenizing.durable import storage_errors
+
+    with storage_errors(Path(arguments.out)):
+        if arguments.finish:
+            return _finish(arguments)
+        return _freeze(arguments) if arguments.index_only else _work(arguments)
 
 
 def _freeze(arguments: argparse.Namespace) -> int:

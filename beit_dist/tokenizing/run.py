@@ -29,25 +29,25 @@ MAX_DECODERS = 16
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; None where nothing was given, except for the settings that have defaults."""
+    """What the user asked for; see ``tools/shard_tokens.py`` for each. None: to be found out."""
 
     images: tuple[str, ...]
     out: Path
     tokenizer: Path
-    views: int = 1
-    image_size: int = 224
-    patch_size: int = 16
-    shard_samples: int = 4096
-    seed: int = 0
-    augment: Augment = "random"
-    batch: int = 64
-    precision: Precision = "fp32"
-    device: str | None = None
-    decoders: int | None = None
-    index: int | None = None
-    count: int | None = None
-    max_rejected: str = "1%"
-    finish: bool = True
+    views: int
+    image_size: int
+    patch_size: int
+    shard_samples: int
+    seed: int
+    augment: Augment
+    batch: int
+    precision: Precision
+    device: str | None
+    decoders: int | None
+    index: int | None
+    count: int | None
+    max_rejected: str
+    finish: bool
 
 
 @dataclass(frozen=True)

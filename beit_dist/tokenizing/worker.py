@@ -7,6 +7,7 @@ shards are cut from the frozen list, and encoder batches never cross a shard and
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from beit_dist.data.shards import SampleNotes, ShardInfo, ShardWriter, WrittenShard, sample_key, shard_name
+from beit_dist.errors import SpaceError
 from beit_dist.tokenizing.commits import Commit, Rejected, check_rejected, read_commit, write_commit
 from beit_dist.tokenizing.decoding import Decoded, Decoders, Recipe
 from beit_dist.tokenizing.durable import leftovers, publish, temporary_path
@@ -65,10 +67,12 @@ class Worker:
         Raises:
             DataError: a commit is another job's, an image changed, or too many images are rejected.
             SampleError: storage or a decoding process failed; another attempt may succeed.
+            SpaceError: the disk has less room than this worker's shards need.
         """
         job = self._job
         commits = [self._trusted_commit(shard) for shard in self._shards]
         done = [commit for commit in commits if commit is not None]
+        self._check_space([shard for shard, commit in zip(self._shards, commits, strict=True) if commit is None])
         rejected = sum(len(commit.rejected) for commit in done)
         recipe = Recipe(job.views, job.image_size, job.token_size, job.patch_size, job.augment, job.seed)
         entries = [self._sources.entries_of(shard) for shard in self._shards]
@@ -83,6 +87,15 @@ class Worker:
                     rejected += len(made.rejected)
                     check_rejected(rejected, self._max_rejected, made.rejected)
         return WorkerReport(len(commits) - len(done), len(done), sum(entries) - kept, rejected)
+
+    def _check_space(self, shards: list[int]) -> None:
+        sizes = (self._job.layout.shard_bytes(self._sources.entries_of(shard)) for shard in shards)
+        needed, free = self._job.views * sum(sizes), shutil.disk_usage(self._out).free
+        if needed > free:
+            raise SpaceError(
+                f"{self._out}: got {free / 1e9:.1f} GB of free space, expected {needed / 1e9:.1f} GB for this "
+                f"worker's {len(shards)} shards × {self._job.views} views. Use another --out, or fewer --views"
+            )
 
     def _trusted_commit(self, shard: int) -> Commit | None:
         commit = read_commit(self._out, shard)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from beit_dist.data.shards import load_manifest, parse_key
-from beit_dist.errors import ConfigError, DataError, SampleError
+from beit_dist.errors import ConfigError, DataError, SampleError, SpaceError
 from beit_dist.tokenizing import worker as worker_module
 from beit_dist.tokenizing.commits import read_commit
 from beit_dist.tokenizing.decoding import Decoders, Recipe
@@ -306,6 +306,18 @@ def test_an_image_that_changed_since_the_freeze_is_no_reject(bench: Any, tmp_pat
 def test_settings_out_of_range_are_refused(bench: Any, tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=message):
         bench.work(tmp_path / "out", **changes)
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_work(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 2 * (3 * 30_720 + 10_240)  # shards of 4, 4, 4 and 1 at a stride of 6,656 bytes, in two views
+    usage = worker_module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(worker_module.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(SpaceError, match=r"free space.*4 shards × 2 views"):
+        bench.work(tmp_path / "out")
+    monkeypatch.setattr(worker_module.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    assert bench.work(tmp_path / "out").made == 4
 
 
 def test_decoded_images_keep_their_order(bench: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from PIL import Image
 from beit_dist.config import DVAEConfig
 from beit_dist.data.shards import load_manifest
 from beit_dist.data.verification import verify
-from beit_dist.errors import ConfigError, DataError, TokenizerError
+from beit_dist.errors import ConfigError, DataError, SpaceError, TokenizerError, UserError
 from beit_dist.visual_tokens.dvae import DVAE
 from beit_dist.visual_tokens.weights import save_tokenizer
 
@@ -201,6 +202,21 @@ def _alive(group: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def test_a_folder_that_cannot_be_written_is_a_user_error(command: Command) -> None:
+    (command.root / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"file.*: (Not a directory|File exists)"):
+        command("file")
+
+
+def test_a_full_disk_is_a_user_error(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SpaceError, match=r"No space left.*Make room"):
+        command("out")
 
 
 def test_user_errors_end_without_a_traceback(command: Command) -> None:
