@@ -190,6 +190,8 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     keep_every_steps: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this stay for good."""
+    max_failed_saves: int = Field(3, ge=1)
+    """Saves in a row that may fail before the run stops."""
     timeout_seconds: float = Field(1800.0, gt=0)
     """How long rank 0 waits for the other ranks' files before a save counts as failed."""
 

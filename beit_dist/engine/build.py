@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
+import math
 import os
 import shutil
 import socket
@@ -37,7 +37,6 @@ from beit_dist.errors import SpaceError
 from beit_dist.models.flops import flops_per_image
 from beit_dist.models.mim import MaskedImageModel
 
-_log = logging.getLogger(__name__)
 BYTES_OF_STATE = 12  # a checkpoint holds the fp32 weight and two moments of each parameter
 
 
@@ -72,7 +71,9 @@ def build(
     engine = build_engine(config, resolved, device)
     state = EngineState(engine, ranks)
     progress = _restore(store, saved, state, config)
-    parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+    # At stage 3 a parameter itself is empty; DeepSpeed keeps its shape beside it.
+    shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     if ranks.rank == 0:
         _check_space(run.path, parameters, config.checkpoint.keep)
         run.forget_steps_after(progress.step)
@@ -90,7 +91,7 @@ def build(
         "dataset": manifest.digest,
         "tokenizer": manifest.tokenizer,
         "plan": plan.constants(),
-        "parameters": {name: list(p.shape) for name, p in engine.module.named_parameters()},
+        "parameters": shapes,
         "groups": _group_names(engine),
         "config": config.model_dump(mode="json"),
         "versions": versions(),
@@ -178,7 +179,7 @@ def _restore(store: CheckpointStore, saved: Saved | None, state: EngineState, co
         return Progress(first_batch=config.global_batch)
     store.restore(saved, state)
     position = saved.manifest["position"]
-    if store.is_rank_0:
+    if store.rank == 0:
         print(f"resumed from {saved.folder.name}: step {saved.step}, {position['samples']} samples", flush=True)
     return Progress(
         step=saved.step,

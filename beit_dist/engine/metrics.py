@@ -51,7 +51,8 @@ METRICS = (
     Metric("beit_data_bad_samples", "counter", "Damaged samples trained around with weight 0."),
     Metric("beit_checkpoint_saves", "counter", "Checkpoints by result: ok or failed.", ("result",)),
     Metric("beit_checkpoint_damaged", "counter", "Damaged checkpoints passed over at the start."),
-    Metric("beit_checkpoint_duration_seconds", "histogram", "Time that a save held up training."),
+    Metric("beit_checkpoint_stall_seconds", "histogram", "Time that a save held up training."),
+    Metric("beit_checkpoint_duration_seconds", "histogram", "Time from the start of a save to its commit."),
     Metric(
         "beit_checkpoint_last_success_timestamp_seconds", "gauge", "Unix time of the last committed checkpoint."
     ),

@@ -84,6 +84,7 @@ class Trainer:
         self.parts = parts
         self.progress = parts.progress
         self._skipped_in_a_row = 0
+        self._failed_saves = 0
         self._last_save = time.monotonic()
 
     def run(self) -> str:
@@ -95,15 +96,17 @@ class Trainer:
         parts, progress = self.parts, self.progress
         batch = self._fetch() if progress.step < parts.total_steps else None
         while batch is not None:
-            masked, bad, stop, save = parts.agreement.result()
+            masked, bad, stop, save, written = parts.agreement.result()
             if stop:
-                self._save(final=True)
+                self._save_and_wait()
                 return PREEMPTED
+            if written == parts.resolved.ranks:
+                self._finish_save()
             self._count_bad(bad)
             batch = self._train_step(batch, masked, bad)
             if batch is not None and (save or self._save_is_due()):
-                self._save()
-        self._save(final=True)
+                self._begin_save()
+        self._save_and_wait()
         return DONE
 
     def _train_step(self, batch: RankBatch, masked: int, bad: int) -> RankBatch | None:
@@ -167,16 +170,18 @@ class Trainer:
         minutes = self.parts.config.checkpoint.every_minutes
         rank_0 = self.parts.agreement.ranks.rank == 0
         save = rank_0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
-        self.parts.agreement.post([batch.masked, batch.bad, self.parts.stop.requested, save])
+        written = self.parts.store.has_written
+        self.parts.agreement.post([batch.masked, batch.bad, self.parts.stop.requested, save, written])
         return batch
 
     def _save_is_due(self) -> bool:
         every = self.parts.config.checkpoint.every_steps
         return every is not None and self.progress.step % every == 0
 
-    def _save(self, final: bool = False) -> None:
-        """Save a checkpoint; a failure is only fatal when nothing comes after it."""
+    def _begin_save(self) -> None:
+        """Start saving beside the next steps; they wait for the copy to host memory, and for a save before."""
         parts, progress = self.parts, self.progress
+        self._finish_save()
         began = time.monotonic()
         parts.recorder.flush(durable=True)
         position = {
@@ -184,17 +189,39 @@ class Trainer:
             "samples": progress.samples,
             "first_batch": progress.first_batch,
         }
-        facts = {**parts.facts, "position": position, "counters": progress.counters}
-        saved = parts.store.save(progress.step, parts.state, facts)
+        counters = dict(progress.counters)
+        parts.store.begin_save(
+            progress.step, parts.state, {**parts.facts, "position": position, "counters": counters}
+        )
         self._last_save = time.monotonic()
         if parts.metrics is not None:
-            parts.metrics.add("beit_checkpoint_saves", result="ok" if saved else "failed")
-            parts.metrics.observe("beit_checkpoint_duration_seconds", self._last_save - began)
-            if saved:
-                parts.metrics.set({"beit_checkpoint_last_success_timestamp_seconds": time.time()})
+            parts.metrics.observe("beit_checkpoint_stall_seconds", self._last_save - began)
         parts.recorder.pause()
-        if final and not saved:
-            raise TrainingError(f"the checkpoint of step {progress.step}, the last one, could not be saved")
+
+    def _finish_save(self) -> None:
+        """Wait for the save in flight, if there is one, and count how it ended."""
+        result = self.parts.store.finish_save()
+        if result is None:
+            return
+        metrics, limit = self.parts.metrics, self.parts.config.checkpoint.max_failed_saves
+        self._failed_saves = 0 if result.ok else self._failed_saves + 1
+        if metrics is not None:
+            metrics.add("beit_checkpoint_saves", result="ok" if result.ok else "failed")
+            metrics.observe("beit_checkpoint_duration_seconds", result.seconds)
+            if result.ok:
+                metrics.set({"beit_checkpoint_last_success_timestamp_seconds": time.time()})
+        if self._failed_saves >= limit:
+            raise TrainingError(
+                f"{limit} checkpoints in a row could not be saved, the last at step {result.step}: "
+                f"{result.fault}. Look at the disk, or raise checkpoint.max_failed_saves."
+            )
+
+    def _save_and_wait(self) -> None:
+        """The last checkpoint of this start; without it the run has not ended well."""
+        self._begin_save()
+        self._finish_save()
+        if self._failed_saves:
+            raise TrainingError(f"the checkpoint of step {self.progress.step}, the last one, could not be saved")
 
     def _count_bad(self, bad: int) -> None:
         counters, allowed = self.progress.counters, self.parts.config.loader.bad_samples

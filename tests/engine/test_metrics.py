@@ -102,6 +102,7 @@ def test_the_endpoint_serves_every_metric_of_the_table(tmp_path: Path) -> None:
     metrics.add("beit_train_steps", 5)
     metrics.add("beit_checkpoint_saves", result="ok")
     metrics.observe("beit_checkpoint_duration_seconds", 0.2)
+    metrics.observe("beit_checkpoint_stall_seconds", 0.01)
     try:
         text = scrape(port)
     finally:

@@ -1,19 +1,21 @@
 """The engine's fp32 state as flat fragments keyed by parameter name, whatever DeepSpeed optimizer holds it.
 
 A fragment is a run of one parameter's flattened fp32 master weight, or of one of its AdamW moments. Stages 1
-and 2 partition a group's concatenated parameters over the ranks, so a rank owns pieces of parameters; at
-stage 0 every rank holds everything, and each saves its share. Loading is interval arithmetic on names.
+and 2 partition a group's concatenated parameters over the ranks, so a rank owns pieces of parameters; stage 3
+partitions each parameter; at stage 0 every rank holds everything, and each saves its share. Loading is interval
+arithmetic on names, so neither the stage nor the number of ranks need be the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
@@ -32,15 +34,19 @@ class _Piece:
     offset: int  # where the piece begins in the flattened owner
 
 
+_PARTITIONED = (BF16_Optimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+_SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
 class EngineState:
-    """Reads and writes the fp32 weights, moments and update count of a DeepSpeed engine at stages 0 to 2."""
+    """Reads and writes the fp32 weights, moments, update count and loss scale of a DeepSpeed engine."""
 
     def __init__(self, engine: Any, ranks: Ranks) -> None:
         self._optimizer = engine.optimizer
         self._ranks = ranks
         self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
         self._wrapped: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
-        self._replicated = not isinstance(self._optimizer, BF16_Optimizer | DeepSpeedZeroOptimizer)
+        self._replicated = not isinstance(self._optimizer, _PARTITIONED)
         self._pieces = list(self._find_pieces())
         # FP16_UnfusedOptimizer steps once on zero gradients to create its state: forget that step.
         self._wrapped.state.clear()
@@ -77,6 +83,24 @@ class EngineState:
             raise RuntimeError(f"parameters with different numbers of updates: {sorted(steps)}")
         return steps.pop() if steps else 0
 
+    @property
+    def loss_scale(self) -> dict[str, float]:
+        """The numbers of fp16's loss scaler; empty without one."""
+        scaler = self._scaler()
+        return {name: getattr(scaler, name) for name in _SCALER_NUMBERS if hasattr(scaler, name)}
+
+    @loss_scale.setter
+    def loss_scale(self, numbers: Mapping[str, float]) -> None:
+        scaler = self._scaler()
+        for name, number in numbers.items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, number)
+
+    def _scaler(self) -> Any:
+        if isinstance(self._optimizer, FP16_UnfusedOptimizer):
+            return self._optimizer.loss_scale_config
+        return getattr(self._optimizer, "loss_scaler", None)
+
     @torch.no_grad()
     def publish(self, updates: int) -> None:
         """After the held fragments were filled: set the update count, and make the model's weights of the masters.
@@ -89,8 +113,21 @@ class EngineState:
             for low, high in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True):
                 for parameter, master in zip(low, high, strict=True):
                     parameter.copy_(master)
+        elif isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self._publish_stage_3()
         elif not self._replicated:
             self._optimizer.update_lp_params()
+
+    def _publish_stage_3(self) -> None:
+        """The partitions that forward gathers from, and the small parameters that stay gathered."""
+        optimizer = self._optimizer
+        for low, high in zip(
+            optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
+        ):
+            low.copy_(high)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def _state_of(self, owner: Tensor) -> dict[str, Tensor]:
         """AdamW's state of ``owner``, created as AdamW itself would at its first step."""
@@ -108,6 +145,8 @@ class EngineState:
             yield from self._partitioned(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
         elif isinstance(optimizer, DeepSpeedZeroOptimizer):
             yield from self._partitioned(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            yield from self._split_each()
         elif isinstance(optimizer, FP16_UnfusedOptimizer):
             yield from self._whole(optimizer.fp16_groups, optimizer.fp32_groups)
         else:
@@ -123,6 +162,17 @@ class EngineState:
                     weight = flat.detach()[offset : offset + mapping.hp_fragment_address.numel]
                     start = mapping.lp_fragment_address.start
                     yield _Piece(self._names[parameter], start, weight, flat, offset)
+
+    def _split_each(self) -> Iterator[_Piece]:
+        """Stage 3: rank r owns values [r·n, (r+1)·n) of each flattened parameter, the last ones padding."""
+        optimizer = self._optimizer
+        for parameter, name in self._names.items():
+            group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            start = self._ranks.rank * share
+            length = max(0, min(share, parameter.ds_numel - start))
+            if length:
+                yield _Piece(name, start, flat.detach()[offset : offset + length], flat, offset)
 
     def _whole(self, groups: list[list[nn.Parameter]], masters: list[list[Tensor]]) -> Iterator[_Piece]:
         for parameters, owners in zip(groups, masters, strict=True):

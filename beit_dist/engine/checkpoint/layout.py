@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from beit_dist.errors import CheckpointError
@@ -34,6 +35,12 @@ class Fragment:
     def length(self) -> int:
         """Number of values."""
         return self.data.numel()
+
+    def on_host(self) -> Fragment:
+        """The same values in memory of their own: what the next step changes is not what is written."""
+        data = self.data.detach()
+        copy = torch.empty_like(data, device="cpu", pin_memory=data.is_cuda)
+        return Fragment(self.parameter, self.role, self.start, copy.copy_(data))
 
     @property
     def key(self) -> str:
@@ -68,13 +75,17 @@ def parse_folder_name(name: str) -> tuple[int, int] | None:
 
 
 def committed(folder: Path) -> list[Saved]:
-    """All committed checkpoints in ``folder``, newest step first, then newest attempt."""
+    """All committed checkpoints in ``folder``, newest attempt first, then newest step.
+
+    The attempt counts first: what an older one still commits after a newer one has begun is not what that one
+    continues.
+    """
     found = []
     for path in folder.glob("step-*"):
         name = parse_folder_name(path.name)
         if name and (path / MANIFEST).is_file():
             found.append(Saved(path, *name, read_manifest(path / MANIFEST)))
-    return sorted(found, key=lambda saved: (saved.step, saved.attempt), reverse=True)
+    return sorted(found, key=lambda saved: (saved.attempt, saved.step), reverse=True)
 
 
 def rank_records(saved: Saved) -> list[dict[str, Any]]:

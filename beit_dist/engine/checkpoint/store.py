@@ -1,4 +1,4 @@
-"""The folder of checkpoints: attempts, committing, finding the newest whole one, and what is kept.
+"""The folder of checkpoints: attempts, saving beside the training, finding the newest whole one, what is kept.
 
 A checkpoint is a folder ``step-SSSSSSSS.aAAAA`` written by one attempt (one start of the run). Its
 ``manifest.json`` is written last and is the commit: a folder without it does not exist. The manifest names
@@ -7,12 +7,16 @@ every file with size and sha256, so a damaged checkpoint is noticed and the one 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import (
     FORMAT_VERSION,
     MANIFEST,
+    Fragment,
     Saved,
     committed,
     folder_name,
@@ -40,12 +45,29 @@ from beit_dist.engine.distributed import Agreement
 from beit_dist.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
+_POLL = 0.02  # seconds between looks for the other ranks' files; the first looks only, later ones are rarer
 
 
 class SupersededError(CheckpointError):
     """A newer attempt runs in the same folder; this one must leave it alone."""
 
     exit_code = 1
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended, the same on every rank."""
+
+    step: int
+    fault: str
+    """What went wrong; empty when the checkpoint is whole."""
+    seconds: float
+    """From the copy to the commit."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the checkpoint is whole."""
+        return not self.fault
 
 
 class CheckpointStore:
@@ -64,11 +86,19 @@ class CheckpointStore:
         self._rank, self._world = agreement.ranks.rank, agreement.ranks.world
         self.attempt = 0
         self.passed_over = 0  # damaged checkpoints met while looking for a whole one
+        self._writing: _Writing | None = None
+        self._whole_step: int | None = None  # the last step of this run that is known to be whole
+        self._resumed_from: str | None = None
 
     @property
-    def is_rank_0(self) -> bool:
-        """Whether this rank is the one that commits."""
-        return self._rank == 0
+    def rank(self) -> int:
+        """This rank; rank 0 commits."""
+        return self._rank
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long rank 0 waits for the others' files."""
+        return self._settings.timeout_seconds
 
     def begin_attempt(self) -> int:
         """Take the next attempt number by exclusive creation; the same number on every rank."""
@@ -119,9 +149,11 @@ class CheckpointStore:
         for fragment in state.held_fragments():
             reader.fill(fragment)
         state.publish(saved.manifest["updates"])
+        state.loss_scale = saved.manifest["loss_scale"]
+        self._whole_step, self._resumed_from = saved.step, saved.folder.name
 
-    def save(self, step: int, state: EngineState, facts: dict[str, Any]) -> bool:
-        """Write and commit a checkpoint of ``step``; False when a rank could not write, which is logged.
+    def begin_save(self, step: int, state: EngineState, facts: dict[str, Any]) -> None:
+        """Copy the state to host memory and write it in a thread; training goes on meanwhile.
 
         Args:
             step: optimizer steps attempted so far; a step that is already whole is not saved again.
@@ -129,36 +161,67 @@ class CheckpointStore:
             facts: what the manifest shall say besides: position, plan, configuration, versions.
 
         Raises:
+            RuntimeError: the save before was not waited for.
+        """
+        if self._writing is not None:
+            raise RuntimeError("begin_save() before the finish_save() of the one before")
+        if step == self._whole_step:
+            return
+        manifest = {
+            "format": FORMAT_VERSION,
+            "step": step,
+            "attempt": self.attempt,
+            "resumed_from": self._resumed_from,
+            "world_size": self._world,
+            "updates": state.updates,
+            "loss_scale": state.loss_scale,
+            **facts,
+        }
+        fragments = [fragment.on_host() for fragment in state.saved_fragments()]
+        folder = self.folder / folder_name(step, self.attempt)
+        self._writing = _Writing(self, folder, step, fragments, manifest)
+        self._writing.start()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save was begun and not yet waited for."""
+        return self._writing is not None
+
+    @property
+    def has_written(self) -> bool:
+        """Whether this rank's part of the save that was begun is over; on rank 0 that includes the commit."""
+        return self._writing is not None and not self._writing.is_alive()
+
+    def finish_save(self) -> SaveResult | None:
+        """Wait for the save in flight and agree on how it ended; None when there is none.
+
+        Raises:
             SupersededError: a newer attempt was started on this folder.
         """
-        folder = self.folder / folder_name(step, self.attempt)
-        exists = self._rank == 0 and any(saved.step == step for saved in committed(self.folder))
-        if self._agreement.from_rank_0(exists):
-            return True
-        fault = ""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_fragments(folder, self._rank, state.saved_fragments())
-        except OSError as error:
-            fault = f"rank {self._rank}: {error}"
-        faults = [found for found in self._agreement.gather(fault) if found]
-        verdict = ""
-        if self._rank == 0 and not faults:
-            try:
-                self._commit(folder, step, state, facts)
-            except SupersededError as error:
-                verdict = str(error)
-            except OSError as error:
-                faults = [f"rank 0: {error}"]
-        verdict, faults = self._agreement.from_rank_0((verdict, faults))
-        if verdict:
-            raise SupersededError(verdict)
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        writing.join()
+        faults = [fault for fault in self._agreement.gather(writing.fault) if fault]
+        superseded = self._agreement.from_rank_0(writing.superseded)
+        if superseded:
+            raise SupersededError(superseded)
         if faults and self._rank == 0:
-            _log.error("checkpoint of step %d was not saved: %s", step, faults[0])
-            shutil.rmtree(folder, ignore_errors=True)
-        return not faults
+            _log.error("checkpoint of step %d was not saved: %s", writing.step, faults[-1])
+            shutil.rmtree(writing.folder, ignore_errors=True)
+        if not faults:
+            self._whole_step = writing.step
+        seconds = self._agreement.from_rank_0(writing.seconds)
+        # Rank 0's own fault is mostly that it missed a rank's file: what that rank says is the cause.
+        return SaveResult(writing.step, faults[-1] if faults else "", seconds)
 
-    def _commit(self, folder: Path, step: int, state: EngineState, facts: dict[str, Any]) -> None:
+    def commit(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Rank 0: make the folder a checkpoint, unless a newer attempt has begun.
+
+        Raises:
+            SupersededError: it has.
+            FileExistsError: the folder is committed already.
+        """
         files: list[dict[str, Any]] = []
         for rank in range(self._world):
             content = (folder / f"rank-{rank:05d}.json").read_bytes()
@@ -166,23 +229,22 @@ class CheckpointStore:
             files.append({name: record[name] for name in ("file", "bytes", "sha256")})
             sha256 = hashlib.sha256(content).hexdigest()
             files.append({"file": f"rank-{rank:05d}.json", "bytes": len(content), "sha256": sha256})
-        manifest = {
-            "format": FORMAT_VERSION,
-            "step": step,
-            "attempt": self.attempt,
-            "saved_at": time.time(),
-            "world_size": self._world,
-            "updates": state.updates,
-            "files": files,
-            **facts,
-        }
+        self.refuse_if_superseded()
+        commit_exclusively(folder / MANIFEST, sealed({**manifest, "saved_at": time.time(), "files": files}))
+        sync_folder(self.folder)
+        self.refuse_if_superseded()  # the newer attempt's folders are not this one's to tidy
+        write_whole(self.folder / "latest", f"{folder.name}\n".encode())
+        self._tidy()
+
+    def missing(self, folder: Path) -> list[int]:
+        """Ranks that have not finished writing into ``folder``."""
+        return [rank for rank in range(self._world) if not (folder / f"rank-{rank:05d}.json").exists()]
+
+    def refuse_if_superseded(self) -> None:
+        """Raise SupersededError when a newer attempt has begun."""
         newest = self._newest_attempt()
         if newest > self.attempt:
             raise SupersededError(f"superseded by attempt {newest}: this run (attempt {self.attempt}) stops")
-        commit_exclusively(folder / MANIFEST, sealed(manifest))
-        sync_folder(self.folder)
-        write_whole(self.folder / "latest", f"{folder.name}\n".encode())
-        self._tidy()
 
     def _tidy(self) -> None:
         """Remove what need not be kept, and what older attempts left unfinished."""
@@ -200,3 +262,57 @@ class CheckpointStore:
     def _newest_attempt(self) -> int:
         attempts = self.folder / "attempts"
         return max((int(name) for name in os.listdir(attempts) if name.isdigit()), default=0)
+
+
+class _Writing(threading.Thread):
+    """One rank's part of a save; on rank 0 also the wait for the others, and the commit.
+
+    There is no collective in here: ranks see each other's files, so a thread never meets the training's
+    collectives in another order than a peer's does.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        folder: Path,
+        step: int,
+        fragments: Sequence[Fragment],
+        manifest: dict[str, Any],
+    ) -> None:
+        super().__init__(name=f"checkpoint-{step}", daemon=True)
+        self.folder, self.step = folder, step
+        self.fault = ""
+        self.superseded = ""
+        self.seconds = 0.0
+        self._store, self._fragments, self._manifest = store, fragments, manifest
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        """Write, then on rank 0 commit; whatever goes wrong is kept for ``finish_save``."""
+        store = self._store
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_fragments(self.folder, store.rank, self._fragments)
+            self._fragments = ()
+            if store.rank == 0:
+                self._wait_for_others()
+                store.commit(self.folder, self._manifest)
+        except SupersededError as error:
+            self.superseded = str(error)
+        except Exception as error:
+            self.fault = f"rank {store.rank}: {error}"
+            with contextlib.suppress(OSError):  # so that rank 0 need not wait for its time limit
+                (self.folder / f"rank-{store.rank:05d}.failed").touch()
+        self.seconds = time.monotonic() - self._began
+
+    def _wait_for_others(self) -> None:
+        limit, pause = self._store.timeout_seconds, _POLL
+        while missing := self._store.missing(self.folder):
+            if failed := sorted(self.folder.glob("*.failed")):
+                raise OSError(f"{failed[0].stem} could not write")
+            if time.monotonic() - self._began > limit:
+                raise TimeoutError(
+                    f"ranks {missing[:8]} wrote nothing within checkpoint.timeout_seconds={limit:g}"
+                )
+            time.sleep(pause)
+            pause = min(1.0, pause * 1.5)

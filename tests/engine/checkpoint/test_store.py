@@ -27,6 +27,7 @@ class State:
         self.tensors = [Fragment("a.weight", "weight", 0, torch.full((3000,), value))]
         self.tensors += [Fragment("b", role, 7, torch.full((5,), value)) for role in ("weight", "exp_avg")]
         self.updates = 0
+        self.loss_scale: dict[str, float] = {}
 
     def saved_fragments(self) -> list[Fragment]:
         return self.tensors
@@ -43,6 +44,13 @@ def store(folder: Path, **settings: Any) -> CheckpointStore:
     return opened
 
 
+def save(writer: CheckpointStore, step: int, state: State, facts: dict[str, Any] | None = None) -> bool:
+    """Save and wait."""
+    writer.begin_save(step, state, facts or {})
+    result = writer.finish_save()
+    return result is None or result.ok
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("step-*"))
 
@@ -52,7 +60,7 @@ def three(tmp_path: Path) -> Path:
     """A folder with checkpoints of steps 1, 2 and 3, of values 1.0, 2.0 and 3.0."""
     writer = store(tmp_path)
     for step in (1, 2, 3):
-        assert writer.save(step, State(step), {"note": f"step {step}"})
+        assert save(writer, step, State(step), {"note": f"step {step}"})
     return tmp_path
 
 
@@ -68,7 +76,7 @@ def test_what_was_saved_is_restored_bit_for_bit(tmp_path: Path) -> None:
     with torch.no_grad():
         state.tensors[0].data.copy_(torch.randn(3000, generator=torch.Generator().manual_seed(1)))
     writer = store(tmp_path)
-    assert writer.save(9, state, {"position": {"consumed": 5}})
+    assert save(writer, 9, state, {"position": {"consumed": 5}})
     other = State(-1)
     saved = newest(tmp_path)
     store(tmp_path).restore(saved, other)
@@ -138,7 +146,7 @@ def test_without_its_manifest_a_checkpoint_does_not_exist(three: Path) -> None:
     assert found is not None
     assert found.step == 2
     assert "step-00000003.a0001" in names(three)  # removed only once this attempt has saved
-    assert reader.save(3, State(3), {})
+    assert save(reader, 3, State(3))
     assert "step-00000003.a0001" not in names(three)
 
 
@@ -149,14 +157,15 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
 def test_the_last_k_and_every_nth_are_kept(tmp_path: Path) -> None:
     writer = store(tmp_path, keep=2, keep_every_steps=4)
     for step in range(1, 11):
-        assert writer.save(step, State(step), {})
+        assert save(writer, step, State(step))
     assert [saved.step for saved in committed(tmp_path)] == [10, 9, 8, 4]
     assert (tmp_path / "latest").read_text().strip() == "step-00000010.a0001"
 
 
 def test_a_whole_step_is_not_saved_again(three: Path) -> None:
     again = store(three)
-    assert again.save(3, State(99), {})
+    again.restore(newest(three), State(0))
+    assert save(again, 3, State(99))
     assert names(three)[-1] == "step-00000003.a0001"
 
 
@@ -166,13 +175,39 @@ def test_attempts_count_up(tmp_path: Path) -> None:
 
 def test_the_older_of_two_attempts_stops_and_harms_nothing(three: Path) -> None:
     older, newer = store(three), store(three)
-    assert newer.save(4, State(4), {})
+    assert save(newer, 4, State(4))
     before = names(three)
     with pytest.raises(SupersededError, match="superseded by attempt 3"):
-        older.save(5, State(5), {})
+        save(older, 5, State(5))
     assert [saved.step for saved in committed(three)] == [4, 3, 2]
     assert set(before) <= set(names(three))
     assert SupersededError.exit_code == 1
+
+
+def test_what_an_older_attempt_still_commits_is_not_continued(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older rank was stopped between its check and its commit, and woke after the newer had saved."""
+    older, newer = store(three), store(three)
+    assert save(newer, 4, State(4))
+    monkeypatch.setattr(older, "refuse_if_superseded", lambda: None)
+    assert save(older, 9, State(9))
+    assert (newest(three).step, newest(three).attempt) == (4, 3)
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path: Path) -> None:
+    writer, state = store(tmp_path), State(1)
+    writer.begin_save(1, state, {})
+    for fragment in state.tensors:
+        fragment.data.fill_(2.0)
+    assert writer.is_saving
+    result = writer.finish_save()
+    assert result is not None
+    assert result.ok
+    assert not writer.is_saving
+    found = State(0)
+    store(tmp_path).restore(newest(tmp_path), found)
+    assert all(torch.equal(f.data, torch.ones_like(f.data)) for f in found.tensors)
 
 
 def test_a_save_that_cannot_be_written_fails_and_leaves_nothing(
@@ -183,7 +218,7 @@ def test_a_save_that_cannot_be_written_fails_and_leaves_nothing(
 
     writer = store(three)
     monkeypatch.setattr("beit_dist.engine.checkpoint.store.write_fragments", no_space)
-    assert not writer.save(4, State(4), {})
+    assert not save(writer, 4, State(4))
     assert "No space left on device" in caplog.text
     assert [saved.step for saved in committed(three)] == [3, 2, 1]
     assert len(names(three)) == 3
