@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--index-only", action="store_true", help="only freeze the list of images; needed before several workers")
     add("--finish", action="store_true", help="only check that all shards are there, and write the manifest")
     add("--no-finish", action="store_true", help="one worker alone would finish too; leave that out")
-    add("--max-rejected", default="1%", metavar="N|P%%", help="fail when more images cannot be used (default 1%%)")
+    add("--max-rejected", default="1%", metavar="N|P%", help="fail when more images cannot be used (default 1%%)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--decoders", type=int, help="decoding processes (default: one for each core, at most 16)")
     return parser
