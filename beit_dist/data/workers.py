@@ -11,11 +11,10 @@ a fork server, which has imported what they need once. Two things do not come wi
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
-from multiprocessing import connection, forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 
 from torch import multiprocessing as torch_multiprocessing
@@ -43,7 +42,8 @@ class WorkerStart:
     """What a worker does first; given to the loader as ``worker_init_fn``.
 
     Args:
-        stop: becomes readable when the workers shall end at once.
+        stop: the reading end of a pipe whose other end only the rank has. It becomes readable when the rank says
+            so, or dies.
     """
 
     def __init__(self, stop: Connection) -> None:
@@ -55,10 +55,6 @@ class WorkerStart:
         threading.Thread(target=self._end_with_rank, name="end-with-rank", daemon=True).start()
 
     def _end_with_rank(self) -> None:
-        """Wait for the rank's death, which closes the sentinel's other end, or for its word; then leave."""
-        parent = multiprocessing.parent_process()
-        sentinels: list[Connection | int] = [self.stop]
-        if parent is not None:
-            sentinels.append(parent.sentinel)
-        connection.wait(sentinels)
+        """Wait for the rank's word or its death, then leave."""
+        self.stop.poll(None)
         os._exit(0)  # the main thread may hang in a read that no exception can end

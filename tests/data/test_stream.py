@@ -502,7 +502,11 @@ def test_storage_that_does_not_answer_is_an_error_and_close_returns(
     batches = own_data.batches(workers=workers, timeout_seconds=4 * workers + 0.5)
     with pytest.raises(SampleError, match=r"no batch within loader\.timeout_seconds"):
         advance(batches, 3)
+    children = multiprocessing.active_children()
     batches.close()
+    for child in children:
+        child.join(10)
+        assert not child.is_alive()
     writer = os.open(path, os.O_RDWR)  # lets a thread of this process go on
     batches._thread.join(30)
     os.close(writer)
