@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
@@ -42,6 +43,8 @@ class Reconstruction:
     """One sample's column of the panel; pictures are (height, width, 3) uint8."""
 
     sample_id: int
+    hidden: NDArray[np.bool_]
+    """(grid, grid), which patches are masked."""
     image: Pixels
     masked: Pixels
     """The image with its masked patches in grey: what the model sees."""
@@ -120,15 +123,16 @@ def reconstruct(
     columns = []
     for row, sample in enumerate(samples):
         chosen = positions[row][positions[row] >= 0]
-        hidden = sample.patches.copy()
-        hidden[chosen.numpy()] = _GREY
-        size = model.config.patch_size
+        hidden = np.zeros(model.config.patches, np.bool_)
+        hidden[chosen.numpy()] = True
+        size, grid = model.config.patch_size, model.config.grid
         right = int((predicted[row, chosen] == tokens[row, chosen]).sum())
         columns.append(
             Reconstruction(
                 sample_id=sample.sample_id,
+                hidden=hidden.reshape(grid, grid),
                 image=unpatchify(sample.patches, size),
-                masked=unpatchify(hidden, size),
+                masked=unpatchify(np.where(hidden[:, None], np.uint8(_GREY), sample.patches), size),
                 from_tokens=truth[row],
                 from_predictions=painted[row],
                 correct=right,
@@ -139,7 +143,10 @@ def reconstruct(
 
 
 def draw_panel(columns: Sequence[Reconstruction], out: str | Path, title: str = "") -> None:
-    """Write a PNG with a column for each sample and a row for each kind of picture."""
+    """Write a PNG with a column for each sample and a row for each kind of picture.
+
+    The masked area is outlined in the decoded pictures: only inside it do their tokens differ.
+    """
     rows = (
         ("image", [column.image for column in columns]),
         ("what the\nmodel sees", [column.masked for column in columns]),
@@ -158,6 +165,9 @@ def draw_panel(columns: Sequence[Reconstruction], out: str | Path, title: str = 
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
+    for axes_row in grid[2:]:
+        for column, axes in zip(columns, axes_row, strict=True):
+            _outline(axes, column.hidden, column.from_tokens.shape[0])
     for column, top, bottom in zip(columns, grid[0], grid[-1], strict=True):
         top.set_title(f"sample {column.sample_id}", fontsize=9)
         bottom.set_xlabel(f"{column.correct} of {column.count} right", fontsize=9)
@@ -173,6 +183,13 @@ def unpatchify(patches: Pixels, patch_size: int) -> Pixels:
     cut = patches.reshape(grid, grid, patch_size, patch_size, 3)
     image: Pixels = cut.transpose(0, 2, 1, 3, 4).reshape(grid * patch_size, grid * patch_size, 3)
     return image
+
+
+def _outline(axes: Axes, hidden: NDArray[np.bool_], side: int) -> None:
+    """A line around the masked area of a square picture of ``side`` pixels."""
+    cell = side // len(hidden)
+    area = np.kron(hidden, np.ones((cell, cell)))
+    axes.contour(area, levels=[0.5], colors="white", linewidths=0.8)
 
 
 def _decode(dvae: DVAE, tokens: torch.Tensor) -> Pixels:
