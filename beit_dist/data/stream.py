@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import multiprocessing
 import queue
@@ -206,10 +205,8 @@ class RankBatches(Iterator[RankBatch]):
         self._closing = True
         self._free.put(None)
         self._thread.join(_PATIENCE)
-        with contextlib.suppress(OSError):
-            self._word.send_bytes(b"end")  # never read, so every worker sees it
+        self._word.close()  # workers that still run end at once
         self._thread.join(_PATIENCE)
-        self._word.close()
         atexit.unregister(self.close)
 
     # ------------------------------------------------------------------------------- in the loader's thread

@@ -42,8 +42,8 @@ class WorkerStart:
     """What a worker does first; given to the loader as ``worker_init_fn``.
 
     Args:
-        stop: the reading end of a pipe whose other end only the rank has. It becomes readable when the rank says
-            so, or dies.
+        stop: the reading end of a pipe whose other end only the rank has. It becomes readable when the rank
+            closes that, or dies.
     """
 
     def __init__(self, stop: Connection) -> None:
@@ -55,6 +55,6 @@ class WorkerStart:
         threading.Thread(target=self._end_with_rank, name="end-with-rank", daemon=True).start()
 
     def _end_with_rank(self) -> None:
-        """Wait for the rank's word or its death, then leave."""
+        """Wait for the other end to close, then leave."""
         self.stop.poll(None)
         os._exit(0)  # the main thread may hang in a read that no exception can end
