@@ -39,16 +39,15 @@ def count_parameters(config: TrainConfig) -> int:
 
 def state_bytes(resolved: Resolved, parameters: int) -> dict[str, int]:
     """Bytes of a rank's weights, gradients and optimizer state at its stage and precision."""
-    low = 2 if resolved.precision == "bf16" else 4
-    share = resolved.ranks if resolved.stage else 1
-    gradients = low
-    if resolved.precision == "bf16" and resolved.accumulation_type == "fp32":
-        gradients += 4  # DeepSpeed's BF16_Optimizer keeps the fp32 sums of all parameters beside the bf16 ones
+    low = 4 if resolved.precision == "fp32" else 2
+    gradients = low if resolved.accumulation_type == resolved.precision else 4
+    if resolved.stage == 1 and resolved.precision == "bf16" and resolved.accumulation_type == "fp32":
+        gradients += low  # DeepSpeed's BF16_Optimizer keeps the fp32 sums of all parameters beside the bf16 ones
     state = _STATE_BYTES if resolved.stage or low == 2 else 8  # fp32 at stage 0: the weights are the masters
     return {
-        "weights": low * parameters,
-        "gradients": gradients * parameters,
-        "optimizer": state * parameters // share,
+        "weights": low * parameters // (resolved.ranks if resolved.stage >= 3 else 1),
+        "gradients": gradients * parameters // (resolved.ranks if resolved.stage >= 2 else 1),
+        "optimizer": state * parameters // (resolved.ranks if resolved.stage >= 1 else 1),
     }
 
 
@@ -111,7 +110,7 @@ def activation_bytes(config: TrainConfig, resolved: Resolved) -> int:
     and the four-fold hidden layer before and after GELU); the head the logits, in the model's precision and
     twice in fp32.
     """
-    model, size = config.model, 2 if resolved.precision == "bf16" else 4
+    model, size = config.model, 4 if resolved.precision == "fp32" else 2
     block = 17 * (1 + model.patches) * model.width * size
     head = expected_masked(model, mask_generator(config)) * model.vocabulary * (size + 8)
     return resolved.micro_batch * (model.depth * block + head)

@@ -16,7 +16,7 @@ from beit_dist.data.shards import Manifest
 from beit_dist.engine.build import build
 from beit_dist.engine.checkpoint.store import SupersededError
 from beit_dist.engine.dataset import open_data
-from beit_dist.engine.distributed import Ranks, close_process_groups, init_process_groups
+from beit_dist.engine.distributed import Ranks, check_precision, close_process_groups, init_process_groups
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
@@ -34,6 +34,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     process at once, without further collectives: others may be stuck in one, and follow when they notice.
     """
     _quieten()
+    check_precision(resolved.precision)
     manifest = open_data(config, check_files=ranks.local_rank == 0)
     stop = StopRequest().install()  # a signal during the start is a stop before the first step
     try:

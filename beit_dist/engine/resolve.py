@@ -48,7 +48,7 @@ class Resolved:
     accumulation: int
     stage: int
     precision: str
-    """``bf16`` or ``fp32``."""
+    """``bf16``, ``fp16`` or ``fp32``."""
     accumulation_type: str
     deepspeed: dict[str, Any]
 
@@ -133,29 +133,31 @@ def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str, str]:
     """ZeRO stage, precision and accumulation type of the JSON, if they can be run."""
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
-    if stage not in (0, 1):
-        way_out = "Stages 2 and 3 are not supported yet." if stage in (2, 3) else ""
-        raise ConfigError("--ds_config zero_optimization.stage", stage, "0 or 1", way_out)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError("--ds_config zero_optimization.stage", stage, "0, 1, 2 or 3")
     for section in ("offload_optimizer", "offload_param"):
         if zero.get(section):
             raise ConfigError(f"--ds_config zero_optimization.{section}", zero[section], "no offloading")
-    if _enabled(ds_config, "fp16"):
-        raise ConfigError("--ds_config fp16.enabled", True, "bf16 or fp32", "Enable bf16 instead.")
-    precision = "bf16" if _enabled(ds_config, "bf16") else "fp32"
+    low = [name for name in ("bf16", "fp16") if _enabled(ds_config, name)]
+    if len(low) > 1:
+        raise ConfigError("--ds_config fp16.enabled", True, "only one of bf16 and fp16 enabled")
+    precision = low[0] if low else "fp32"
     for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
         if ds_config.get("bf16", {}).get(name):
             raise ConfigError(f"--ds_config bf16.{name}", True, "false", "Checkpoints hold fp32 state.")
+    if ds_config.get("fp16", {}).get("fp16_master_weights_and_grads"):
+        raise ConfigError(
+            "--ds_config fp16.fp16_master_weights_and_grads", True, "false", "Checkpoints hold fp32 state."
+        )
     asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
-    if asked not in ("fp32", "bf16", None):
-        raise ConfigError("--ds_config data_types.grad_accum_dtype", asked, "fp32 or bf16")
+    if asked not in ("fp32", precision, None):
+        raise ConfigError("--ds_config data_types.grad_accum_dtype", asked, f"fp32 or {precision}, the precision")
     accumulation = asked or precision
-    if precision == "fp32" and accumulation != "fp32":
-        raise ConfigError("--ds_config data_types.grad_accum_dtype", asked, "fp32, as bf16 is not enabled")
-    if stage == 0 and precision == "bf16" and accumulation == "fp32":
+    if stage == 0 and precision != accumulation:
         raise ConfigError(
             "--ds_config data_types.grad_accum_dtype",
             asked,
-            "bf16 at ZeRO stage 0 (DeepSpeed cannot accumulate bf16 gradients in fp32 there)",
+            f"{precision} at ZeRO stage 0 (DeepSpeed cannot sum {precision} gradients in fp32 there)",
             "Set zero_optimization.stage to 1, which can.",
         )
     return stage, precision, accumulation

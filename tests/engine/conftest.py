@@ -40,6 +40,7 @@ class Run:
     ds_config: Path
     ranks: int = 1
     overrides: list[str] = field(default_factory=list)
+    entry: Path = ROOT / "beit_dist" / "train.py"
 
     def command(self, *overrides: str) -> list[str]:
         """The command line: the real launcher for several ranks, plain Python for one."""
@@ -48,7 +49,7 @@ class Run:
         if self.ranks > 1:
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(self.ranks)]
             launcher += ["--master_port", str(port)]
-        train = [str(ROOT / "beit_dist" / "train.py"), "--ds_config", str(self.ds_config)]
+        train = [str(self.entry), "--ds_config", str(self.ds_config)]
         train += ["--config", str(self.recipe), f"run={self.folder}", f"data={self.data}"]
         return [*launcher, *train, *self.overrides, *overrides]
 

@@ -21,6 +21,8 @@ STAGES: dict[str, dict[str, Any]] = {
     "stage 0, fp32": {"zero_optimization": {"stage": 0}},
     "stage 0, bf16": {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
     "stage 1, fp32": {"zero_optimization": {"stage": 1}},
+    "stage 2, bf16": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+    "stage 3, bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
     "stage 1, bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
 }
 
@@ -77,6 +79,68 @@ def test_every_stage_and_precision_resumes_bit_for_bit(new_run: Callable[..., An
     assert "resumed from step-00000014" in output
     assert cut.numbers() == whole.numbers()
     assert cut.final_files() == whole.final_files()
+
+
+def test_a_run_goes_on_at_other_stages_and_numbers_of_ranks(new_run: Callable[..., Any]) -> None:
+    """Restoring compares a digest of all parameters and moments with the manifest's, so it is exact or fails."""
+    constant = ["loader.workers=0", "optimizer.min_lr=0.01", "optimizer.warmup_steps=0"]
+    whole = new_run("whole", STAGES["stage 1, bf16"], ranks=2, overrides=[*constant, "steps=28"])
+    assert whole.finish()[0] == 0
+    for number, (stage, ranks) in enumerate(
+        [("stage 1, bf16", 2), ("stage 3, bf16", 1), ("stage 2, bf16", 4), ("stage 0, bf16", 2)], start=1
+    ):
+        run = new_run("run", STAGES[stage], ranks=ranks, overrides=[*constant, f"steps={7 * number}"])
+        code, output = run.finish()
+        assert code == 0, output
+        assert number == 1 or f"resumed from step-{7 * (number - 1):08d}" in output
+    for name in ("step", "samples", "epoch", "lr", "masked"):
+        assert [line[name] for line in run.lines()] == [line[name] for line in whole.lines()]
+    losses = [line["loss"] for line in whole.lines()]
+    assert [line["loss"] for line in run.lines()] == pytest.approx(losses, rel=0.02)
+    run.ranks = 3
+    code, output = run.finish()
+    assert code == 2
+    assert "global_batch: got 16, expected a multiple of the 3 ranks" in output
+
+
+def test_fp16_resumes_with_its_loss_scale(new_run: Callable[..., Any]) -> None:
+    """Few CPUs have fast fp16, so DeepSpeed refuses it there; slow is fast enough for a test."""
+    fp16 = {"enabled": True, "initial_scale_power": 18, "loss_scale_window": 4}
+    runs = []
+    for name in ("whole", "cut"):
+        run = new_run(name, {"zero_optimization": {"stage": 1}, "fp16": fp16}, overrides=["loader.workers=0"])
+        run.entry = run.folder.parent / "fp16.py"
+        run.entry.write_text(
+            "import runpy\n"
+            "import torch\n"
+            "from deepspeed.accelerator import get_accelerator\n"
+            "kind = type(get_accelerator())\n"
+            "kind.is_fp16_supported = lambda self: True\n"
+            "kind.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]\n"
+            f"runpy.run_path({str(Path(__file__).parents[2] / 'beit_dist' / 'train.py')!r}, run_name='__main__')\n"
+        )
+        runs.append(run)
+    whole, cut = runs
+    code, output = whole.finish("steps=16")
+    assert code == 0, output
+    assert any(line["skipped"] for line in whole.lines())
+    shutil.copytree(whole.folder, cut.folder)
+    for newer in cut.folder.glob("checkpoints/step-00000016.*"):
+        shutil.rmtree(newer)
+    saved = json.loads((cut.folder / "checkpoints/step-00000014.a0001/manifest.json").read_text())
+    assert saved["loss_scale"]["cur_scale"] != 2.0**18
+    code, output = cut.finish("steps=16")
+    assert code == 0, output
+    assert cut.numbers() == whole.numbers()
+    assert cut.final_files() == whole.final_files()
+
+
+def test_fp16_is_refused_where_the_device_has_none(new_run: Callable[..., Any]) -> None:
+    run = new_run("run", {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}})
+    code, output = run.finish()
+    assert code in (0, 2)
+    if code:
+        assert "fp16.enabled: got True, expected a precision that this cpu supports. Use bf16." in output
 
 
 def test_ranks_accumulation_and_mask_mode_do_not_change_the_loss(new_run: Callable[..., Any]) -> None:

@@ -57,6 +57,7 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> N
         "sha256": digest.hexdigest(),
         "chunk": CHUNK,
         "crc32": checksums if room < CHUNK else checksums[:-1],
+        "state_digest": sum(f.digest() for f in fragments) % 2**64,
         "fragments": [[f.parameter, f.role, f.start, f.length] for f in fragments],
     }
     write_whole(folder / f"{name}.json", json.dumps(record).encode())

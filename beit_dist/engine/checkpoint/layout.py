@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ MANIFEST = "manifest.json"
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+_DIGEST_BLOCK = 1 << 18  # values at a time, so that the temporaries stay in the cache
 _FOLDER = re.compile(r"step-(\d{8,})\.a(\d{4,})")
 
 
@@ -41,6 +43,26 @@ class Fragment:
         data = self.data.detach()
         copy = torch.empty_like(data, device="cpu", pin_memory=data.is_cuda)
         return Fragment(self.parameter, self.role, self.start, copy.copy_(data))
+
+    def digest(self) -> int:
+        """A 64-bit number of the values and their places, such that those of all fragments add up (mod 2⁶⁴).
+
+        The sum over a state is the same however it is cut into fragments. It shows mistakes, not malice: each
+        value's bits are multiplied by an odd word made of parameter, role and index, and added up.
+        """
+        values = self.data.detach().cpu().contiguous().numpy().view(np.uint32)
+        name = hashlib.sha256(f"{self.role}/{self.parameter}".encode()).digest()
+        salt = int.from_bytes(name[:8], "little")
+        golden = 0x9E3779B97F4A7C15  # 2⁶⁴ divided by the golden ratio: odd, and its multiples spread evenly
+        steps = np.arange(_DIGEST_BLOCK, dtype=np.uint64) * np.uint64(golden)
+        total = 0
+        for low in range(0, self.length, _DIGEST_BLOCK):
+            block = values[low : low + _DIGEST_BLOCK].astype(np.uint64)
+            first = np.uint64((salt + (self.start + low) * golden) % 2**64)
+            block += np.uint64(1)
+            block *= (steps[: len(block)] + first) | np.uint64(1)
+            total += int(block.sum(dtype=np.uint64))
+        return total % 2**64
 
     @property
     def key(self) -> str:

@@ -148,6 +148,13 @@ class CheckpointStore:
         reader = FragmentReader(saved.folder, rank_records(saved))
         for fragment in state.held_fragments():
             reader.fill(fragment)
+        own = sum(fragment.digest() for fragment in state.saved_fragments()) % 2**64
+        digest = sum(self._agreement.gather(own)) % 2**64
+        if f"{digest:016x}" != saved.manifest["state_digest"]:
+            raise CheckpointError(
+                f"{saved.folder}: the state read from it has digest {digest:016x}, expected "
+                f"{saved.manifest['state_digest']}; this is a fault of the program"
+            )
         state.publish(saved.manifest["updates"])
         state.loss_scale = saved.manifest["loss_scale"]
         self._whole_step, self._resumed_from = saved.step, saved.folder.name
@@ -223,14 +230,17 @@ class CheckpointStore:
             FileExistsError: the folder is committed already.
         """
         files: list[dict[str, Any]] = []
+        digest = 0
         for rank in range(self._world):
             content = (folder / f"rank-{rank:05d}.json").read_bytes()
             record = json.loads(content)
+            digest = (digest + record["state_digest"]) % 2**64
             files.append({name: record[name] for name in ("file", "bytes", "sha256")})
             sha256 = hashlib.sha256(content).hexdigest()
             files.append({"file": f"rank-{rank:05d}.json", "bytes": len(content), "sha256": sha256})
         self.refuse_if_superseded()
-        commit_exclusively(folder / MANIFEST, sealed({**manifest, "saved_at": time.time(), "files": files}))
+        manifest = {**manifest, "saved_at": time.time(), "state_digest": f"{digest:016x}", "files": files}
+        commit_exclusively(folder / MANIFEST, sealed(manifest))
         sync_folder(self.folder)
         self.refuse_if_superseded()  # the newer attempt's folders are not this one's to tidy
         write_whole(self.folder / "latest", f"{folder.name}\n".encode())
