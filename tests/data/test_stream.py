@@ -556,13 +556,20 @@ def test_no_worker_outlives_its_rank(data: DataSet, tmp_path: Path, ending: str,
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(SCRIPT))
     rank = subprocess.Popen([sys.executable, script, data.root, ending], stdout=subprocess.PIPE, text=True)
-    assert rank.stdout is not None
-    workers = [psutil.Process(int(pid)) for pid in rank.stdout.readline().split()]
-    assert len(workers) == 2
-    if ending == "wait":
-        fork_server = workers[0].parent()
+    workers: list[psutil.Process] = []
+    try:
+        assert rank.stdout is not None
+        workers = [psutil.Process(int(pid)) for pid in rank.stdout.readline().split()]
+        assert len(workers) == 2
+        if ending == "wait":
+            fork_server = workers[0].parent()
+            rank.kill()
+            psutil.wait_procs([*workers, *([fork_server] if fork_server else [])], timeout=30)
+            assert not fork_server or not fork_server.is_running()
+        assert rank.wait(60) == code
+        assert not any(worker.is_running() for worker in workers)
+    finally:
         rank.kill()
-        psutil.wait_procs([*workers, *([fork_server] if fork_server else [])], timeout=30)
-        assert not fork_server or not fork_server.is_running()
-    assert rank.wait(60) == code
-    assert not any(worker.is_running() for worker in workers)
+        for worker in workers:  # only if the promise is broken
+            if worker.is_running():
+                worker.kill()
