@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from beit_dist.engine.checkpoint.layout import Fragment, fragment_key
+from beit_dist.engine.checkpoint.layout import Fragment, fragment_key, role_digests
 from beit_dist.errors import CheckpointError
 
 CHUNK = 4 << 20
@@ -57,7 +57,7 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> N
         "sha256": digest.hexdigest(),
         "chunk": CHUNK,
         "crc32": checksums if room < CHUNK else checksums[:-1],
-        "state_digest": sum(f.digest() for f in fragments) % 2**64,
+        "state_digests": role_digests(fragments),
         "fragments": [[f.parameter, f.role, f.start, f.length] for f in fragments],
     }
     write_whole(folder / f"{name}.json", json.dumps(record).encode())

@@ -8,7 +8,7 @@ arithmetic on names, so neither the stage nor the number of ranks need be the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,10 @@ class _Piece:
     owner: Tensor  # the tensor that the wrapped AdamW steps; key of its state
     offset: int  # where the piece begins in the flattened owner
 
+    def fragment(self) -> Fragment:
+        """The weight, as a view."""
+        return Fragment(self.parameter, WEIGHT, self.start, self.weight)
+
 
 _PARTITIONED = (BF16_Optimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
 _SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -48,13 +52,25 @@ class EngineState:
         self._wrapped: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
         self._replicated = not isinstance(self._optimizer, _PARTITIONED)
         self._pieces = list(self._find_pieces())
+        self._attached: list[Fragment] = []
         # FP16_UnfusedOptimizer steps once on zero gradients to create its state: forget that step.
         self._wrapped.state.clear()
 
     def saved_fragments(self) -> list[Fragment]:
         """What this rank writes: its partition, or at stage 0 its 1/world share of every parameter."""
+        return [*self._own_share(self._engine_fragments()), *self._attached]
+
+    def owned_weights(self) -> list[Fragment]:
+        """The part of the master weights that this rank saves, as views."""
+        return self._own_share(piece.fragment() for piece in self._pieces)
+
+    def attach(self, fragments: Iterable[Fragment]) -> None:
+        """Save and restore these with the rest; no other rank may have the same values."""
+        self._attached += fragments
+
+    def _own_share(self, fragments: Iterable[Fragment]) -> list[Fragment]:
         found = []
-        for fragment in self.held_fragments():
+        for fragment in fragments:
             low, high = 0, fragment.length
             if self._replicated:
                 low, high = (fragment.length * (self._ranks.rank + i) // self._ranks.world for i in (0, 1))
@@ -65,10 +81,13 @@ class EngineState:
 
     def held_fragments(self) -> list[Fragment]:
         """Everything that this rank holds, as views; what must be filled to restore it."""
+        return [*self._engine_fragments(), *self._attached]
+
+    def _engine_fragments(self) -> list[Fragment]:
         found = []
         for piece in self._pieces:
             length = piece.weight.numel()
-            found.append(Fragment(piece.parameter, WEIGHT, piece.start, piece.weight))
+            found.append(piece.fragment())
             state = self._state_of(piece.owner)
             for role in MOMENTS:
                 view = state[role].view(-1)[piece.offset : piece.offset + length]

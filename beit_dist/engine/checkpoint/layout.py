@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"
+"""Exponential moving average of the weight; only in runs that keep one."""
 
 _DIGEST_BLOCK = 1 << 18  # values at a time, so that the temporaries stay in the cache
 _FOLDER = re.compile(r"step-(\d{8,})\.a(\d{4,})")
@@ -88,6 +91,23 @@ def fragment_key(role: str, parameter: str, start: int) -> str:
 def folder_name(step: int, attempt: int) -> str:
     """Name of the folder that an attempt writes a step's checkpoint to."""
     return f"step-{step:08d}.a{attempt:04d}"
+
+
+def role_digests(fragments: Iterable[Fragment]) -> dict[str, int]:
+    """The sum of the fragments' digests (mod 2⁶⁴) for each role among them."""
+    found: dict[str, int] = {}
+    for fragment in fragments:
+        found[fragment.role] = (found.get(fragment.role, 0) + fragment.digest()) % 2**64
+    return found
+
+
+def summed(parts: Iterable[Mapping[str, int]]) -> dict[str, str]:
+    """Digests by role of all ranks added up, as a manifest has them: in hexadecimal."""
+    total: dict[str, int] = {}
+    for part in parts:
+        for role, digest in part.items():
+            total[role] = (total.get(role, 0) + digest) % 2**64
+    return {role: f"{digest:016x}" for role, digest in sorted(total.items())}
 
 
 def parse_folder_name(name: str) -> tuple[int, int] | None:

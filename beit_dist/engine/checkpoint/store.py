@@ -31,6 +31,7 @@ from beit_dist.engine.checkpoint.files import (
 )
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import (
+    AVERAGE,
     FORMAT_VERSION,
     MANIFEST,
     Fragment,
@@ -39,7 +40,9 @@ from beit_dist.engine.checkpoint.layout import (
     folder_name,
     parse_folder_name,
     rank_records,
+    role_digests,
     sealed,
+    summed,
 )
 from beit_dist.engine.distributed import Agreement
 from beit_dist.errors import CheckpointError
@@ -141,19 +144,25 @@ class CheckpointStore:
                 saved.folder.rename(saved.folder.with_name(f"{saved.folder.name}.bad"))
 
     def restore(self, saved: Saved, state: EngineState) -> None:
-        """Fill the engine's state from a whole checkpoint, bit for bit, and publish it to the model."""
+        """Fill the engine's state from a whole checkpoint, bit for bit, and publish it to the model.
+
+        An average that the checkpoint has and the run does not keep, or the reverse, is left alone.
+        """
         version = saved.manifest.get("format")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{saved.folder}: got format {version}, expected {FORMAT_VERSION}")
         reader = FragmentReader(saved.folder, rank_records(saved))
+        expected = saved.manifest["state_digests"]
+        absent = {AVERAGE} - set(expected)
         for fragment in state.held_fragments():
-            reader.fill(fragment)
-        own = sum(fragment.digest() for fragment in state.saved_fragments()) % 2**64
-        digest = sum(self._agreement.gather(own)) % 2**64
-        if f"{digest:016x}" != saved.manifest["state_digest"]:
+            if fragment.role not in absent:
+                reader.fill(fragment)
+        own = role_digests(fragment for fragment in state.saved_fragments() if fragment.role not in absent)
+        digests = summed(self._agreement.gather(own))
+        if any(expected[role] != digest for role, digest in digests.items()):
             raise CheckpointError(
-                f"{saved.folder}: the state read from it has digest {digest:016x}, expected "
-                f"{saved.manifest['state_digest']}; this is a fault of the program"
+                f"{saved.folder}: the state read from it has digests {digests}, expected {expected}; "
+                "this is a fault of the program"
             )
         state.publish(saved.manifest["updates"])
         state.loss_scale = saved.manifest["loss_scale"]
@@ -230,16 +239,16 @@ class CheckpointStore:
             FileExistsError: the folder is committed already.
         """
         files: list[dict[str, Any]] = []
-        digest = 0
+        digests: list[dict[str, int]] = []
         for rank in range(self._world):
             content = (folder / f"rank-{rank:05d}.json").read_bytes()
             record = json.loads(content)
-            digest = (digest + record["state_digest"]) % 2**64
+            digests.append(record["state_digests"])
             files.append({name: record[name] for name in ("file", "bytes", "sha256")})
             sha256 = hashlib.sha256(content).hexdigest()
             files.append({"file": f"rank-{rank:05d}.json", "bytes": len(content), "sha256": sha256})
         self.refuse_if_superseded()
-        manifest = {**manifest, "saved_at": time.time(), "state_digest": f"{digest:016x}", "files": files}
+        manifest = {**manifest, "saved_at": time.time(), "state_digests": summed(digests), "files": files}
         commit_exclusively(folder / MANIFEST, sealed(manifest))
         sync_folder(self.folder)
         self.refuse_if_superseded()  # the newer attempt's folders are not this one's to tidy
