@@ -1,7 +1,10 @@
-"""The weights of a run as whole tensors, for pictures, export and evaluation; no DeepSpeed, no GPU."""
+"""The weights of a run, for pictures, export, evaluation and new runs; no DeepSpeed, no GPU."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +13,62 @@ from torch import Tensor
 
 from beit_dist.config import TrainConfig, validate
 from beit_dist.engine.checkpoint.files import FragmentReader, file_fault
-from beit_dist.engine.checkpoint.layout import WEIGHT, Fragment, Saved, committed, rank_records
+from beit_dist.engine.checkpoint.layout import AVERAGE, WEIGHT, Fragment, Saved, committed, rank_records
 from beit_dist.errors import CheckpointError
 
 
-def load_weights(run_or_step: str | Path) -> tuple[dict[str, Tensor], TrainConfig, dict[str, Any]]:
-    """The fp32 weights of a checkpoint by parameter name, its recipe, and its manifest.
+@dataclass(frozen=True)
+class StoredWeights:
+    """A checkpoint's weights, read a tensor or a part of one at a time.
+
+    Attributes:
+        saved: the checkpoint.
+        role: ``weight``, or ``ema`` for their average.
+    """
+
+    saved: Saved
+    role: str = WEIGHT
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of each parameter by name."""
+        found: dict[str, list[int]] = self.saved.manifest["parameters"]
+        return found
+
+    @property
+    def values(self) -> int:
+        """Number of values of all parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's recipe."""
+        return validate(TrainConfig, self.saved.manifest["config"])
+
+    def read(self, name: str) -> Tensor:
+        """A whole parameter, fp32 on the CPU."""
+        tensor = torch.empty(self.shapes[name], dtype=torch.float32)
+        self.fill(Fragment(name, self.role, 0, tensor.view(-1)))
+        return tensor
+
+    def fill(self, fragment: Fragment) -> None:
+        """Copy the values of the fragment's place into it, whatever its role."""
+        self._reader.fill(Fragment(fragment.parameter, self.role, fragment.start, fragment.data))
+
+    @cached_property
+    def _reader(self) -> FragmentReader:
+        return FragmentReader(self.saved.folder, rank_records(self.saved))
+
+
+def open_weights(run_or_step: str | Path, *, ema: bool = False) -> StoredWeights:
+    """Find a checkpoint and verify every byte of it.
 
     Args:
         run_or_step: a run folder, whose newest whole checkpoint is taken, or one ``step-...`` folder.
+        ema: the averaged weights in place of the trained ones.
 
     Raises:
-        CheckpointError: there is no whole checkpoint.
+        CheckpointError: there is no whole checkpoint, or it holds no average.
     """
     path = Path(run_or_step)
     if (path / "manifest.json").is_file():
@@ -32,10 +79,25 @@ def load_weights(run_or_step: str | Path) -> tuple[dict[str, Tensor], TrainConfi
     for saved in candidates:
         fault = _first_fault(saved)
         if not fault:
-            return _read(saved), validate(TrainConfig, saved.manifest["config"]), saved.manifest
+            if ema and AVERAGE not in saved.manifest["state_digests"]:
+                raise CheckpointError(
+                    f"{saved.folder}: got no averaged weights, expected a run with ema.decay set"
+                )
+            return StoredWeights(saved, AVERAGE if ema else WEIGHT)
         faults.append(f"{saved.folder.name}: {fault}")
     found = "; ".join(faults) or "nothing committed"
     raise CheckpointError(f"{path}: got {found}, expected a run folder or step folder with a whole checkpoint")
+
+
+def load_weights(
+    run_or_step: str | Path, *, ema: bool = False
+) -> tuple[dict[str, Tensor], TrainConfig, dict[str, Any]]:
+    """The fp32 weights of a checkpoint by parameter name, its recipe, and its manifest.
+
+    Arguments and errors are those of :func:`open_weights`.
+    """
+    stored = open_weights(run_or_step, ema=ema)
+    return {name: stored.read(name) for name in stored.shapes}, stored.config, stored.saved.manifest
 
 
 def _first_fault(saved: Saved) -> str:
@@ -43,12 +105,3 @@ def _first_fault(saved: Saved) -> str:
         return "its manifest is damaged"
     faults = (file_fault(saved.folder / f["file"], f["bytes"], f["sha256"]) for f in saved.manifest["files"])
     return next(filter(None, faults), "")
-
-
-def _read(saved: Saved) -> dict[str, Tensor]:
-    reader = FragmentReader(saved.folder, rank_records(saved))
-    weights = {}
-    for name, shape in saved.manifest["parameters"].items():
-        weights[name] = torch.empty(shape, dtype=torch.float32)
-        reader.fill(Fragment(name, WEIGHT, 0, weights[name].view(-1)))
-    return weights

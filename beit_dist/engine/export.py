@@ -1,0 +1,104 @@
+"""A checkpoint's weights as one safetensors file that anybody can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import beit_dist
+from beit_dist.engine.checkpoint.files import sync_folder
+from beit_dist.engine.checkpoint.weights import StoredWeights
+from beit_dist.errors import SpaceError
+
+DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
+"""Name on the command line to safetensors' name and torch's."""
+FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    tensors: int
+    bytes: int
+
+
+def export_path(out: str | Path) -> Path:
+    """The file that ``out`` means: itself if it ends with ``.safetensors``, else ``model.safetensors`` in it."""
+    path = Path(out)
+    return path if path.suffix == ".safetensors" else path / FILE
+
+
+def export_weights(
+    stored: StoredWeights, out: str | Path, dtype: str = "fp32", advance: Callable[[int], None] = lambda _: None
+) -> Exported:
+    """Write the weights to ``out``, whole or not at all; memory is needed for one tensor.
+
+    Parameters keep their names and shapes. The file's metadata says what is needed to use them: the model's
+    settings, the normalisation of its pixels, the step, and the tokenizer whose tokens the head predicts.
+
+    Args:
+        stored: the weights.
+        out: a folder, or a file that ends with ``.safetensors``; replaced if it exists.
+        dtype: ``fp32`` or ``bf16``, to which values are rounded.
+        advance: called after each tensor with its number of values.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        SpaceError: the disk is full, or cannot be written to.
+    """
+    path = export_path(out)
+    kind, torch_dtype = DTYPES[dtype]
+    table: dict[str, object] = {"__metadata__": _metadata(stored, dtype)}
+    end = 0
+    for name, shape in stored.shapes.items():
+        begin, end = end, end + torch_dtype.itemsize * math.prod(shape)
+        table[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for name in stored.shapes:
+                tensor = stored.read(name).to(torch_dtype)
+                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+                advance(tensor.numel())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise SpaceError(f"--out: {path} could not be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Exported(path, len(stored.shapes), 8 + len(header) + end)
+
+
+def _metadata(stored: StoredWeights, dtype: str) -> dict[str, str]:
+    """safetensors allows text only; ``format`` is what its readers of torch tensors ask for."""
+    manifest, model = stored.saved.manifest, stored.config.model
+    return {
+        "format": "pt",
+        "beit_dist": beit_dist.__version__,
+        "model": model.model_dump_json(),
+        "pixel_mean": json.dumps(model.pixel_mean),
+        "pixel_std": json.dumps(model.pixel_std),
+        "weights": stored.role,
+        "dtype": dtype,
+        "checkpoint": stored.saved.folder.name,
+        "step": str(manifest["step"]),
+        "samples": str(manifest["position"]["samples"]),
+        "dataset": manifest["dataset"],
+        "tokenizer": manifest["tokenizer"],
+    }
