@@ -49,11 +49,16 @@ class RunFolder:
             (self.path / marker).unlink(missing_ok=True)
 
     def mark(self, marker: str, **facts: Any) -> None:
-        """Leave a marker; the first ``FAILED`` stands, others replace each other."""
+        """Leave a marker; the first ``FAILED`` stands until another marker takes its place.
+
+        A rank of an older attempt may still leave its ``FAILED`` while a newer one runs: how that ends counts.
+        """
         facts = {"time": time.time(), "host": socket.gethostname(), **facts}
         content = (json.dumps(facts, indent=1) + "\n").encode()
         if marker != FAILED:
             write_whole(self.path / marker, content)
+            for other in set(MARKERS) - {marker}:
+                (self.path / other).unlink(missing_ok=True)
             return
         try:
             descriptor = os.open(self.path / marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
