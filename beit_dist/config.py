@@ -234,6 +234,8 @@ class TrainConfig(Section):
     """Deterministic algorithms on CUDA (slower); the CPU is deterministic either way."""
     max_skipped_in_a_row: int = Field(20, ge=1)
     """Steps skipped one after another for non-finite gradients before the run stops."""
+    max_minutes: float | None = Field(None, gt=0)
+    """Stop by itself so long after a start, as a stop signal would: with a checkpoint, to be started again."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

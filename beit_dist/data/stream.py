@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _BUFFERS = 3  # one with the trainer, one it may still copy from, one being filled
 _PATIENCE = 5.0  # seconds that close() gives workers to end by themselves
+_LOOK = 0.5  # seconds without a batch between two looks whether to go on waiting
 
 
 @dataclass
@@ -178,20 +179,37 @@ class RankBatches(Iterator[RankBatch]):
         Raises:
             SampleError: a sample is damaged beyond the budget, a worker died, or nothing came in time.
         """
+        batch = self.next_unless(lambda: False)
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def next_unless(self, interrupted: Callable[[], bool]) -> RankBatch | None:
+        """The next batch; None if ``interrupted()``, which is asked only while there is none, or after close().
+
+        Raises:
+            SampleError: as ``__next__``.
+        """
         if self._failed is not None:
             raise self._failed
         if self._closing:
-            raise StopIteration
+            return None
         if len(self._held) == _BUFFERS - 1:
             self._free.put(self._held.popleft())
         began = time.perf_counter()
-        try:
-            made = self._ready.get(timeout=self.loader.timeout_seconds)
-        except queue.Empty:
-            made = SampleError(
-                f"{self.root}: no batch within loader.timeout_seconds={self.loader.timeout_seconds:g}. The storage"
-                " does not answer or is too slow; raise the limit if that is expected."
-            )
+        made: tuple[RankBatch, _Buffer] | BaseException | None = None
+        while made is None:
+            left = self.loader.timeout_seconds - (time.perf_counter() - began)
+            try:
+                made = self._ready.get(timeout=min(_LOOK, max(0.0, left)))
+            except queue.Empty:
+                if interrupted():
+                    return None
+                if left <= _LOOK:
+                    made = SampleError(
+                        f"{self.root}: no batch within loader.timeout_seconds={self.loader.timeout_seconds:g}. The"
+                        " storage does not answer or is too slow; raise the limit if that is expected."
+                    )
         if isinstance(made, BaseException):
             self._failed = made
             raise made

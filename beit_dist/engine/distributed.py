@@ -145,6 +145,11 @@ class Agreement:
         return box[0]
 
 
+def store_of_ranks() -> Any:
+    """The key-value store through which the ranks joined."""
+    return dist.distributed_c10d._get_default_store()  # torch has no public name for it
+
+
 def close_process_groups() -> None:
     """Leave all groups; harmless when there is none."""
     if dist.is_initialized():

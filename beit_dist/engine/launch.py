@@ -16,7 +16,13 @@ from beit_dist.data.shards import Manifest
 from beit_dist.engine.build import build
 from beit_dist.engine.checkpoint.store import SupersededError
 from beit_dist.engine.dataset import open_data
-from beit_dist.engine.distributed import Ranks, check_precision, close_process_groups, init_process_groups
+from beit_dist.engine.distributed import (
+    Ranks,
+    check_precision,
+    close_process_groups,
+    init_process_groups,
+    store_of_ranks,
+)
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
@@ -36,7 +42,8 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     _quieten()
     check_precision(resolved.precision)
     manifest = open_data(config, check_files=ranks.local_rank == 0)
-    stop = StopRequest().install()  # a signal during the start is a stop before the first step
+    # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
+    stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()
     try:
         _train(config, resolved, ranks, manifest, stop)
     except SupersededError as error:  # the folder belongs to the newer attempt: leave no marker in it
@@ -52,13 +59,15 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
 
 def _train(config: TrainConfig, resolved: Resolved, ranks: Ranks, manifest: Manifest, stop: StopRequest) -> None:
     device = init_process_groups(ranks, TIMEOUT)
+    stop.share(store_of_ranks())
     parts = build(config, resolved, manifest, ranks, device, stop, TIMEOUT)
     try:
         first_step = parts.progress.step
-        marker = Trainer(parts).run()
+        trainer = Trainer(parts)
+        marker = trainer.run()
         if ranks.rank == 0:
             step, total = parts.progress.step, parts.total_steps
-            RunFolder(config.run).mark(marker, attempt=parts.store.attempt, step=step, signal=stop.name)
+            RunFolder(config.run).mark(marker, attempt=parts.store.attempt, step=step, reason=trainer.reason)
             nothing_left = marker == DONE and first_step >= total
             ended = "nothing left to do" if nothing_left else "done" if marker == DONE else "stopped on request"
             print(f"\n{ended}: step {step} of {total}, run folder {config.run}", flush=True)

@@ -86,6 +86,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._failed_saves = 0
         self._last_save = time.monotonic()
+        self.reason: str | None = None  # why the run was stopped before its last step
 
     def run(self) -> str:
         """Train; the marker that says how it ended (``DONE`` or ``PREEMPTED``).
@@ -94,17 +95,22 @@ class Trainer:
             TrainingError: too many steps without an update, or the last checkpoint could not be saved.
         """
         parts, progress = self.parts, self.progress
-        batch = self._fetch() if progress.step < parts.total_steps else None
-        while batch is not None:
+        left = progress.step < parts.total_steps
+        batch = self._fetch() if left else None
+        while left:
             masked, bad, stop, save, written = parts.agreement.result()
             if stop:
+                asked = [name for name in parts.agreement.gather(parts.stop.name) if name]
+                self.reason = asked[0] if asked else None
                 self._save_and_wait()
                 return PREEMPTED
             if written == parts.resolved.ranks:
                 self._finish_save()
             self._count_bad(bad)
+            assert batch is not None  # a rank without one has posted a stop; for the type checker
             batch = self._train_step(batch, masked, bad)
-            if batch is not None and (save or self._save_is_due()):
+            left = progress.step < parts.total_steps
+            if left and (save or self._save_is_due()):
                 self._begin_save()
         self._save_and_wait()
         return DONE
@@ -161,17 +167,28 @@ class Trainer:
                 for tensor in tensors
             )
 
-    def _fetch(self, after: RankBatch | None = None) -> RankBatch:
-        """The next batch; starts the ranks' agreement on it, whose result is read at the next step's start."""
-        batch = next(self.parts.batches)
+    def _fetch(self, after: RankBatch | None = None) -> RankBatch | None:
+        """The next batch; starts the ranks' agreement on it, whose result is read at the next step's start.
+
+        None: a stop request came while there was no batch. Waiting for data can take minutes, so a rank that
+        waits looks for requests, its own and (in the store) those of others, and posts a stop without a batch.
+        That is safe, because the decision is still taken once, by the sum: each rank posts exactly once for
+        each step, all read the same sum before the step, and it cannot be without a stop when a rank has posted
+        one. A rank that did not see the request, or has posted "go on" before it, stops by the same sum. A
+        request that comes after this rank's post waits for the next boundary. The batches that others have
+        fetched were not trained on; the position only moves with a step, so they are read again.
+        """
+        parts = self.parts
+        batch = parts.batches.next_unless(lambda: parts.stop.known)
         expected = self.progress.consumed + (self._per_lane() if after is not None else 0)
-        if batch.consumed != expected:
+        if batch is not None and batch.consumed != expected:
             raise RuntimeError(f"the stream is at {batch.consumed}, the trainer at {expected}")
-        minutes = self.parts.config.checkpoint.every_minutes
-        rank_0 = self.parts.agreement.ranks.rank == 0
+        minutes = parts.config.checkpoint.every_minutes
+        rank_0 = parts.agreement.ranks.rank == 0
         save = rank_0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
-        written = self.parts.store.has_written
-        self.parts.agreement.post([batch.masked, batch.bad, self.parts.stop.requested, save, written])
+        written = parts.store.has_written
+        masked, bad, stop = (batch.masked, batch.bad, parts.stop.requested) if batch else (0, 0, True)
+        parts.agreement.post([masked, bad, stop, save, written])
         return batch
 
     def _save_is_due(self) -> bool:

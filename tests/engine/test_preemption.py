@@ -1,21 +1,39 @@
-"""A stop signal is noted, not acted on; a second one ends the process."""
+"""A stop request is noted, not acted on; a second signal ends the process; ranks that wait learn of it."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from beit_dist.engine.preemption import STOP_SIGNALS, StopRequest
+from beit_dist.engine.preemption import MAX_MINUTES, STOP_SIGNALS, StopRequest
+
+TRAIN = Path(__file__).parents[2] / "beit_dist" / "train.py"
+
+
+class Board(dict[str, str]):
+    """The ranks' store, for one process."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_each_stop_signal_is_only_noted(number: signal.Signals) -> None:
     previous = signal.getsignal(number)
     stop = StopRequest().install()
+    stop.share(None)
     try:
         assert not stop.requested
         os.kill(os.getpid(), number)
@@ -26,16 +44,131 @@ def test_each_stop_signal_is_only_noted(number: signal.Signals) -> None:
     finally:
         stop.close()
     assert signal.getsignal(number) == previous
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def ended(program: str) -> subprocess.CompletedProcess[str]:
+    lines = "import os, signal, time\nfrom beit_dist.engine.preemption import StopRequest\n"
+    return subprocess.run([sys.executable, "-c", lines + program], capture_output=True, text=True, timeout=60)
 
 
 def test_a_later_second_signal_ends_at_once() -> None:
-    program = (
-        "import os, signal, time\n"
-        "from beit_dist.engine.preemption import StopRequest\n"
-        "StopRequest(grace=0.1).install()\n"
+    result = ended(
+        "StopRequest(grace=0.1).install().share(None)\n"
         "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2)\n"
-        "os.kill(os.getpid(), signal.SIGTERM); print('still here')\n"
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2); print('still here')\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 128 + signal.SIGTERM
-    assert "still here" not in ended.stdout
+    assert result.returncode == 128 + signal.SIGTERM
+    assert "still here" not in result.stdout
+
+
+def test_a_second_signal_ends_a_process_that_cannot_run_handlers() -> None:
+    result = ended(
+        "import ctypes, threading\n"
+        "StopRequest(grace=0.1).install().share(None)\n"
+        "def send():\n"
+        "    for _ in range(2): time.sleep(0.3); os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "threading.Thread(target=send).start()\n"
+        "mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
+        "libc.pthread_mutex_lock(mutex); libc.pthread_mutex_lock(mutex)  # for ever, and in C\n"
+        "print('still here')\n"
+    )
+    assert result.returncode == 128 + signal.SIGUSR1
+    assert "still here" not in result.stdout
+
+
+def test_a_signal_while_the_ranks_join_ends_the_process_when_they_do_not() -> None:
+    result = ended(
+        "StopRequest(patience=0.2).install()\nos.kill(os.getpid(), signal.SIGTERM); time.sleep(30); print('no')\n"
+    )
+    assert result.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM on" in result.stderr
+    assert "nothing was done" in result.stderr
+
+
+def test_a_signal_is_told_to_ranks_that_wait() -> None:
+    board = Board()
+    ours, waiting = StopRequest().install(), StopRequest()
+    ours.share(board)
+    waiting.share(board)
+    try:
+        assert not waiting.known
+        os.kill(os.getpid(), signal.SIGUSR1)
+        until = time.monotonic() + 30
+        while not waiting.known and time.monotonic() < until:
+            time.sleep(0.01)
+        assert waiting.known
+        assert not waiting.requested  # it was not asked itself: at the boundary the sum decides
+    finally:
+        ours.close()
+
+
+def test_a_request_before_the_ranks_joined_is_told_when_they_have() -> None:
+    board, stop = Board(), StopRequest().install()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.share(board)
+        assert board
+    finally:
+        stop.close()
+
+
+def test_a_lost_store_is_no_stop() -> None:
+    class Lost(Board):
+        def check(self, keys: list[str]) -> bool:
+            raise RuntimeError("connection reset")
+
+    stop = StopRequest()
+    stop.share(Lost())
+    assert not stop.known
+
+
+def test_the_clock_is_looked_at_while_the_main_thread_waits() -> None:
+    board, stop = Board(), StopRequest(max_minutes=0.1 / 60).install()
+    stop.share(board)
+    until = time.monotonic() + 30
+    while not board and time.monotonic() < until:
+        time.sleep(0.01)
+    stop.close()
+    assert stop.name == MAX_MINUTES
+    assert board
+
+
+def test_the_clock_asks_to_stop_by_name() -> None:
+    assert not StopRequest(max_minutes=5).requested
+    board, stop = Board(), StopRequest(max_minutes=1e-9)
+    stop.share(board)
+    assert stop.requested
+    assert stop.name == MAX_MINUTES
+    assert board
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked_by", ["signal", "clock"])
+def test_a_rank_that_waits_for_data_stops_with_the_others(new_run: Callable[..., Any], asked_by: str) -> None:
+    """Rank 1 gets no more data from its 12th batch on; only rank 0 is asked to stop."""
+    run = new_run("run", ranks=2, overrides=["steps=20", "loader.workers=0"])
+    run.entry = run.folder.parent / "stuck.py"
+    run.entry.write_text(
+        "import os, runpy, time\n"
+        "from beit_dist.data.stream import RankBatches\n"
+        "assemble = RankBatches._assemble\n"
+        "def stuck(self, parts, buffer, consumed):\n"
+        "    while os.environ['RANK'] == '1' and consumed >= 11 * self.per_lane and not self._closing:\n"
+        "        time.sleep(0.05)\n"
+        "    return assemble(self, parts, buffer, consumed)\n"
+        "RankBatches._assemble = stuck\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+    )
+    if asked_by == "signal":
+        code, output = run.signal_at(10, signal.SIGTERM)
+    else:
+        code, output = run.finish("max_minutes=0.25")
+    assert code == 0, output
+    stopped = json.loads((run.folder / "PREEMPTED").read_text())
+    assert stopped["step"] == len(run.lines()) <= 11
+    assert stopped["reason"] == ("SIGTERM" if asked_by == "signal" else MAX_MINUTES)
+    saved = json.loads(
+        next(run.folder.glob(f"checkpoints/step-{stopped['step']:08d}.*/manifest.json")).read_text()
+    )
+    assert saved["position"]["samples"] == 16 * stopped["step"]
