@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from collections.abc import Sequence
 from types import FrameType
@@ -41,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     recipe = load_recipe(TokenizerRecipe, options.config, options.overrides)
+
+    # Before PyTorch starts its threads. Theirs would spin while they wait, which on a CPU that others use too
+    # made a training several times slower (measured: 80 steps in 127 s against 51 s).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     # Imported here: --help and a wrong key should not wait for PyTorch.
     from beit_dist.engine.tokenizer_training import notice, train_tokenizer
