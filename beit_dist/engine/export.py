@@ -14,6 +14,7 @@ import torch
 
 import beit_dist
 from beit_dist.engine.checkpoint.files import sync_folder
+from beit_dist.engine.checkpoint.layout import Fragment
 from beit_dist.engine.checkpoint.weights import StoredWeights
 from beit_dist.errors import SpaceError
 
@@ -65,15 +66,20 @@ def export_weights(
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
 
+    # One buffer for all tensors: fresh ones of all sizes leave holes in memory that the next does not fit into.
+    largest = torch.empty(max(map(math.prod, stored.shapes.values())), dtype=torch.float32)
+    buffers = (largest, largest.to(torch_dtype))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
-            for name in stored.shapes:
-                tensor = stored.read(name).to(torch_dtype)
-                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-                advance(tensor.numel())
+            for name, shape in stored.shapes.items():
+                values, rounded = (buffer[: math.prod(shape)] for buffer in buffers)
+                stored.fill(Fragment(name, stored.role, 0, values))
+                rounded.copy_(values)  # onto itself in fp32
+                file.write(rounded.view(torch.uint8).numpy().data)
+                advance(len(values))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
