@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from beit_dist.errors import ConfigError, UserError
 
@@ -207,6 +207,24 @@ class LoggingConfig(Section):
     progress: bool = True
 
 
+class GuardConfig(Section):
+    """What is watched besides gradients that are not finite; see ``beit_dist/engine/guard.py``."""
+
+    spikes: Literal["off", "warn", "stop"] = "warn"
+    """What to do about a loss far above the ones before it."""
+    window: int = Field(100, ge=8)
+    """Losses that a loss is compared with; until there are so many, none is judged."""
+    threshold: float = Field(12.0, gt=0)
+    """A spike is so many robust standard deviations (1.4826 · median absolute deviation) above the median."""
+    check_parameters_every_steps: int | None = Field(None, ge=1)
+    """Compare all ranks' weights so often, by a digest; waits for the device. Not at ZeRO stage 3."""
+
+    @field_validator("spikes", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a plain off as false
+
+
 class TrainConfig(Section):
     """A pre-training recipe."""
 
@@ -230,6 +248,7 @@ class TrainConfig(Section):
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    guard: GuardConfig = GuardConfig()
     deterministic: bool = False
     """Deterministic algorithms on CUDA (slower); the CPU is deterministic either way."""
     max_skipped_in_a_row: int = Field(20, ge=1)

@@ -50,6 +50,21 @@ class CheckpointError(UserError):
     """A checkpoint cannot be used, or the run in the folder is another one."""
 
 
+class TrainingError(UserError):
+    """The run cannot go on; another start may do better.
+
+    Args:
+        message: for a person.
+        details: more than a message should hold, for the marker ``FAILED``.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, details: object = None) -> None:
+        super().__init__(message)
+        self.details = details
+
+
 class SpaceError(UserError):
     """A disk or /dev/shm is too small for what was asked."""
 

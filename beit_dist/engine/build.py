@@ -24,6 +24,7 @@ from beit_dist.engine.checkpoint.layout import Saved
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.distributed import Agreement, Ranks
+from beit_dist.engine.guard import Guard
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.optimizer import build_optimizer
 from beit_dist.engine.preemption import StopRequest
@@ -111,6 +112,25 @@ def build(
                 "ranks": everyone,
             }
         )
+    recorder = Recorder(
+        run,
+        metrics,
+        every=config.logging.every_steps,
+        attempt=attempt,
+        total_steps=total_steps,
+        global_batch=config.global_batch,
+        flops_per_sample=flops_per_image(config.model, expected_masked(config.model, masks)),
+        progress=config.logging.progress,
+    )
+    guard = Guard(
+        config.guard,
+        agreement,
+        engine.module,
+        whole=resolved.stage < 3,
+        metrics=metrics,
+        saved=saved.manifest.get("guard") if saved else None,
+    )
+    recorder.listeners.append(guard.fetched)
     return Parts(
         config=config,
         resolved=resolved,
@@ -136,16 +156,8 @@ def build(
         agreement=agreement,
         store=store,
         state=state,
-        recorder=Recorder(
-            run,
-            metrics,
-            every=config.logging.every_steps,
-            attempt=attempt,
-            total_steps=total_steps,
-            global_batch=config.global_batch,
-            flops_per_sample=flops_per_image(config.model, expected_masked(config.model, masks)),
-            progress=config.logging.progress,
-        ),
+        recorder=recorder,
+        guard=guard,
         metrics=metrics,
         stop=stop,
         progress=progress,

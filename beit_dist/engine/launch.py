@@ -27,7 +27,7 @@ from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
 from beit_dist.engine.trainer import Trainer
-from beit_dist.errors import UserError
+from beit_dist.errors import TrainingError, UserError
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another in a collective before it gives up."""
@@ -52,7 +52,8 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
         code = error.exit_code if isinstance(error, UserError) else 1
         text = str(error) if isinstance(error, UserError) else traceback.format_exc()
         if config.run:
-            RunFolder(config.run).mark(FAILED, rank=ranks.rank, exit_code=code, error=text)
+            details = {"details": error.details} if isinstance(error, TrainingError) and error.details else {}
+            RunFolder(config.run).mark(FAILED, rank=ranks.rank, exit_code=code, error=text, **details)
         _end(f"error: rank {ranks.rank} on {socket.gethostname()}: {text}", code)
     return 0
 

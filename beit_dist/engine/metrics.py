@@ -29,6 +29,7 @@ METRICS = (
     Metric("beit_build", "info", "Versions, ZeRO stage, precision and run of this process."),
     Metric("beit_train_steps", "counter", "Optimizer steps attempted, over all starts of the run."),
     Metric("beit_train_steps_skipped", "counter", "Steps without an update, for gradients that were not finite."),
+    Metric("beit_train_loss_spikes", "counter", "Steps whose loss lay far above those before it."),
     Metric("beit_train_samples", "counter", "Samples trained on."),
     Metric("beit_train_masked_patches", "counter", "Masked patches whose tokens were predicted."),
     Metric("beit_train_target_steps", "gauge", "Steps at which the run is done."),

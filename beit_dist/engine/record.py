@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,7 @@ class Recorder:
         self._file = run.metrics.open("a", encoding="utf-8") if metrics is not None else None
         self._since = time.perf_counter()
         self.last_loss = math.nan
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # rank 0: told of every line that is written
 
     def add(self, facts: StepFacts, loss_sum: Tensor, correct: Tensor, grad_norm: Tensor | float | None) -> None:
         """Note a step; ``loss_sum`` and ``correct`` are this rank's sums and stay on the device."""
@@ -115,6 +117,8 @@ class Recorder:
         for fact, (loss_sum, correct), norm in zip(facts, sums.cpu().numpy(), norms.tolist(), strict=True):
             line = self._line(fact, loss_sum, correct, norm)
             self._file.write(json.dumps(line) + "\n")
+            for listener in self.listeners:
+                listener(line)
         self._file.flush()
         self.last_loss = float(line["loss"]) if line["loss"] is not None else math.nan
         self._export(facts, line, seconds)

@@ -16,19 +16,14 @@ from beit_dist.data.stream import RankBatch, RankBatches
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement
+from beit_dist.engine.guard import Guard
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, PREEMPTED
 from beit_dist.engine.schedule import Schedule
-from beit_dist.errors import SampleError, UserError
-
-
-class TrainingError(UserError):
-    """The run cannot go on; another start may do better."""
-
-    exit_code = 1
+from beit_dist.errors import SampleError, TrainingError
 
 
 @dataclass
@@ -62,6 +57,7 @@ class Parts:
     store: CheckpointStore
     state: EngineState
     recorder: Recorder
+    guard: Guard
     metrics: Metrics | None
     stop: StopRequest
     progress: Progress
@@ -72,6 +68,7 @@ class Parts:
         """Release what the run holds; in the order in which they depend on each other."""
         self.batches.close()
         self.recorder.close()
+        self.guard.close()
         if self.metrics is not None:
             self.metrics.close()
         self.stop.close()
@@ -98,7 +95,9 @@ class Trainer:
         left = progress.step < parts.total_steps
         batch = self._fetch() if left else None
         while left:
-            masked, bad, stop, save, written = parts.agreement.result()
+            masked, bad, stop, save, written, alarm = parts.agreement.result()
+            if alarm:
+                parts.guard.stop_for_spike()
             if stop:
                 asked = [name for name in parts.agreement.gather(parts.stop.name) if name]
                 self.reason = asked[0] if asked else None
@@ -128,11 +127,13 @@ class Trainer:
         scale = parts.resolved.ranks / masked if masked else 0.0
 
         loss_sum, correct = torch.zeros((2,), device=parts.device)
+        losses = []
         following: RankBatch | None = None
         for number, micro_batch in enumerate(self._micro_batches(batch), start=1):
             output = parts.engine(*micro_batch)
             parts.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
-            loss_sum = loss_sum + output.loss_sum.detach()
+            losses.append(output.loss_sum.detach())
+            loss_sum = loss_sum + losses[-1]
             correct = correct + output.correct
             if number == parts.resolved.accumulation and progress.step + 1 < parts.total_steps:
                 following = self._fetch(after=batch)  # while the device still works on what it was given
@@ -153,8 +154,10 @@ class Trainer:
             applied=applied,
             wait_seconds=batch.wait_seconds,
         )
+        parts.guard.note(progress.step, losses, batch.sample_ids)
         parts.recorder.add(facts, loss_sum, correct, parts.engine.get_global_grad_norm())
         self._count_skipped(applied)
+        parts.guard.check_parameters(progress.step)
         return following
 
     def _micro_batches(self, batch: RankBatch) -> Iterator[tuple[Tensor | None, ...]]:
@@ -188,7 +191,7 @@ class Trainer:
         save = rank_0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
         written = parts.store.has_written
         masked, bad, stop = (batch.masked, batch.bad, parts.stop.requested) if batch else (0, 0, True)
-        parts.agreement.post([masked, bad, stop, save, written])
+        parts.agreement.post([masked, bad, stop, save, written, parts.guard.alarm])
         return batch
 
     def _save_is_due(self) -> bool:
@@ -208,7 +211,9 @@ class Trainer:
         }
         counters = dict(progress.counters)
         parts.store.begin_save(
-            progress.step, parts.state, {**parts.facts, "position": position, "counters": counters}
+            progress.step,
+            parts.state,
+            {**parts.facts, "position": position, "counters": counters, "guard": parts.guard.state},
         )
         self._last_save = time.monotonic()
         if parts.metrics is not None:
@@ -255,9 +260,11 @@ class Trainer:
         limit = self.parts.config.max_skipped_in_a_row
         if self._skipped_in_a_row >= limit:
             self.parts.recorder.flush()
+            blamed, details = self.parts.guard.blame()
             raise TrainingError(
                 f"{limit} steps in a row up to step {self.progress.step} had gradients that were not finite; "
-                "nothing was updated in them. Lower optimizer.lr, or raise max_skipped_in_a_row."
+                f"nothing was updated in them. {blamed} Lower optimizer.lr, or raise max_skipped_in_a_row.",
+                details,
             )
 
     def _per_lane(self) -> int:
