@@ -196,6 +196,24 @@ class CheckpointConfig(Section):
     """How long rank 0 waits for the other ranks' files before a save counts as failed."""
 
 
+class EMAConfig(Section):
+    """An exponential moving average of the weights, beside those that are trained."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Share of the average that stays at each update, 0.9998 for instance; null keeps no average."""
+
+
+class ValidationConfig(Section):
+    """Loss on samples that are not trained on."""
+
+    data: str | None = None
+    """Shards of held-out images, made with the same tokenizer; null measures nothing."""
+    every_steps: int = Field(1000, ge=1)
+    """Steps between measurements; there is one after the last step too."""
+    samples: int = Field(2048, ge=1)
+    """How many samples are measured: always the same ones, with the same masks."""
+
+
 class LoggingConfig(Section):
     """Progress, metrics and their endpoint."""
 
@@ -245,10 +263,19 @@ class TrainConfig(Section):
     steps: int | None = Field(None, ge=1)
     """Number of optimizer steps, in place of ``epochs``."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    init_from: str | None = None
+    """Run or step folder whose weights a new run starts from; its optimizer and position do not come along."""
+    ema: EMAConfig = EMAConfig()
+    validation: ValidationConfig = ValidationConfig()
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     guard: GuardConfig = GuardConfig()
+    activation_checkpointing: bool = False
+    """Keep only the input of each block for the backward pass and compute the rest again: less memory, a third
+    more work, the same gradients."""
+    compile: bool = False
+    """Compile each block with torch.compile at its first call. Rounding differs; not at ZeRO stage 3."""
     deterministic: bool = False
     """Deterministic algorithms on CUDA (slower); the CPU is deterministic either way."""
     max_skipped_in_a_row: int = Field(20, ge=1)

@@ -19,12 +19,14 @@ import torch
 from beit_dist.config import TrainConfig
 from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import RankBatches
+from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import Saved
+from beit_dist.engine.checkpoint.layout import AVERAGE, Saved
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.guard import Guard
+from beit_dist.engine.initialisation import initialise_from
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.optimizer import build_optimizer
 from beit_dist.engine.preemption import StopRequest
@@ -34,11 +36,13 @@ from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.engine.trainer import Parts, Progress
+from beit_dist.engine.validation import Validation
 from beit_dist.errors import SpaceError
 from beit_dist.models.flops import flops_per_image
 from beit_dist.models.mim import MaskedImageModel
 
 BYTES_OF_STATE = 12  # a checkpoint holds the fp32 weight and two moments of each parameter
+BYTES_OF_AVERAGE = 4
 
 
 def build(
@@ -49,8 +53,11 @@ def build(
     device: torch.device,
     stop: StopRequest,
     timeout: timedelta,
+    held_out: Manifest | None = None,
 ) -> Parts:
     """Build what a trainer needs and restore the newest whole checkpoint. Collective.
+
+    ``manifest`` is the training data's, ``held_out`` the validation data's, if there is any.
 
     Raises:
         CheckpointError: the run in the folder has another model, data set, seed or masking.
@@ -71,12 +78,21 @@ def build(
 
     engine = build_engine(config, resolved, device)
     state = EngineState(engine, ranks)
-    progress = _restore(store, saved, state, config)
     # At stage 3 a parameter itself is empty; DeepSpeed keeps its shape beside it.
     shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     parameters = sum(math.prod(shape) for shape in shapes.values())
+    average = WeightAverage(state, config.ema.decay) if config.ema.decay is not None else None
+    progress = _restore(store, saved, state, config)
+    origin: dict[str, Any] | None = saved.manifest.get("init_from") if saved else None
+    if saved is None and config.init_from is not None:
+        origin = initialise_from(config, shapes, manifest.tokenizer, state, agreement)
+    if average is not None and not (saved and AVERAGE in saved.manifest["state_digests"]):
+        average.restart()
+        if saved and ranks.rank == 0:
+            print("ema: the run had no average; it begins with the weights of this checkpoint", flush=True)
     if ranks.rank == 0:
-        _check_space(run.path, parameters, config.checkpoint.keep)
+        size = BYTES_OF_STATE + (BYTES_OF_AVERAGE if average else 0)
+        _check_space(run.path, size * parameters, config.checkpoint.keep)
         run.forget_steps_after(progress.step)
         run.remove_markers()
         run.write_config(config)
@@ -93,6 +109,7 @@ def build(
         "tokenizer": manifest.tokenizer,
         "plan": plan.constants(),
         "parameters": shapes,
+        "init_from": origin,
         "groups": _group_names(engine),
         "config": config.model_dump(mode="json"),
         "versions": versions(),
@@ -103,6 +120,7 @@ def build(
                 "attempt": attempt,
                 "started": time.time(),
                 "resumed_from": saved.folder.name if saved else None,
+                "init_from": origin,
                 "world_size": ranks.world,
                 "stage": resolved.stage,
                 "precision": resolved.precision,
@@ -156,6 +174,10 @@ def build(
         agreement=agreement,
         store=store,
         state=state,
+        average=average,
+        validation=None
+        if held_out is None
+        else Validation(config, held_out, masks, resolved.micro_batch, agreement, device),
         recorder=recorder,
         guard=guard,
         metrics=metrics,
@@ -170,8 +192,10 @@ def build_engine(config: TrainConfig, resolved: Resolved, device: torch.device) 
     if config.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    model = MaskedImageModel(config.model)
+    model = MaskedImageModel(config.model, recompute=config.activation_checkpointing)
     model.initialise(config.seed)
+    if config.compile:
+        model.compile_blocks()
     optimizer = build_optimizer(
         model.parameter_groups(config.optimizer.weight_decay),
         config.optimizer,
@@ -193,6 +217,8 @@ def _restore(store: CheckpointStore, saved: Saved | None, state: EngineState, co
     position = saved.manifest["position"]
     if store.rank == 0:
         print(f"resumed from {saved.folder.name}: step {saved.step}, {position['samples']} samples", flush=True)
+        if config.init_from is not None and saved.manifest.get("init_from") is None:
+            print("init_from is ignored: the run has weights of its own", flush=True)
     return Progress(
         step=saved.step,
         consumed=position["consumed"],
@@ -228,8 +254,8 @@ def _group_names(engine: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _check_space(folder: Path, parameters: int, keep: int) -> None:
-    needed = BYTES_OF_STATE * parameters * (keep + 1)
+def _check_space(folder: Path, size: int, keep: int) -> None:
+    needed = size * (keep + 1)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SpaceError(

@@ -49,6 +49,37 @@ def open_data(config: TrainConfig, *, check_files: bool) -> Manifest:
     return manifest
 
 
+def open_validation(config: TrainConfig, manifest: Manifest, *, check_files: bool) -> Manifest | None:
+    """Read the manifest of ``config.validation.data``, if it is given, and compare it with the training data's.
+
+    Args:
+        config: the recipe.
+        manifest: of the training data.
+        check_files: also compare every shard file's size with the manifest.
+
+    Raises:
+        DataError: it is missing or damaged, has other shapes, or was made by another tokenizer.
+    """
+    data = config.validation.data
+    if data is None:
+        return None
+    held_out = load_manifest(data)
+    for name, got, expected in (
+        ("layout", held_out.layout, manifest.layout),
+        ("tokenizer", held_out.tokenizer, manifest.tokenizer),
+    ):
+        if got != expected:
+            raise DataError(
+                f"validation.data: got {data} with {name} {got}, expected {expected} of {config.data}. Make its "
+                "shards with the tokenizer and the sizes of the training shards."
+            )
+    if held_out.digest == manifest.digest:
+        raise ConfigError("validation.data", data, "images that are not trained on, but it is the training set")
+    if check_files:
+        check_shard_files(data, held_out)
+    return held_out
+
+
 def build_plan(config: TrainConfig, manifest: Manifest, saved: Mapping[str, Any] | None = None) -> Plan:
     """The order of samples; ``saved`` are the constants of the run that is continued, which then hold.
 

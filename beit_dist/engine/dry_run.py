@@ -94,12 +94,15 @@ def _batch_rows(config: TrainConfig, resolved: Resolved) -> Iterator[tuple[str, 
 def _memory_rows(config: TrainConfig, resolved: Resolved) -> Iterator[tuple[str, str]]:
     parameters = count_parameters(config)
     parts = state_bytes(resolved, parameters)
+    size = _STATE_BYTES * parameters
+    if config.ema.decay is not None:
+        parts["average"] = 4 * parameters // resolved.ranks
+        size += 4 * parameters
     activations = activation_bytes(config, resolved)
     total = sum(parts.values()) + activations
     listed = " + ".join(f"{name} {_size(size)}" for name, size in parts.items())
     yield "memory", f"{_size(total)} a rank: {listed} + activations about {_size(activations)}"
     keep = config.checkpoint.keep
-    size = _STATE_BYTES * parameters
     yield "checkpoint", f"{_size(size)} each, {keep} kept: {_size(size * (keep + 1))} of free space needed"
 
 
@@ -113,7 +116,10 @@ def activation_bytes(config: TrainConfig, resolved: Resolved) -> int:
     model, size = config.model, 4 if resolved.precision == "fp32" else 2
     block = 17 * (1 + model.patches) * model.width * size
     head = expected_masked(model, mask_generator(config)) * model.vocabulary * (size + 8)
-    return resolved.micro_batch * (model.depth * block + head)
+    kept = model.depth * block
+    if config.activation_checkpointing:  # each block's input, and one block at a time
+        kept = model.depth * (1 + model.patches) * model.width * size + block
+    return resolved.micro_batch * (kept + head)
 
 
 def _data_rows(config: TrainConfig, resolved: Resolved, manifest: Manifest) -> Iterator[tuple[str, str]]:

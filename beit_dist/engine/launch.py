@@ -15,7 +15,7 @@ from beit_dist.config import TrainConfig
 from beit_dist.data.shards import Manifest
 from beit_dist.engine.build import build
 from beit_dist.engine.checkpoint.store import SupersededError
-from beit_dist.engine.dataset import open_data
+from beit_dist.engine.dataset import open_data, open_validation
 from beit_dist.engine.distributed import (
     Ranks,
     check_precision,
@@ -42,10 +42,11 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     _quieten()
     check_precision(resolved.precision)
     manifest = open_data(config, check_files=ranks.local_rank == 0)
+    held_out = open_validation(config, manifest, check_files=ranks.local_rank == 0)
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
     stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()
     try:
-        _train(config, resolved, ranks, manifest, stop)
+        _train(config, resolved, ranks, (manifest, held_out), stop)
     except SupersededError as error:  # the folder belongs to the newer attempt: leave no marker in it
         _end(f"rank {ranks.rank} on {socket.gethostname()}: {error}", error.exit_code)
     except BaseException as error:
@@ -58,10 +59,17 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     return 0
 
 
-def _train(config: TrainConfig, resolved: Resolved, ranks: Ranks, manifest: Manifest, stop: StopRequest) -> None:
+def _train(
+    config: TrainConfig,
+    resolved: Resolved,
+    ranks: Ranks,
+    data: tuple[Manifest, Manifest | None],
+    stop: StopRequest,
+) -> None:
     device = init_process_groups(ranks, TIMEOUT)
     stop.share(store_of_ranks())
-    parts = build(config, resolved, manifest, ranks, device, stop, TIMEOUT)
+    manifest, held_out = data
+    parts = build(config, resolved, manifest, ranks, device, stop, TIMEOUT, held_out)
     try:
         first_step = parts.progress.step
         trainer = Trainer(parts)

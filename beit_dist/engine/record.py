@@ -18,6 +18,7 @@ from torch import Tensor
 
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.run_folder import RunFolder
+from beit_dist.engine.validation import Validated, append_result
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Recorder:
         flops_per_sample: int,
         progress: bool,
     ) -> None:
-        self._metrics = metrics
+        self._run, self._metrics = run, metrics
         self._every = every
         self._attempt = attempt
         self._total_steps = total_steps
@@ -96,6 +97,23 @@ class Recorder:
             self._fetch()
         if durable and self._file is not None:
             os.fsync(self._file.fileno())
+
+    def add_validation(self, step: int, samples: int, result: Validated) -> None:
+        """Write a held-out result to ``validation.jsonl`` and the metrics, at once."""
+        if self._metrics is None:
+            return
+        append_result(self._run.validation, step, samples, self._attempt, result)
+        self._metrics.set(
+            {
+                "beit_validation_loss": result.loss,
+                "beit_validation_accuracy_ratio": result.accuracy,
+                "beit_validation_step": step,
+            }
+        )
+        self._metrics.observe("beit_validation_duration_seconds", result.seconds)
+        if self._progress:
+            text = f"step {step}  held-out loss {result.loss:.4f}  accuracy {100 * result.accuracy:.1f} %"
+            print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
     def pause(self) -> None:
         """What happened since the last flush, a save for instance, does not count as training time."""

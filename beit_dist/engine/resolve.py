@@ -80,6 +80,13 @@ def resolve(config: TrainConfig, ds_config: Mapping[str, Any], ranks: int) -> Re
     _check_keys(ds_config)
     stage, precision, accumulation_type = _numerics(ds_config)
     micro, accumulation = batch_arithmetic(config.global_batch, config.micro_batch, ranks)
+    if config.compile and stage == 3:
+        raise ConfigError(
+            "compile",
+            True,
+            "false at ZeRO stage 3, whose gathering breaks the graph of a block",
+            "Use stage 1 or 2.",
+        )
     clip = config.optimizer.clip_grad
     guarded = stage == 0 and precision == "fp32"
     filled = dict(ds_config)

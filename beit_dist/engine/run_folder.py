@@ -20,6 +20,7 @@ from beit_dist.engine.checkpoint.files import write_whole
 
 DONE, PREEMPTED, FAILED = MARKERS = ("DONE", "PREEMPTED", "FAILED")
 METRICS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
 
 
 class RunFolder:
@@ -37,6 +38,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object per step."""
         return self.path / METRICS
+
+    @property
+    def validation(self) -> Path:
+        """One JSON object per measurement of the held-out loss."""
+        return self.path / VALIDATION
 
     def create(self) -> None:
         """Make the folder and those in it."""
@@ -77,24 +83,28 @@ class RunFolder:
         write_whole(self.path / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def forget_steps_after(self, step: int) -> None:
-        """Rewrite ``metrics.jsonl`` without the lines past ``step`` (and without a line cut short).
+        """Rewrite the files of numbers without the lines past ``step`` (and without a line cut short).
 
-        The file is replaced, so a process of an older attempt that still holds it writes into nothing.
+        A file is replaced, so a process of an older attempt that still holds it writes into nothing.
         """
-        if not self.metrics.exists():
-            return
-        temporary = self.metrics.with_suffix(".jsonl.tmp")
-        with self.metrics.open("rb") as old, temporary.open("wb") as new:
-            for line in old:
-                try:
-                    keep = json.loads(line)["step"] <= step
-                except (ValueError, KeyError, TypeError):
-                    keep = False
-                if keep and line.endswith(b"\n"):
-                    new.write(line)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(temporary, self.metrics)
+        for path in (self.metrics, self.validation):
+            if path.exists():
+                _keep_lines_up_to(step, path)
+
+
+def _keep_lines_up_to(step: int, path: Path) -> None:
+    temporary = path.with_suffix(".jsonl.tmp")
+    with path.open("rb") as old, temporary.open("wb") as new:
+        for line in old:
+            try:
+                keep = json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                keep = False
+            if keep and line.endswith(b"\n"):
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(temporary, path)
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from beit_dist.config import TrainConfig
 from beit_dist.data.plan import Plan
 from beit_dist.data.stream import RankBatch, RankBatches
+from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement
@@ -23,6 +24,7 @@ from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, PREEMPTED
 from beit_dist.engine.schedule import Schedule
+from beit_dist.engine.validation import Validation
 from beit_dist.errors import SampleError, TrainingError
 
 
@@ -56,6 +58,8 @@ class Parts:
     agreement: Agreement
     store: CheckpointStore
     state: EngineState
+    average: WeightAverage | None
+    validation: Validation | None
     recorder: Recorder
     guard: Guard
     metrics: Metrics | None
@@ -67,6 +71,8 @@ class Parts:
     def close(self) -> None:
         """Release what the run holds; in the order in which they depend on each other."""
         self.batches.close()
+        if self.validation is not None:
+            self.validation.close()
         self.recorder.close()
         self.guard.close()
         if self.metrics is not None:
@@ -109,6 +115,8 @@ class Trainer:
             assert batch is not None  # a rank without one has posted a stop; for the type checker
             batch = self._train_step(batch, masked, bad)
             left = progress.step < parts.total_steps
+            if parts.validation is not None and parts.validation.is_due(progress.step, parts.total_steps):
+                self._validate(parts.validation)
             if left and (save or self._save_is_due()):
                 self._begin_save()
         self._save_and_wait()
@@ -140,6 +148,8 @@ class Trainer:
             parts.engine.step()
 
         applied = bool(parts.engine.was_step_applied())
+        if applied and parts.average is not None:
+            parts.average.update()
         progress.step += 1
         progress.consumed += self._per_lane()
         progress.samples += parts.config.global_batch
@@ -193,6 +203,15 @@ class Trainer:
         masked, bad, stop = (batch.masked, batch.bad, parts.stop.requested) if batch else (0, 0, True)
         parts.agreement.post([masked, bad, stop, save, written, parts.guard.alarm])
         return batch
+
+    def _validate(self, validation: Validation) -> None:
+        """Measure the held-out loss; before a save of the same step, so that no result is missing behind it."""
+        parts, progress = self.parts, self.progress
+        parts.recorder.flush()
+        result = validation.measure(parts.engine.module, parts.stop)
+        if result is not None:
+            parts.recorder.add_validation(progress.step, progress.samples, result)
+        parts.recorder.pause()
 
     def _save_is_due(self) -> bool:
         every = self.parts.config.checkpoint.every_steps

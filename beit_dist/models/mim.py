@@ -42,8 +42,8 @@ class MaskedImageModel(BeitBackbone):
     K is the number of positions given per sample.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+        super().__init__(config, recompute=recompute)
         self.lm_head = nn.Linear(config.width, config.vocabulary)
 
     def forward(  # type: ignore[override]

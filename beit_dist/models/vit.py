@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from beit_dist.config import ModelConfig
 
@@ -145,11 +146,16 @@ class Block(nn.Module):
 
 
 class BeitBackbone(nn.Module):
-    """Patches to one vector per token; the mask token takes the place of masked patches."""
+    """Patches to one vector per token; the mask token takes the place of masked patches.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: sizes and variant.
+        recompute: keep only each block's input for the backward pass, and run the block again there.
+    """
+
+    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = None
@@ -183,12 +189,25 @@ class BeitBackbone(nn.Module):
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         kept = None if keeps is None else keeps.to(x.dtype)
         for index, block in enumerate(self.blocks):
-            x = block(x, bias, None if kept is None else kept[:, index])
+            keep = None if kept is None else kept[:, index]
+            if self.recompute and torch.is_grad_enabled():
+                # Nothing in a block is drawn, so there is no state of a generator to put back.
+                x = checkpoint(block, x, bias, keep, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, bias, keep)
         return _tensor(self.norm(x))
 
     def forward(self, patches: Tensor, masked: Tensor | None = None, keeps: Tensor | None = None) -> Tensor:
         """See :meth:`encode`."""
         return self.encode(patches, masked, keeps)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have each block compiled at its first call, in place: parameters keep their names.
+
+        The blocks are alike, so all but the first (in training and in evaluation) reuse what was compiled.
+        """
+        for block in self.blocks:
+            block.compile(backend=backend, dynamic=False)
 
     def reset_constants(self) -> None:
         """Compute all buffers anew, for a module that was built on the meta device."""
