@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +37,50 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> N
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
 
-    digest, checksums, room, total = hashlib.sha256(), [0], CHUNK, 0
-    with (folder / f"{name}.safetensors").open("wb") as file:
-        parts: Iterable[memoryview] = (_bytes_of(fragment) for fragment in fragments)
-        for part in [memoryview(struct.pack("<Q", len(header)) + header), *parts]:
-            file.write(part)
-            digest.update(part)
-            total += len(part)
-            while len(part):
-                checksums[-1] = zlib.crc32(part[:room], checksums[-1])
-                taken = min(room, len(part))
-                part, room = part[taken:], room - taken
-                if not room:
-                    checksums.append(0)
-                    room = CHUNK
+    checksums = _Checksums()
+    parts: Iterable[memoryview] = (_bytes_of(fragment) for fragment in fragments)
+    begin_of_file = memoryview(struct.pack("<Q", len(header)) + header)
+    # Hashing takes about as long as writing and, like it, lets other threads run: it goes on beside.
+    with (folder / f"{name}.safetensors").open("wb") as file, ThreadPoolExecutor(2) as beside:
+        digests = beside.submit(role_digests, fragments)
+        for part in itertools.chain([begin_of_file], parts):
+            for low in range(0, len(part), CHUNK):
+                block = part[low : low + CHUNK]
+                hashed = beside.submit(checksums.update, block)
+                file.write(block)
+                hashed.result()
         file.flush()
         os.fsync(file.fileno())
     record = {
         "file": f"{name}.safetensors",
-        "bytes": total,
-        "sha256": digest.hexdigest(),
+        "bytes": checksums.bytes,
+        "sha256": checksums.sha256.hexdigest(),
         "chunk": CHUNK,
-        "crc32": checksums if room < CHUNK else checksums[:-1],
-        "state_digests": role_digests(fragments),
+        "crc32": checksums.crc32,
+        "state_digests": digests.result(),
         "fragments": [[f.parameter, f.role, f.start, f.length] for f in fragments],
     }
     write_whole(folder / f"{name}.json", json.dumps(record).encode())
+
+
+class _Checksums:
+    """sha256 of a stream of bytes, and crc32 of each of its chunks."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self.crc32: list[int] = []
+        self.bytes = 0
+
+    def update(self, block: memoryview) -> None:
+        """Take the next bytes, of any number."""
+        self.sha256.update(block)
+        while len(block):
+            taken = CHUNK - self.bytes % CHUNK
+            if taken == CHUNK:
+                self.crc32.append(0)
+            self.crc32[-1] = zlib.crc32(block[:taken], self.crc32[-1])
+            self.bytes += len(block[:taken])
+            block = block[taken:]
 
 
 def write_whole(path: Path, content: bytes) -> None:

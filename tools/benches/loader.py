@@ -1,0 +1,134 @@
+"""The loader: samples a second from local shards, against webdataset and a bare read of the same files."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import webdataset as wds
+
+from beit_dist.config import LoaderConfig, MaskingConfig
+from beit_dist.data.manifest import Manifest, ShardInfo, shard_name
+from beit_dist.data.masking import MaskGenerator
+from beit_dist.data.pipeline import PartPipeline
+from beit_dist.data.plan import Plan
+from beit_dist.data.sample import SampleLayout, SampleNotes, sample_key
+from beit_dist.data.shards import ShardWriter
+from beit_dist.data.storage import open_reader
+from beit_dist.data.stream import RankBatches
+from benches.measuring import Row, in_turn, row
+
+LAYOUT = SampleLayout(224, 16, 8192)
+
+
+def measure(quick: bool) -> list[Row]:
+    """One thread into reused memory, and through worker processes into the trainer's batches."""
+    shards, per_shard, batch = (2, 128, 64) if quick else (8, 256, 128)
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = _write(Path(folder), shards, per_shard)
+        samples = manifest.samples
+        parts = _pipeline(folder, manifest, batch)
+        work = {
+            "ours, one thread": lambda: [next(parts) for _ in range(samples // batch)],
+            "webdataset, decoded": lambda: _webdataset(folder, manifest, batch),
+            "read of the tar": lambda: _bare_read(folder, manifest),
+        }
+        rates = in_turn(work, 3 if quick else 5)
+        rows = [row("loader", "into memory", w, [samples / t for t in ts], "samples/s") for w, ts in rates.items()]
+        for workers in (0, 1, 2):
+            rows.append(_through_workers(folder, manifest, batch, workers, 2 if quick else 4))
+    return rows
+
+
+def _write(folder: Path, shards: int, per_shard: int) -> Manifest:
+    random = np.random.default_rng(0)
+    infos = []
+    (folder / "v00").mkdir()
+    for index in range(shards):
+        with (folder / shard_name(0, index)).open("wb") as file:
+            writer = ShardWriter(file, LAYOUT)
+            for row_number in range(per_shard):
+                patches = random.integers(0, 256, (LAYOUT.patches, LAYOUT.patch_bytes), np.uint8)
+                tokens = random.integers(0, 8192, (LAYOUT.grid, LAYOUT.grid)).astype(np.int16)
+                key = sample_key(0, index * per_shard + row_number)
+                writer.write(key, patches, tokens, SampleNotes("made.png"))
+            written = writer.close()
+        infos.append(ShardInfo(shard_name(0, index), written.bytes, written.samples, written.sha256))
+    manifest = Manifest(LAYOUT, "0" * 64, 1, 0, 0, tuple(infos))
+    (folder / "manifest.json").write_bytes(manifest.to_bytes())
+    return manifest
+
+
+def _plan(manifest: Manifest, batch: int) -> Plan:
+    sizes = [shard.samples for shard in manifest.view_shards(0)]
+    return Plan(shard_samples=sizes, views=1, seed=0, lanes=batch // 8)
+
+
+def _masks() -> MaskGenerator:
+    return MaskGenerator(14, MaskingConfig(masked_patches=75), 0)
+
+
+def _pipeline(folder: str, manifest: Manifest, batch: int) -> Iterator[object]:
+    """Plan, read, checksum and masks in this thread, into one piece of memory, batch after batch."""
+    plan = _plan(manifest, batch)
+    return iter(
+        PartPipeline(
+            reader=open_reader(folder),
+            manifest=manifest,
+            plan=plan,
+            masks=_masks(),
+            drop_path_rates=[0.0] * 12,
+            parts=[range(batch)],
+            per_lane=batch // plan.lanes,
+            consumed=0,
+            slots=1,
+            tolerant=False,
+        )
+    )
+
+
+def _webdataset(folder: str, manifest: Manifest, batch: int) -> None:
+    """The same tensors as a user of plain webdataset would make them, without checksums and masks."""
+    urls = [str(Path(folder) / shard.name) for shard in manifest.shards]
+    patches = np.empty((batch, LAYOUT.patches, LAYOUT.patch_bytes), np.uint8)
+    tokens = np.empty((batch, LAYOUT.grid, LAYOUT.grid), np.int16)
+    for number, sample in enumerate(wds.WebDataset(urls, shardshuffle=False)):
+        patches[number % batch] = np.load(io.BytesIO(sample["patches.npy"]))
+        tokens[number % batch] = np.load(io.BytesIO(sample["tokens.npy"]))
+
+
+def _bare_read(folder: str, manifest: Manifest) -> None:
+    buffer = bytearray(1 << 20)
+    for shard in manifest.shards:
+        with (Path(folder) / shard.name).open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _through_workers(folder: str, manifest: Manifest, batch: int, workers: int, repetitions: int) -> Row:
+    batches = RankBatches(
+        root=folder,
+        manifest=manifest,
+        plan=_plan(manifest, batch),
+        masks=_masks(),
+        drop_path_rates=[0.0] * 12,
+        global_batch=batch,
+        rank=0,
+        world=1,
+        consumed=0,
+        loader=LoaderConfig(workers=workers),
+    )
+    steps = manifest.samples // batch
+
+    def epoch() -> None:
+        for _ in range(steps):
+            next(batches)
+
+    try:
+        rates = [manifest.samples / t for t in in_turn({"ours": epoch}, repetitions)["ours"]]
+    finally:
+        batches.close()
+    return row("loader", f"into batches, {workers} workers", "ours", rates, "samples/s")

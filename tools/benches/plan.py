@@ -1,0 +1,37 @@
+"""The plan: start-up, memory and cost of a step's picks for 10⁸ samples, 10,000 shards and 1,024 ranks."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+from beit_dist.data.plan import Plan
+from benches.measuring import Row, in_turn, row, seconds
+
+
+def measure(quick: bool) -> list[Row]:
+    """Global batch 65,536 in 8,192 lanes; a rank asks for its 64 rows."""
+    samples, shards = (10**6, 100) if quick else (10**8, 10_000)
+    batch, ranks, lanes = 65_536, 1_024, 8_192
+    case = f"{samples:.0e} samples, {shards} shards"
+    repetitions = 2 if quick else 5
+
+    def build() -> Plan:
+        plan = Plan(shard_samples=[samples // shards] * shards, views=1, seed=0, lanes=lanes)
+        plan.picks(0, batch // lanes, range(batch // ranks))
+        return plan
+
+    starts = [seconds(build) for _ in range(repetitions)]
+    tracemalloc.start()
+    plan = build()
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    position = iter(range(1, 10**6))
+    steps = in_turn({"ours": lambda: plan.picks(next(position), batch // lanes, range(batch // ranks))}, 200)[
+        "ours"
+    ]
+    return [
+        row("plan", case, "start, first picks", starts, "s"),
+        row("plan", case, "memory held", [held / 1e6], "MB"),
+        row("plan", case, "memory peak", [peak / 1e6], "MB"),
+        row("plan", case, "picks of a step", [1e6 * t for t in steps], "us"),
+    ]

@@ -1,0 +1,64 @@
+"""A training step of the model alone, as images and FLOPs a second, against the machine's matrix product."""
+
+from __future__ import annotations
+
+import torch
+
+from beit_dist.config import ModelConfig
+from beit_dist.models.flops import flops_per_image
+from beit_dist.models.mim import MaskedImageModel
+from benches.measuring import Row, in_turn, row
+
+MASKED = 75
+
+
+def measure(quick: bool) -> list[Row]:
+    """Forward and backward in bf16 with the released settings; on a GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = [("tiny", 16)] if quick else [("tiny", 32), ("base", 8)]
+    if device.type == "cuda":
+        cases = [("base", 128), ("large", 64)]
+    rows = []
+    for size, batch in cases:
+        config = ModelConfig(size=size)  # type: ignore[arg-type]
+        model = MaskedImageModel(config).to(device)
+        model.initialise(0)
+        model.bfloat16()
+        inputs = _inputs(config, batch, device)
+
+        def step(model: MaskedImageModel = model, inputs: tuple[torch.Tensor, ...] = inputs) -> None:
+            model.zero_grad(set_to_none=True)
+            model(*inputs).loss_sum.backward()
+            _wait(device)
+
+        taken = in_turn({"ours": step}, 3 if quick else 7)["ours"]
+        rows.append(row("step", f"{size}, batch {batch}", "ours", [batch / t for t in taken], "images/s"))
+        work = batch * flops_per_image(config, MASKED) / 1e12
+        rows.append(row("step", f"{size}, batch {batch}", "ours", [work / t for t in taken], "TFLOP/s"))
+    rows.append(_matrix_product(device, quick))
+    return rows
+
+
+def _inputs(config: ModelConfig, batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (batch, config.patches, config.patch_bytes), generator=generator)
+    tokens = torch.randint(0, config.vocabulary, (batch, config.patches), generator=generator)
+    positions = torch.stack([torch.randperm(config.patches, generator=generator)[:MASKED] for _ in range(batch)])
+    return pixels.to(device, torch.uint8), tokens.to(device, torch.int16), positions.to(device, torch.int16)
+
+
+def _matrix_product(device: torch.device, quick: bool) -> Row:
+    n = 8192 if device.type == "cuda" else 1024 if quick else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def product() -> None:
+        _ = a @ b
+        _wait(device)
+
+    taken = in_turn({"torch": product}, 5)["torch"]
+    return row("step", f"bf16 product of {n}×{n}", "torch", [2e-12 * n**3 / t for t in taken], "TFLOP/s")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
