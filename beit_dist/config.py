@@ -223,6 +223,21 @@ class LoggingConfig(Section):
     """Port of the Prometheus endpoint on rank 0; 0 takes any free one, null turns it off."""
     metrics_address: str = "0.0.0.0"
     progress: bool = True
+    tensorboard: bool = False
+    """Also write event files to RUN/tensorboard; needs the package."""
+    wandb: Literal["online", "offline"] | None = None
+    """Also send the numbers to Weights & Biases, or write its files to RUN/wandb only; needs the package."""
+    wandb_project: str = "beit_dist"
+
+
+class ProfileConfig(Section):
+    """A trace of a few steps by torch's profiler."""
+
+    start_step: int | None = Field(None, ge=1)
+    """First step recorded; null records none. The first steps of a start are slower than the rest."""
+    steps: int = Field(3, ge=1)
+    ranks: tuple[int, ...] = (0,)
+    """Ranks that record."""
 
 
 class GuardConfig(Section):
@@ -270,6 +285,7 @@ class TrainConfig(Section):
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
     guard: GuardConfig = GuardConfig()
     activation_checkpointing: bool = False
     """Keep only the input of each block for the backward pass and compute the rest again: less memory, a third

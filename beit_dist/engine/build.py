@@ -30,11 +30,13 @@ from beit_dist.engine.initialisation import initialise_from
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.optimizer import build_optimizer
 from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.profiling import Profiler
 from beit_dist.engine.record import Recorder
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.engine.schedule import schedule_of, steps_of
+from beit_dist.engine.sinks import open_sinks
 from beit_dist.engine.trainer import Parts, Progress
 from beit_dist.engine.validation import Validation
 from beit_dist.errors import SpaceError
@@ -139,6 +141,7 @@ def build(
         global_batch=config.global_batch,
         flops_per_sample=flops_per_image(config.model, expected_masked(config.model, masks)),
         progress=config.logging.progress,
+        sinks=open_sinks(config, run.path, progress.step) if ranks.rank == 0 else None,
     )
     guard = Guard(
         config.guard,
@@ -180,6 +183,7 @@ def build(
         else Validation(config, held_out, masks, resolved.micro_batch, agreement, device),
         recorder=recorder,
         guard=guard,
+        profiler=Profiler(config.profile, run.path / "ranks", ranks.rank),
         metrics=metrics,
         stop=stop,
         progress=progress,

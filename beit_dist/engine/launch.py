@@ -26,6 +26,7 @@ from beit_dist.engine.distributed import (
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
+from beit_dist.engine.sinks import check_packages
 from beit_dist.engine.trainer import Trainer
 from beit_dist.errors import TrainingError, UserError
 
@@ -42,6 +43,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     _quieten()
     check_precision(resolved.precision)
     manifest = open_data(config, check_files=ranks.local_rank == 0)
+    check_packages(config)
     held_out = open_validation(config, manifest, check_files=ranks.local_rank == 0)
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
     stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.run_folder import RunFolder
+from beit_dist.engine.sinks import Sinks
 from beit_dist.engine.validation import Validated, append_result
 
 
@@ -51,6 +52,7 @@ class Recorder:
         global_batch: samples of a step.
         flops_per_sample: FLOPs of forward and backward for one image.
         progress: show a progress line.
+        sinks: what else takes the numbers, on rank 0.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class Recorder:
         global_batch: int,
         flops_per_sample: int,
         progress: bool,
+        sinks: Sinks | None = None,
     ) -> None:
-        self._run, self._metrics = run, metrics
+        self._run, self._metrics, self._sinks = run, metrics, sinks or Sinks()
         self._every = every
         self._attempt = attempt
         self._total_steps = total_steps
@@ -111,6 +114,7 @@ class Recorder:
             }
         )
         self._metrics.observe("beit_validation_duration_seconds", result.seconds)
+        self._sinks.write(step, {"validation/loss": result.loss, "validation/accuracy": result.accuracy})
         if self._progress:
             text = f"step {step}  held-out loss {result.loss:.4f}  accuracy {100 * result.accuracy:.1f} %"
             print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
@@ -135,6 +139,8 @@ class Recorder:
         for fact, (loss_sum, correct), norm in zip(facts, sums.cpu().numpy(), norms.tolist(), strict=True):
             line = self._line(fact, loss_sum, correct, norm)
             self._file.write(json.dumps(line) + "\n")
+            names = ("loss", "accuracy", "lr", "grad_norm", "epoch")
+            self._sinks.write(fact.step, {f"train/{name}": line[name] for name in names})
             for listener in self.listeners:
                 listener(line)
         self._file.flush()
@@ -143,6 +149,7 @@ class Recorder:
 
     def close(self) -> None:
         """Write what is noted and end the progress line."""
+        self._sinks.close()
         if self._file is not None:
             self._file.close()
             if self._progress and sys.stdout.isatty():
@@ -187,6 +194,7 @@ class Recorder:
                 "beit_data_wait_ratio": wait,
             }
         )
+        self._sinks.write(line["step"], {"speed/samples_per_second": speed, "speed/data_wait": wait})
         if self._progress:
             left = (self._total_steps - line["step"]) * seconds / len(facts)
             loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"

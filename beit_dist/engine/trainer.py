@@ -20,6 +20,7 @@ from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.profiling import Profiler
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, PREEMPTED
@@ -62,6 +63,7 @@ class Parts:
     validation: Validation | None
     recorder: Recorder
     guard: Guard
+    profiler: Profiler
     metrics: Metrics | None
     stop: StopRequest
     progress: Progress
@@ -73,6 +75,7 @@ class Parts:
         self.batches.close()
         if self.validation is not None:
             self.validation.close()
+        self.profiler.close()
         self.recorder.close()
         self.guard.close()
         if self.metrics is not None:
@@ -129,6 +132,7 @@ class Trainer:
         averages gradients over the ranks, hence the factor of their number.
         """
         parts, progress = self.parts, self.progress
+        parts.profiler.step_begins(progress.step + 1)
         lr = parts.schedule.lr(progress.samples / progress.first_batch)
         for group in parts.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -151,6 +155,7 @@ class Trainer:
         if applied and parts.average is not None:
             parts.average.update()
         progress.step += 1
+        parts.profiler.step_ended(progress.step)
         progress.consumed += self._per_lane()
         progress.samples += parts.config.global_batch
         progress.counters["masked"] += masked

@@ -1,0 +1,149 @@
+"""Where else the numbers of a run go: TensorBoard and Weights & Biases, on rank 0, both off by default."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from beit_dist.config import TrainConfig
+from beit_dist.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_SHOWN = ("model", "masking", "optimizer", "ema", "global_batch", "micro_batch", "epochs", "steps", "seed")
+"""Sections of the recipe that are sent. Places of files are not: an address may hold a password."""
+
+
+class Sink(Protocol):
+    """Takes numbers of steps."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Note the numbers of a step; those that are not finite are left out before."""
+
+    def close(self) -> None:
+        """Write what is noted."""
+
+
+class Sinks:
+    """All sinks of a run. One that fails is given up with a warning: looking on must not stop a run."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = list(sinks)
+
+    def write(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        """Hand the numbers to each sink."""
+        finite = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
+        self._each(lambda sink: sink.write(step, finite))
+
+    def close(self) -> None:
+        """Close each sink."""
+        self._each(lambda sink: sink.close())
+        self._sinks.clear()
+
+    def _each(self, action: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                action(sink)
+            except Exception as error:
+                _log.warning("%s is given up: %s", type(sink).__name__, error)
+                self._sinks.remove(sink)
+
+
+def open_sinks(config: TrainConfig, run: Path, step: int) -> Sinks:
+    """Open what the recipe asks for.
+
+    Args:
+        config: the recipe.
+        run: the run folder.
+        step: where the run goes on; what was written past it is void.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+    sinks: list[Sink] = []
+    if config.logging.tensorboard:
+        sinks.append(TensorBoardSink(run / "tensorboard", step))
+    if config.logging.wandb is not None:
+        sinks.append(WandbSink(config, run))
+    return Sinks(sinks)
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Refuse a recipe whose sinks are not installed, before anything starts.
+
+    Raises:
+        ConfigError: names the package and how to install it.
+    """
+    if config.logging.tensorboard:
+        _summary_writer()
+    if config.logging.wandb is not None:
+        _wandb()
+
+
+class TensorBoardSink:
+    """Event files in ``RUN/tensorboard``."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._writer = _summary_writer()(log_dir=str(folder), purge_step=step + 1)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """See :class:`Sink`."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """See :class:`Sink`."""
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run, the same one after a resume; ``offline`` writes to ``RUN/wandb`` only.
+
+    The key is wandb's own affair (``wandb login`` or its environment variable) and is neither read nor written
+    here; neither the code, the command line nor the environment is sent.
+    """
+
+    def __init__(self, config: TrainConfig, run: Path) -> None:
+        wandb = _wandb()
+        path = run.resolve()
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            name=path.name,
+            id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(run),
+            mode=config.logging.wandb,
+            config=config.model_dump(mode="json", include=set(_SHOWN)),
+            settings=wandb.Settings(disable_git=True, disable_code=True, x_disable_meta=True, console="off"),
+        )
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """See :class:`Sink`."""
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        """See :class:`Sink`."""
+        self._run.finish()
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "logging.tensorboard", True, "the package tensorboard", "pip install 'beit_dist[tensorboard]'"
+        ) from None
+    return SummaryWriter
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            "logging.wandb", "on", "the package wandb", "pip install 'beit_dist[wandb]', or set it to null."
+        ) from None
+    return wandb

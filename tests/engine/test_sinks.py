@@ -1,0 +1,145 @@
+"""TensorBoard and Weights & Biases get the numbers, no secrets, and cannot stop a run."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from beit_dist.config import TrainConfig
+from beit_dist.engine.metrics import Metrics
+from beit_dist.engine.record import Recorder, StepFacts
+from beit_dist.engine.run_folder import RunFolder
+from beit_dist.engine.sinks import Sinks, TensorBoardSink, check_packages, open_sinks
+from beit_dist.errors import ConfigError
+
+
+class Kept:
+    """A sink that keeps what it gets."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.lines: list[tuple[int, dict[str, float]]] = []
+        self.closed = False
+        self.fails = fails
+
+    def write(self, step: int, numbers: Any) -> None:
+        if self.fails:
+            raise OSError("no route to host")
+        self.lines.append((step, dict(numbers)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for the package, which notes what it is given."""
+    seen: Any = types.SimpleNamespace(starts=[], logged=[], finished=0)
+
+    class Run:
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            seen.logged.append((step, numbers))
+
+        def finish(self) -> None:
+            seen.finished += 1
+
+    def init(**settings: Any) -> Run:
+        seen.starts.append(settings)
+        return Run()
+
+    module: Any = types.ModuleType("wandb")
+    module.init, module.Settings = init, lambda **settings: settings
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return seen
+
+
+def test_a_recorder_feeds_its_sinks_every_step(tmp_path: Path) -> None:
+    run, kept = RunFolder(tmp_path), Kept()
+    run.create()
+    recorder = Recorder(
+        run,
+        Metrics(),
+        every=2,
+        attempt=1,
+        total_steps=9,
+        global_batch=8,
+        flops_per_sample=1,
+        progress=False,
+        sinks=Sinks([kept]),
+    )
+    for step in (1, 2):
+        facts = StepFacts(step, 8 * step, step / 4, 0.1, 7, 0, True, 0.0)
+        loss = torch.tensor(14.0 if step == 1 else float("nan"))
+        recorder.add(facts, loss, torch.tensor(3.0), 0.5)
+    recorder.close()
+    losses = [(step, numbers.get("train/loss")) for step, numbers in kept.lines if "train/lr" in numbers]
+    assert losses == [(1, 2.0), (2, None)]
+    assert any("speed/samples_per_second" in numbers for _, numbers in kept.lines)
+    assert kept.closed
+
+
+def test_a_sink_that_fails_is_given_up_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    broken, kept = Kept(fails=True), Kept()
+    sinks = Sinks([broken, kept])
+    sinks.write(1, {"train/loss": 1.0})
+    sinks.write(2, {"train/loss": 0.5})
+    assert [step for step, _ in kept.lines] == [1, 2]
+    assert caplog.text.count("Kept is given up: no route to host") == 1
+
+
+def test_wandb_gets_the_same_run_again_and_no_place_of_a_file(wandb: Any, tmp_path: Path) -> None:
+    secret = "s3://key:secret@bucket/shards"
+    config = TrainConfig(
+        run=str(tmp_path), data=secret, init_from=secret, logging={"wandb": "offline"}, model={"size": "tiny"}
+    )
+    for _ in range(2):
+        sinks = open_sinks(config, tmp_path, 0)
+        sinks.write(3, {"train/loss": 2.0})
+        sinks.close()
+    first, second = wandb.starts
+    assert first["id"] == second["id"]
+    assert (first["mode"], first["dir"], first["resume"]) == ("offline", str(tmp_path), "allow")
+    assert first["config"]["model"]["width"] == 192
+    assert "secret" not in repr(wandb.starts)
+    assert wandb.logged == [(3, {"train/loss": 2.0})] * 2
+    assert wandb.finished == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "module", "extra"),
+    [
+        ({"wandb": "online"}, "wandb", r"pip install 'beit_dist\[wandb\]'"),
+        ({"tensorboard": True}, "torch.utils.tensorboard", r"pip install 'beit_dist\[tensorboard\]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_anything_starts(
+    setting: dict[str, Any], module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    check_packages(TrainConfig(run="r"))
+    with pytest.raises(ConfigError, match=extra):
+        check_packages(TrainConfig(run="r", logging=setting))
+
+
+def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps, loss in ((0, (1, 2, 3), 3.0), (2, (3, 4), 2.0)):
+        sink = TensorBoardSink(tmp_path, start)
+        for step in steps:
+            sink.write(step, {"train/loss": loss})
+        sink.close()
+    reader = EventAccumulator(str(tmp_path))
+    reader.Reload()
+    found = [(event.step, event.value) for event in reader.Scalars("train/loss")]
+    assert found == [(1, 3.0), (2, 3.0), (3, 2.0), (4, 2.0)]
+
+
+def test_by_default_there_are_none(tmp_path: Path) -> None:
+    open_sinks(TrainConfig(run="r"), tmp_path, 0).close()
+    assert not list(tmp_path.iterdir())
