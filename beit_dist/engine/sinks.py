@@ -67,7 +67,12 @@ def open_sinks(config: TrainConfig, run: Path, step: int) -> Sinks:
     if config.logging.tensorboard:
         sinks.append(TensorBoardSink(run / "tensorboard", step))
     if config.logging.wandb is not None:
-        sinks.append(WandbSink(config, run))
+        try:
+            sinks.append(WandbSink(config, run))
+        except ConfigError:
+            raise
+        except Exception as error:  # no key, no network: a run that is started again at night must not end for it
+            _log.warning("logging.wandb: this start goes without: %s", error)
     return Sinks(sinks)
 
 

@@ -63,11 +63,16 @@ def test_a_new_run_starts_from_exactly_the_weights_of_another(new_run: Callable[
         ("stage 0, fp32", {"zero_optimization": {"stage": 0}}, 1),
         ("stage 0, bf16", {"zero_optimization": {"stage": 0}, **bf16}, 1),
         ("stage 1, fp32 sums", "zero1.json", 2),
-        ("stage 2, bf16", {"zero_optimization": {"stage": 2}, **bf16}, 2),
+        ("stage 2, bf16", {"zero_optimization": {"stage": 2}, **bf16}, 1),
         ("stage 3, bf16", {"zero_optimization": {"stage": 3}, **bf16}, 2),
     ):
-        new = new_run(name.replace(" ", "-"), ds, ranks, ["loader.workers=0", f"init_from={old.folder}"])
-        code, output = new.finish("steps=6", "checkpoint.every_steps=1", "checkpoint.keep=9", "ema.decay=0.5")
+        new = new_run(
+            name.replace(" ", "-"),
+            ds,
+            ranks,
+            ["loader.workers=0", "optimizer.warmup_steps=1", f"init_from={old.folder}"],
+        )
+        code, output = new.finish("steps=2", "checkpoint.every_steps=1", "checkpoint.keep=9", "ema.decay=0.5")
         assert code == 0, output
         assert f"weights of {old.folder}, step-00000006.a0001; the optimizer starts anew" in output
         first = min(committed(new.folder / "checkpoints"), key=lambda saved: saved.step)
@@ -80,7 +85,7 @@ def test_a_new_run_starts_from_exactly_the_weights_of_another(new_run: Callable[
         assert first.manifest["init_from"]["checkpoint"] == "step-00000006.a0001"
         assert new.lines()[0]["loss"] != old.lines()[0]["loss"]
 
-    code, output = new.finish("steps=7")
+    code, output = new.finish("steps=3")
     assert code == 0, output
     assert "the optimizer starts anew" not in output
     assert json.loads((new.folder / "run.json").read_text())["init_from"]["source"] == str(old.folder)

@@ -109,6 +109,19 @@ def test_wandb_gets_the_same_run_again_and_no_place_of_a_file(wandb: Any, tmp_pa
     assert wandb.finished == 2
 
 
+def test_wandb_that_cannot_be_reached_at_the_start_does_not_stop_a_run(
+    wandb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("no API key configured")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    open_sinks(TrainConfig(run=str(tmp_path), logging={"wandb": "online"}), tmp_path, 0).write(
+        1, {"train/loss": 1.0}
+    )
+    assert "logging.wandb: this start goes without: no API key configured" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("setting", "module", "extra"),
     [
