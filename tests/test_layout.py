@@ -17,6 +17,7 @@ PACKAGE = "beit_dist"
 
 LAYERS: list[set[str]] = [
     {"errors"},
+    {"settings"},
     {"config"},
     {"data", "models", "visual_tokens"},
     {"tokenizing", "engine", "reports"},

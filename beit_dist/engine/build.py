@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,10 @@ from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.engine.sinks import open_sinks
+from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.trainer import Parts, Progress
 from beit_dist.engine.validation import Validation
+from beit_dist.engine.watchdog import Watchdog
 from beit_dist.errors import SpaceError
 from beit_dist.models.flops import flops_per_image
 from beit_dist.models.mim import MaskedImageModel
@@ -54,7 +55,8 @@ def build(
     ranks: Ranks,
     device: torch.device,
     stop: StopRequest,
-    timeout: timedelta,
+    watchdog: Watchdog,
+    timeouts: Timeouts,
     held_out: Manifest | None = None,
 ) -> Parts:
     """Build what a trainer needs and restore the newest whole checkpoint. Collective.
@@ -65,7 +67,7 @@ def build(
         CheckpointError: the run in the folder has another model, data set, seed or masking.
         SpaceError: the disk has no room for the checkpoints that are kept.
     """
-    agreement = Agreement(ranks, timeout)
+    agreement = Agreement(ranks, timeouts.start)
     run = RunFolder(config.run)
     if ranks.rank == 0:
         run.create()
@@ -101,6 +103,7 @@ def build(
 
     total_steps = steps_of(config, plan.samples)
     metrics = _metrics(config, resolved, progress, total_steps, store) if ranks.rank == 0 else None
+    watchdog.metrics = metrics
     port = metrics.serve(config.logging) if metrics else None
     process = {"rank": ranks.rank, "host": socket.gethostname(), "pid": os.getpid()}
     everyone = agreement.gather(process)
@@ -184,6 +187,8 @@ def build(
         recorder=recorder,
         guard=guard,
         profiler=Profiler(config.profile, run.path / "ranks", ranks.rank),
+        watchdog=watchdog,
+        timeouts=timeouts,
         metrics=metrics,
         stop=stop,
         progress=progress,

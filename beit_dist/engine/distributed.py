@@ -150,6 +150,12 @@ def store_of_ranks() -> Any:
     return dist.distributed_c10d._get_default_store()  # torch has no public name for it
 
 
+def set_timeouts(timeout: timedelta) -> None:
+    """Set how long the collectives issued from now on may take, in all groups of this rank."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)  # torch has no public name for it
+
+
 def close_process_groups() -> None:
     """Leave all groups; harmless when there is none."""
     if dist.is_initialized():

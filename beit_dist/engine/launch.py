@@ -6,9 +6,8 @@ import logging
 import os
 import socket
 import sys
-import traceback
+import time
 import warnings
-from datetime import timedelta
 from typing import NoReturn
 
 from beit_dist.config import TrainConfig
@@ -23,15 +22,14 @@ from beit_dist.engine.distributed import (
     init_process_groups,
     store_of_ranks,
 )
+from beit_dist.engine.failure import Failure
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
-from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
+from beit_dist.engine.run_folder import DONE, RunFolder
 from beit_dist.engine.sinks import check_packages
+from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.trainer import Trainer
-from beit_dist.errors import TrainingError, UserError
-
-TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for another in a collective before it gives up."""
+from beit_dist.engine.watchdog import Watchdog, record_collectives
 
 
 def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
@@ -40,6 +38,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     What every rank would find wrong alike is raised before the ranks join. After that a failure ends this
     process at once, without further collectives: others may be stuck in one, and follow when they notice.
     """
+    since = time.time()
     _quieten()
     check_precision(resolved.precision)
     manifest = open_data(config, check_files=ranks.local_rank == 0)
@@ -47,17 +46,15 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     held_out = open_validation(config, manifest, check_files=ranks.local_rank == 0)
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
     stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()
+    timeouts = Timeouts(config.timeouts, config.checkpoint.timeout_seconds)
     try:
-        _train(config, resolved, ranks, (manifest, held_out), stop)
+        _train(config, resolved, ranks, (manifest, held_out), stop, timeouts)
     except SupersededError as error:  # the folder belongs to the newer attempt: leave no marker in it
         _end(f"rank {ranks.rank} on {socket.gethostname()}: {error}", error.exit_code)
     except BaseException as error:
-        code = error.exit_code if isinstance(error, UserError) else 1
-        text = str(error) if isinstance(error, UserError) else traceback.format_exc()
-        if config.run:
-            details = {"details": error.details} if isinstance(error, TrainingError) and error.details else {}
-            RunFolder(config.run).mark(FAILED, rank=ranks.rank, exit_code=code, error=text, **details)
-        _end(f"error: rank {ranks.rank} on {socket.gethostname()}: {text}", code)
+        failure = Failure(error, ranks, timeouts.now)
+        said = failure.report(RunFolder(config.run), since)
+        _end(said, failure.exit_code)
     return 0
 
 
@@ -67,23 +64,25 @@ def _train(
     ranks: Ranks,
     data: tuple[Manifest, Manifest | None],
     stop: StopRequest,
+    timeouts: Timeouts,
 ) -> None:
-    device = init_process_groups(ranks, TIMEOUT)
+    run = RunFolder(config.run)
+    record_collectives(run.ranks)
+    watchdog = Watchdog(config.watchdog, run.ranks, ranks.rank).start()
+    device = init_process_groups(ranks, timeouts.start)
     stop.share(store_of_ranks())
     manifest, held_out = data
-    parts = build(config, resolved, manifest, ranks, device, stop, TIMEOUT, held_out)
-    try:
-        first_step = parts.progress.step
-        trainer = Trainer(parts)
-        marker = trainer.run()
-        if ranks.rank == 0:
-            step, total = parts.progress.step, parts.total_steps
-            RunFolder(config.run).mark(marker, attempt=parts.store.attempt, step=step, reason=trainer.reason)
-            nothing_left = marker == DONE and first_step >= total
-            ended = "nothing left to do" if nothing_left else "done" if marker == DONE else "stopped on request"
-            print(f"\n{ended}: step {step} of {total}, run folder {config.run}", flush=True)
-    finally:
-        parts.close()
+    parts = build(config, resolved, manifest, ranks, device, stop, watchdog, timeouts, held_out)
+    first_step = parts.progress.step
+    trainer = Trainer(parts)
+    marker = trainer.run()
+    if ranks.rank == 0:
+        step, total = parts.progress.step, parts.total_steps
+        run.mark(marker, attempt=parts.store.attempt, step=step, reason=trainer.reason)
+        nothing_left = marker == DONE and first_step >= total
+        ended = "nothing left to do" if nothing_left else "done" if marker == DONE else "stopped on request"
+        print(f"\n{ended}: step {step} of {total}, run folder {config.run}", flush=True)
+    parts.close()  # not after a failure: the others shall not wait for this rank's loader to end
     close_process_groups()
 
 
@@ -95,6 +94,7 @@ def _quieten() -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

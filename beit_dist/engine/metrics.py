@@ -47,6 +47,7 @@ METRICS = (
         "beit_train_model_flops_per_second", "gauge", "Model FLOPs a second over the last interval, all ranks."
     ),
     Metric("beit_train_last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended."),
+    Metric("beit_train_stalls", "counter", "Times that no step of rank 0 ended for watchdog.stall_seconds."),
     Metric("beit_train_world_size", "gauge", "Ranks."),
     Metric("beit_validation_loss", "gauge", "Mean cross-entropy of the held-out masked patches, in nats."),
     Metric("beit_validation_accuracy_ratio", "gauge", "Held-out masked patches whose token was predicted right."),

@@ -21,6 +21,8 @@ from beit_dist.engine.checkpoint.files import write_whole
 DONE, PREEMPTED, FAILED = MARKERS = ("DONE", "PREEMPTED", "FAILED")
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+CLOCKS = 10.0
+"""Seconds by which the clocks of two hosts may differ."""
 
 
 class RunFolder:
@@ -44,9 +46,14 @@ class RunFolder:
         """One JSON object per measurement of the held-out loss."""
         return self.path / VALIDATION
 
+    @property
+    def ranks(self) -> Path:
+        """What single ranks leave for diagnosis; each rank writes its own."""
+        return self.path / "ranks"
+
     def create(self) -> None:
         """Make the folder and those in it."""
-        for path in (self.checkpoints, self.path / "ranks", self.path / "pictures"):
+        for path in (self.checkpoints, self.ranks, self.path / "pictures"):
             path.mkdir(parents=True, exist_ok=True)
 
     def remove_markers(self) -> None:
@@ -55,23 +62,30 @@ class RunFolder:
             (self.path / marker).unlink(missing_ok=True)
 
     def mark(self, marker: str, **facts: Any) -> None:
-        """Leave a marker; the first ``FAILED`` stands until another marker takes its place.
+        """Leave the marker of a start that ended well."""
+        write_whole(self.path / marker, _as_bytes(facts))
 
-        A rank of an older attempt may still leave its ``FAILED`` while a newer one runs: how that ends counts.
+    def mark_failed(self, since: float, **facts: Any) -> dict[str, Any] | None:
+        """Leave ``FAILED`` unless another rank has; what that one says, or None when this is the first.
+
+        Args:
+            since: Unix time at which this start began; an older marker is of another start and is replaced.
+            facts: what to say.
         """
-        facts = {"time": time.time(), "host": socket.gethostname(), **facts}
-        content = (json.dumps(facts, indent=1) + "\n").encode()
-        if marker != FAILED:
-            write_whole(self.path / marker, content)
-            for other in set(MARKERS) - {marker}:
-                (self.path / other).unlink(missing_ok=True)
-            return
+        path = self.path / FAILED
         try:
-            descriptor = os.open(self.path / marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except OSError:  # another rank was first, or the disk is what failed
-            return
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            first = _read_marker(path)
+            clocks = 0.0 if first and first.get("host") == socket.gethostname() else CLOCKS
+            if first is None or first.get("time", 0.0) >= since - clocks:
+                return first
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        except OSError:  # the folder is not there yet, or the disk is what failed
+            return None
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.write(_as_bytes(facts))
+        return None
 
     def write_config(self, config: TrainConfig) -> None:
         """``config.yaml``: the recipe with every default."""
@@ -105,6 +119,23 @@ def _keep_lines_up_to(step: int, path: Path) -> None:
         new.flush()
         os.fsync(new.fileno())
     os.replace(temporary, path)
+
+
+def _as_bytes(facts: dict[str, Any]) -> bytes:
+    facts = {"time": time.time(), "host": socket.gethostname(), **facts}
+    return (json.dumps(facts, indent=1) + "\n").encode()
+
+
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    for _ in range(20):
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        except ValueError:  # its rank is still writing
+            time.sleep(0.05)
+        except OSError:
+            return None
+    return None
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,9 @@ from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, PREEMPTED
 from beit_dist.engine.schedule import Schedule
+from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.validation import Validation
+from beit_dist.engine.watchdog import Watchdog
 from beit_dist.errors import SampleError, TrainingError
 
 
@@ -64,6 +66,8 @@ class Parts:
     recorder: Recorder
     guard: Guard
     profiler: Profiler
+    watchdog: Watchdog
+    timeouts: Timeouts
     metrics: Metrics | None
     stop: StopRequest
     progress: Progress
@@ -80,6 +84,7 @@ class Parts:
         self.guard.close()
         if self.metrics is not None:
             self.metrics.close()
+        self.watchdog.close()
         self.stop.close()
 
 
@@ -173,6 +178,8 @@ class Trainer:
         parts.recorder.add(facts, loss_sum, correct, parts.engine.get_global_grad_norm())
         self._count_skipped(applied)
         parts.guard.check_parameters(progress.step)
+        parts.watchdog.beat()
+        parts.timeouts.step_ended()
         return following
 
     def _micro_batches(self, batch: RankBatch) -> Iterator[tuple[Tensor | None, ...]]:
@@ -217,6 +224,7 @@ class Trainer:
         if result is not None:
             parts.recorder.add_validation(progress.step, progress.samples, result)
         parts.recorder.pause()
+        parts.watchdog.beat()
 
     def _save_is_due(self) -> bool:
         every = self.parts.config.checkpoint.every_steps
@@ -246,7 +254,11 @@ class Trainer:
 
     def _finish_save(self) -> None:
         """Wait for the save in flight, if there is one, and count how it ended."""
-        result = self.parts.store.finish_save()
+        if not self.parts.store.is_saving:
+            return
+        with self.parts.timeouts.saving():
+            result = self.parts.store.finish_save()
+        self.parts.watchdog.beat()
         if result is None:
             return
         metrics, limit = self.parts.metrics, self.parts.config.checkpoint.max_failed_saves

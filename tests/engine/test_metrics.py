@@ -79,8 +79,8 @@ def test_a_resumed_run_forgets_the_lines_past_its_step(tmp_path: Path) -> None:
 
 def test_the_first_failure_stands(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    run.mark(FAILED, rank=1)
-    run.mark(FAILED, rank=0)
+    assert run.mark_failed(0.0, rank=1) is None
+    assert run.mark_failed(0.0, rank=0)["rank"] == 1  # type: ignore[index]
     assert json.loads((tmp_path / FAILED).read_text())["rank"] == 1
     run.mark(DONE, step=1)
     run.mark(DONE, step=2)

@@ -1,0 +1,84 @@
+"""A rank that fails: what is said, what is written, and how the ranks that fail because of it keep quiet.
+
+When one rank ends, the others' collectives break within moments, with errors that have nothing to do with the
+cause. ``FAILED`` is created exclusively, so it is the first failure's; who comes later points to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import traceback
+
+from beit_dist.engine.distributed import Ranks
+from beit_dist.engine.run_folder import RunFolder
+from beit_dist.errors import TrainingError, UserError
+
+_NO_ANSWER = re.compile(r"timed out|timeout|pair closure", re.IGNORECASE)
+_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|read error|write error|socket", re.IGNORECASE)
+
+
+class Failure:
+    """One rank's failure, in words.
+
+    Args:
+        error: what was raised.
+        ranks: this process among all.
+        limit: the time limit of collectives that held, as a setting.
+    """
+
+    def __init__(self, error: BaseException, ranks: Ranks, limit: str) -> None:
+        self._rank, self._host = ranks.rank, socket.gethostname()
+        self._trace = "".join(traceback.format_exception(error))
+        self._details = error.details if isinstance(error, TrainingError) else None
+        self.exit_code = error.exit_code if isinstance(error, UserError) else 1
+        self.text = str(error) if isinstance(error, UserError) else _explained(error, limit) or self._trace
+        self._own_fault = self.text == self._trace or isinstance(error, UserError)
+
+    def report(self, run: RunFolder, since: float) -> str:
+        """Leave ``FAILED``, or point to the rank that did so first; what to print, if anything.
+
+        Args:
+            run: the run folder.
+            since: Unix time at which this start began.
+        """
+        first = run.mark_failed(
+            since,
+            rank=self._rank,
+            exit_code=self.exit_code,
+            error=self.text,
+            **({"details": self._details} if self._details else {}),
+            **({} if self._own_fault else {"traceback": self._trace}),
+        )
+        if first is None:
+            return f"error: rank {self._rank} on {self._host}: {self.text}"
+        self.exit_code = int(first.get("exit_code", self.exit_code))
+        if first.get("error") == self.text:  # found by all ranks alike: once is enough
+            return ""
+        with contextlib.suppress(OSError):
+            (run.ranks / f"rank-{self._rank:05d}.error.txt").write_text(self._trace, encoding="utf-8")
+        return (
+            f"rank {self._rank} on {self._host} ends: rank {first.get('rank')} on {first.get('host')} failed first"
+        )
+
+
+def _explained(error: BaseException, limit: str) -> str | None:
+    """What a collective says when another rank is missing, in our words; None for anything else."""
+    said = str(error)
+    kind = f"{type(error).__module__}.{type(error).__name__}".lower()
+    collective = "dist" in kind or "gloo" in said.lower() or "nccl" in said.lower() or "pair closure" in said
+    if not collective:
+        return None
+    cause = said.splitlines()[0]
+    if _NO_ANSWER.search(said):
+        return (
+            f"another rank gave no answer within {limit}: it hangs, or its host does. RUN/ranks/*.stacks.txt and "
+            f"`kill -USR2` show where ranks are. ({cause})"
+        )
+    if _GONE.search(said):
+        return (
+            "the connection to another rank broke: it was killed (out of memory?), or its host is gone. Its own "
+            f"output may say more. ({cause})"
+        )
+    return None
