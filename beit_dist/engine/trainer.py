@@ -220,7 +220,7 @@ class Trainer:
         """Measure the held-out loss; before a save of the same step, so that no result is missing behind it."""
         parts, progress = self.parts, self.progress
         parts.recorder.flush()
-        result = validation.measure(parts.engine.module, parts.stop)
+        result = validation.measure(parts.engine.module, parts.stop, parts.watchdog.beat)
         if result is not None:
             parts.recorder.add_validation(progress.step, progress.samples, result)
         parts.recorder.pause()

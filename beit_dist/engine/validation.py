@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,13 @@ class Validation:
         return step % self._every == 0 or step == total_steps
 
     @torch.no_grad()
-    def measure(self, model: Any, stop: StopRequest) -> Validated | None:
+    def measure(self, model: Any, stop: StopRequest, alive: Callable[[], None] = lambda: None) -> Validated | None:
         """The held-out loss now; None when a rank was asked to stop meanwhile. Collective.
+
+        Args:
+            model: the engine's module.
+            stop: asked before each micro-batch.
+            alive: called before each micro-batch.
 
         Raises:
             SampleError: a sample is damaged.
@@ -102,6 +108,7 @@ class Validation:
         for first in range(0, self.samples, self._batch):
             if any(self._agreement.gather(stop.requested)):
                 return None
+            alive()
             part = next(parts)
             if isinstance(part, Failure):
                 raise part.kind(part.text)
