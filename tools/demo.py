@@ -36,7 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "configs/demo.yaml"
 RANKS = 2
 # One thread a rank: two ranks on two cores, and the same sums on every machine.
-RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+# The models are so small that a second thread helps little, and on a busy machine threads wait for each other.
+TOOL_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", **TOOL_ENVIRONMENT}
 STOP_SECONDS = 180.0
 """How long a stopped run may take to save and end; a save takes a second or two here."""
 
@@ -151,6 +153,11 @@ def _read(reader: int) -> bytes:
         return b""
 
 
+def _settings(environment: Mapping[str, str]) -> str:
+    """Environment variables as one types them before a command."""
+    return " ".join(f"{key}={value}" for key, value in environment.items())
+
+
 class Demo:
     """The stages in order, in one folder.
 
@@ -257,10 +264,13 @@ class Demo:
             StageError: it exited with another code than 0.
         """
         say(stage.name, stage.title)
-        print(f"$ python {shlex.join(stage.arguments)}", flush=True)
-        with Shown([sys.executable, *stage.arguments], self.out / "logs" / f"{stage.name}.log") as tool:
+        print(f"$ {_settings(TOOL_ENVIRONMENT)} python {shlex.join(stage.arguments)}", flush=True)
+        command, log = [sys.executable, *stage.arguments], self.out / "logs" / f"{stage.name}.log"
+        began = time.monotonic()
+        with Shown(command, log, os.environ | TOOL_ENVIRONMENT) as tool:
             if tool.wait() != 0:
                 raise self._failure(f"python {shlex.join(stage.arguments)}", tool)
+        print(f"-- {stage.name} took {time.monotonic() - began:.0f} s", flush=True)
 
     def train(self) -> None:
         """Start the run, stop it half-way by a signal to one rank, resume it, and check that no step is missing.
@@ -292,8 +302,7 @@ class Demo:
 
     def _start(self, name: str) -> Shown:
         command = self.training(free_port())
-        settings = " ".join(f"{key}={value}" for key, value in RANK_ENVIRONMENT.items())
-        print(f"$ {settings} deepspeed {shlex.join(command[1:])}", flush=True)
+        print(f"$ {_settings(RANK_ENVIRONMENT)} deepspeed {shlex.join(command[1:])}", flush=True)
         return Shown(command, self.out / "logs" / f"{name}.log", os.environ | RANK_ENVIRONMENT)
 
     def _stop_half_way(self, steps: int) -> None:
