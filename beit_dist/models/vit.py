@@ -190,7 +190,7 @@ class BeitBackbone(nn.Module):
         kept = None if keeps is None else keeps.to(x.dtype)
         for index, block in enumerate(self.blocks):
             keep = None if kept is None else kept[:, index]
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute:
                 # Nothing in a block is drawn, so there is no state of a generator to put back.
                 x = checkpoint(block, x, bias, keep, use_reentrant=False, preserve_rng_state=False)
             else:
