@@ -36,6 +36,7 @@ from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.engine.sinks import open_sinks
+from beit_dist.engine.stragglers import Stragglers
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.trainer import Parts, Progress
 from beit_dist.engine.validation import Validation
@@ -186,6 +187,7 @@ def build(
         else Validation(config, held_out, masks, resolved.micro_batch, agreement, device),
         recorder=recorder,
         guard=guard,
+        stragglers=Stragglers(agreement, [other["host"] for other in everyone], device, metrics),
         profiler=Profiler(config.profile, run.path / "ranks", ranks.rank),
         watchdog=watchdog,
         timeouts=timeouts,

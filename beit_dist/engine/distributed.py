@@ -136,6 +136,15 @@ class Agreement:
             dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's ``values``, as many on each, in the order of ranks; cheaper than ``gather``."""
+        own = torch.tensor(list(values), dtype=torch.float64)
+        if self._group is None:
+            return [own.tolist()]
+        gathered = [torch.empty_like(own) for _ in range(self.ranks.world)]
+        dist.all_gather(gathered, own, group=self._group)
+        return [numbers.tolist() for numbers in gathered]
+
     def from_rank_0(self, value: Any) -> Any:
         """Rank 0's small ``value``."""
         if self._group is None:

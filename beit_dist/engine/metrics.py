@@ -48,6 +48,12 @@ METRICS = (
     ),
     Metric("beit_train_last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended."),
     Metric("beit_train_stalls", "counter", "Times that no step of rank 0 ended for watchdog.stall_seconds."),
+    Metric(
+        "beit_train_step_duration_max_over_mean_ratio",
+        "gauge",
+        "Slowest rank's own time in a step, data and forward, over the ranks' mean.",
+    ),
+    Metric("beit_train_slowest_rank", "gauge", "Rank with the most own time in a step."),
     Metric("beit_train_world_size", "gauge", "Ranks."),
     Metric("beit_validation_loss", "gauge", "Mean cross-entropy of the held-out masked patches, in nats."),
     Metric("beit_validation_accuracy_ratio", "gauge", "Held-out masked patches whose token was predicted right."),

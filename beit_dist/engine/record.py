@@ -82,13 +82,19 @@ class Recorder:
         self.last_loss = math.nan
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # rank 0: told of every line that is written
 
-    def add(self, facts: StepFacts, loss_sum: Tensor, correct: Tensor, grad_norm: Tensor | float | None) -> None:
-        """Note a step; ``loss_sum`` and ``correct`` are this rank's sums and stay on the device."""
+    def add(self, facts: StepFacts, loss_sum: Tensor, correct: Tensor, grad_norm: Tensor | float | None) -> bool:
+        """Note a step; ``loss_sum`` and ``correct`` are this rank's sums and stay on the device.
+
+        Returns:
+            Whether it, and those noted before, were fetched now.
+        """
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, dtype=torch.float32)
         self._facts.append(facts)
         self._numbers.append(torch.stack([loss_sum.float(), correct.float(), norm.to(loss_sum.device)]))
-        if len(self._facts) >= self._every:
-            self.flush()
+        if len(self._facts) < self._every:
+            return False
+        self.flush()
+        return True
 
     def flush(self, durable: bool = False) -> None:
         """Fetch the noted steps (collective: one small sum over the ranks) and write them out.

@@ -25,6 +25,7 @@ from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, PREEMPTED
 from beit_dist.engine.schedule import Schedule
+from beit_dist.engine.stragglers import Stragglers
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.validation import Validation
 from beit_dist.engine.watchdog import Watchdog
@@ -65,6 +66,7 @@ class Parts:
     validation: Validation | None
     recorder: Recorder
     guard: Guard
+    stragglers: Stragglers
     profiler: Profiler
     watchdog: Watchdog
     timeouts: Timeouts
@@ -82,6 +84,7 @@ class Parts:
         self.profiler.close()
         self.recorder.close()
         self.guard.close()
+        self.stragglers.close()
         if self.metrics is not None:
             self.metrics.close()
         self.watchdog.close()
@@ -147,7 +150,8 @@ class Trainer:
         losses = []
         following: RankBatch | None = None
         for number, micro_batch in enumerate(self._micro_batches(batch), start=1):
-            output = parts.engine(*micro_batch)
+            with parts.stragglers.own_time():
+                output = parts.engine(*micro_batch)
             parts.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             losses.append(output.loss_sum.detach())
             loss_sum = loss_sum + losses[-1]
@@ -175,7 +179,9 @@ class Trainer:
             wait_seconds=batch.wait_seconds,
         )
         parts.guard.note(progress.step, losses, batch.sample_ids)
-        parts.recorder.add(facts, loss_sum, correct, parts.engine.get_global_grad_norm())
+        parts.stragglers.step_ended(batch.wait_seconds)
+        if parts.recorder.add(facts, loss_sum, correct, parts.engine.get_global_grad_norm()):
+            parts.stragglers.compare()
         self._count_skipped(applied)
         parts.guard.check_parameters(progress.step)
         parts.watchdog.beat()
