@@ -96,7 +96,7 @@ def test_the_run_is_stopped_half_way_and_resumed_and_no_step_is_missing(
     order = ["== corpus", "== tokenizer", "== shards", "== check", "== train", "SIGTERM", "PREEMPTED", "== resume"]
     places = [shown.index(text) for text in [*order, "exactly once", "== pictures", "== where to look"]]
     assert places == sorted(places)
-    assert "$ python tools/make_corpus.py --out" in shown
+    assert "$ OMP_NUM_THREADS=1 python tools/make_corpus.py --out" in shown
     assert "tool --images" in shown, "the output of the tools goes through"
     steps = [json.loads(line)["step"] for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41))
