@@ -305,6 +305,8 @@ class TrainConfig(Section):
     """Deterministic algorithms on CUDA (slower); the CPU is deterministic either way."""
     max_skipped_in_a_row: int = Field(20, ge=1)
     """Steps skipped one after another for non-finite gradients before the run stops."""
+    preflight: bool = True
+    """Check memory and the ranks' connection before anything is allocated; see ``engine/preflight.py``."""
     max_minutes: float | None = Field(None, gt=0)
     """Stop by itself so long after a start, as a stop signal would: with a checkpoint, to be started again."""
 

@@ -50,6 +50,10 @@ class CheckpointError(UserError):
     """A checkpoint cannot be used, or the run in the folder is another one."""
 
 
+class PreflightError(UserError):
+    """A host cannot do what the run asks of it; found before anything was allocated."""
+
+
 class TrainingError(UserError):
     """The run cannot go on; another start may do better.
 

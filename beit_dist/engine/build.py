@@ -29,6 +29,7 @@ from beit_dist.engine.initialisation import initialise_from
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.optimizer import build_optimizer
 from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.preflight import preflight
 from beit_dist.engine.profiling import Profiler
 from beit_dist.engine.record import Recorder
 from beit_dist.engine.resolve import Resolved
@@ -65,6 +66,7 @@ def build(
     ``manifest`` is the training data's, ``held_out`` the validation data's, if there is any.
 
     Raises:
+        PreflightError: a rank's host has too little memory, or the ranks' collectives are wrong.
         CheckpointError: the run in the folder has another model, data set, seed or masking.
         SpaceError: the disk has no room for the checkpoints that are kept.
     """
@@ -78,6 +80,7 @@ def build(
     saved = store.newest_whole()
     if saved is not None:
         compare_recipes(config, saved.manifest, loud=ranks.rank == 0)
+    trial = preflight(config, resolved, manifest, agreement, device) if config.preflight else None
     plan = build_plan(config, manifest, saved.manifest["plan"] if saved else None)
     masks = mask_generator(config)
 
@@ -132,6 +135,7 @@ def build(
                 "precision": resolved.precision,
                 "dataset": manifest.digest,
                 "metrics_port": port,
+                "preflight": trial,
                 "versions": facts["versions"],
                 "ranks": everyone,
             }
