@@ -232,7 +232,7 @@ def _restore(store: CheckpointStore, saved: Saved | None, state: EngineState, co
     position = saved.manifest["position"]
     if store.rank == 0:
         print(f"resumed from {saved.folder.name}: step {saved.step}, {position['samples']} samples", flush=True)
-        if config.init_from is not None and saved.manifest.get("init_from") is None:
+        if config.init_from is not None:
             print("init_from is ignored: the run has weights of its own", flush=True)
     return Progress(
         step=saved.step,

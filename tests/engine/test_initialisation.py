@@ -60,11 +60,9 @@ def test_a_new_run_starts_from_exactly_the_weights_of_another(new_run: Callable[
     assert old.finish()[0] == 0
     weights = load_weights(old.folder)[0]
     for name, ds, ranks in (
-        ("stage 0, fp32", {"zero_optimization": {"stage": 0}}, 1),
         ("stage 0, bf16", {"zero_optimization": {"stage": 0}, **bf16}, 1),
         ("stage 1, fp32 sums", "zero1.json", 2),
-        ("stage 2, bf16", {"zero_optimization": {"stage": 2}, **bf16}, 1),
-        ("stage 3, bf16", {"zero_optimization": {"stage": 3}, **bf16}, 2),
+        ("stage 3, bf16", {"zero_optimization": {"stage": 3}, **bf16}, 1),
     ):
         new = new_run(
             name.replace(" ", "-"),
@@ -88,10 +86,8 @@ def test_a_new_run_starts_from_exactly_the_weights_of_another(new_run: Callable[
     code, output = new.finish("steps=3")
     assert code == 0, output
     assert "the optimizer starts anew" not in output
+    assert "init_from is ignored: the run has weights of its own" in output
     assert json.loads((new.folder / "run.json").read_text())["init_from"]["source"] == str(old.folder)
-    code, output = new_run("other", overrides=["model.depth=1", f"init_from={old.folder}"]).finish()
-    assert code == 2
-    assert "blocks.1.gamma_1 is no parameter of this model" in output
     code, output = old.finish(f"init_from={new.folder}", "steps=7")
     assert code == 0, output
     assert "init_from is ignored" in output
