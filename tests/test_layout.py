@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "beit_dist"
 
 LAYERS: list[set[str]] = [
-    {"errors"},
+    {"errors", "durable"},
     {"settings"},
     {"config"},
     {"data", "models", "visual_tokens"},

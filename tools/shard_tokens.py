@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--out", arguments.out, "a local folder", "Write there, then copy the folder.")
     if not (arguments.finish or arguments.images):
         raise ConfigError("--images", None, "folders or tars of images")
-    from beit_dist.tokenizing.durable import storage_errors
+    from beit_dist.tokenizing.storage_errors import storage_errors
 
     with storage_errors(Path(arguments.out)):
         if arguments.finish:

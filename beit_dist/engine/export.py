@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 import beit_dist
-from beit_dist.engine.checkpoint.files import sync_folder
+from beit_dist.durable import writing
 from beit_dist.engine.checkpoint.layout import Fragment
 from beit_dist.engine.checkpoint.weights import StoredWeights
 from beit_dist.errors import SpaceError
@@ -69,10 +68,8 @@ def export_weights(
     # One buffer for all tensors: fresh ones of all sizes leave holes in memory that the next does not fit into.
     largest = torch.empty(max(map(math.prod, stored.shapes.values())), dtype=torch.float32)
     buffers = (largest, largest.to(torch_dtype))
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with writing(path) as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for name, shape in stored.shapes.items():
                 values, rounded = (buffer[: math.prod(shape)] for buffer in buffers)
@@ -80,14 +77,8 @@ def export_weights(
                 rounded.copy_(values)  # onto itself in fp32
                 file.write(rounded.view(torch.uint8).numpy().data)
                 advance(len(values))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except OSError as error:
         raise SpaceError(f"--out: {path} could not be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return Exported(path, len(stored.shapes), 8 + len(header) + end)
 
 

@@ -16,7 +16,7 @@ import yaml
 
 import beit_dist
 from beit_dist.config import TrainConfig
-from beit_dist.engine.checkpoint.files import write_whole
+from beit_dist.durable import write_whole, writing
 
 DONE, PREEMPTED, FAILED = MARKERS = ("DONE", "PREEMPTED", "FAILED")
 METRICS = "metrics.jsonl"
@@ -107,8 +107,7 @@ class RunFolder:
 
 
 def _keep_lines_up_to(step: int, path: Path) -> None:
-    temporary = path.with_suffix(".jsonl.tmp")
-    with path.open("rb") as old, temporary.open("wb") as new:
+    with path.open("rb") as old, writing(path) as new:
         for line in old:
             try:
                 keep = json.loads(line)["step"] <= step
@@ -116,9 +115,6 @@ def _keep_lines_up_to(step: int, path: Path) -> None:
                 keep = False
             if keep and line.endswith(b"\n"):
                 new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(temporary, path)
 
 
 def _as_bytes(facts: dict[str, Any]) -> bytes:

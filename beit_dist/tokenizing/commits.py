@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beit_dist.data.manifest import ShardInfo
+from beit_dist.durable import writing
 from beit_dist.errors import ConfigError, DataError
-from beit_dist.tokenizing.durable import writing
 
 
 class Rejected(NamedTuple):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from beit_dist.data.shards import MANIFEST_NAME, Manifest, check_shard_files, load_manifest, shard_name
+from beit_dist.durable import leftovers, writing
 from beit_dist.errors import DataError
 from beit_dist.tokenizing.commits import Commit, check_rejected, read_commit, rejection_limit
-from beit_dist.tokenizing.durable import leftovers, writing
 from beit_dist.tokenizing.job import JOB_NAME, Job, check_same_job, read_job
 from beit_dist.tokenizing.sources import SourceList
 

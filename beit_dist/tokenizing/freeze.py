@@ -12,8 +12,8 @@ from tqdm import tqdm
 from beit_dist.data.draws import Purpose, permutation
 from beit_dist.data.listing import IMAGE_SUFFIXES, ImageEntry, expand_sources, list_images
 from beit_dist.data.sample import SampleNotes, encode_notes, sample_key
+from beit_dist.durable import writing
 from beit_dist.errors import ConfigError, DataError
-from beit_dist.tokenizing.durable import writing
 from beit_dist.tokenizing.sources import SOURCES_NAME, SourcesHeader, label_of, read_header
 
 

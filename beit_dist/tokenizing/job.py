@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from beit_dist.data.images import Augment
 from beit_dist.data.sample import MAX_VIEWS, SampleLayout
+from beit_dist.durable import write_once
 from beit_dist.errors import ConfigError, DataError
-from beit_dist.tokenizing.durable import write_once
 
 JOB_NAME = "job.json"
 TOKEN_STRIDE = 8

@@ -17,10 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from beit_dist.data.shards import SampleNotes, ShardInfo, ShardWriter, WrittenShard, sample_key, shard_name
-from beit_dist.errors import SpaceError
+from beit_dist.durable import leftovers, publish, temporary_path
+from beit_dist.errors import SampleError, SpaceError
 from beit_dist.tokenizing.commits import Commit, Rejected, check_rejected, read_commit, write_commit
 from beit_dist.tokenizing.decoding import Decoded, Decoders, Recipe
-from beit_dist.tokenizing.durable import leftovers, publish, temporary_path
 from beit_dist.tokenizing.encoder import Encoder
 from beit_dist.tokenizing.job import Job
 from beit_dist.tokenizing.sources import SourceList
@@ -166,7 +166,13 @@ class _ShardFiles:
         for file, temporary, path in zip(self._files, self._temporary, self._paths, strict=True):
             file.flush()
             os.fsync(file.fileno())
-            publish(temporary, path)
+            try:
+                publish(temporary, path)
+            except FileNotFoundError:
+                raise SampleError(
+                    f"{path}: its temporary file is gone: another worker with the same index is making the same "
+                    "shard. Let one of them finish"
+                ) from None
         return tuple(_info(name, shard) for name, shard in zip(self._names, written, strict=True))
 
     def __exit__(

@@ -7,10 +7,8 @@ tokenizer's identity: manifests of shards and checkpoints record it. What else i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from beit_dist.config import DVAEConfig, validate
+from beit_dist.durable import temporary_path, write_whole
 from beit_dist.errors import TokenizerError, UserError
 from beit_dist.visual_tokens.dvae import DVAE
 
@@ -53,7 +52,7 @@ def save_tokenizer(
         "seal": _seal(digest, about),
     }
     raw = safetensors.torch.save(tensors, {FORMAT: _canonical(metadata)})
-    _write_atomically(Path(path), raw)
+    _write(Path(path), raw)
     return digest
 
 
@@ -104,7 +103,7 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise TokenizerError(f"{path}: got a folder, expected the name of a file to write")
-    probe = _temporary(path)
+    probe = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
@@ -179,30 +178,11 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _write_atomically(path: Path, raw: bytes) -> None:
-    """Under a temporary name, flushed to the disk, then renamed: a reader sees all of it or nothing."""
-    temporary = _temporary(path)
+def _write(path: Path, raw: bytes) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(path, raw)
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _error(path: str | Path, got: str, expected: str) -> TokenizerError:

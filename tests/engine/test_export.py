@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 
 from beit_dist.config import TrainConfig
-from beit_dist.engine.checkpoint.files import commit_exclusively, write_fragments
+from beit_dist.durable import write_once
+from beit_dist.engine.checkpoint.files import write_fragments
 from beit_dist.engine.checkpoint.layout import MANIFEST, Fragment, sealed, summed
 from beit_dist.engine.checkpoint.weights import load_weights, open_weights
 from beit_dist.engine.export import export_weights
@@ -65,7 +66,7 @@ def write_checkpoint(
         "files": files,
         "config": TrainConfig(run="r", model={"size": "tiny"}).model_dump(mode="json"),
     }
-    commit_exclusively(folder / MANIFEST, sealed(manifest))
+    write_once(folder / MANIFEST, sealed(manifest))
     return run
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from beit_dist.data.shards import load_manifest, parse_key
+from beit_dist.durable import TEMPORARY
 from beit_dist.errors import ConfigError, DataError, SampleError, SpaceError
 from beit_dist.tokenizing import worker as worker_module
 from beit_dist.tokenizing.commits import read_commit
 from beit_dist.tokenizing.decoding import Decoders, Recipe
-from beit_dist.tokenizing.durable import TEMPORARY
 from beit_dist.tokenizing.sources import SourceList
 
 Read = Callable[[Path], dict[str, str]]

@@ -14,8 +14,8 @@ import pytest
 
 from beit_dist.data.shards import Manifest, SampleLayout, load_manifest, sample_crc
 from beit_dist.data.verification import verify
+from beit_dist.durable import TEMPORARY
 from beit_dist.errors import ConfigError, DataError
-from beit_dist.tokenizing.durable import TEMPORARY
 
 SHARDS = [4, 3, 2]
 NAME = "v01/shard-000001.tar"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from beit_dist.durable import write_whole
 from beit_dist.engine.checkpoint.layout import Fragment, fragment_key, role_digests
 from beit_dist.errors import CheckpointError
 
@@ -81,44 +82,6 @@ class _Checksums:
             self.crc32[-1] = zlib.crc32(block[:taken], self.crc32[-1])
             self.bytes += len(block[:taken])
             block = block[taken:]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file so that it exists whole or not at all, also after a power loss."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def commit_exclusively(path: Path, content: bytes) -> None:
-    """Write a file that must not exist yet; of several writers exactly one succeeds.
-
-    Raises:
-        FileExistsError: another writer was first.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(temporary, path)
-    finally:
-        temporary.unlink()
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names created in ``folder`` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_fault(path: Path, size: int, sha256: str) -> str:

@@ -21,14 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from beit_dist.config import CheckpointConfig
-from beit_dist.engine.checkpoint.files import (
-    FragmentReader,
-    commit_exclusively,
-    file_fault,
-    sync_folder,
-    write_fragments,
-    write_whole,
-)
+from beit_dist.durable import sync_folder, write_once, write_whole
+from beit_dist.engine.checkpoint.files import FragmentReader, file_fault, write_fragments
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import (
     AVERAGE,
@@ -249,7 +243,8 @@ class CheckpointStore:
             files.append({"file": f"rank-{rank:05d}.json", "bytes": len(content), "sha256": sha256})
         self.refuse_if_superseded()
         manifest = {**manifest, "saved_at": time.time(), "state_digests": summed(digests), "files": files}
-        commit_exclusively(folder / MANIFEST, sealed(manifest))
+        if not write_once(folder / MANIFEST, sealed(manifest)):
+            raise FileExistsError(f"{folder} is committed already")
         sync_folder(self.folder)
         self.refuse_if_superseded()  # the newer attempt's folders are not this one's to tidy
         write_whole(self.folder / "latest", f"{folder.name}\n".encode())

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from beit_dist.errors import SampleError, SpaceError
-
 TEMPORARY = ".tmp"
 """Suffix of files under way. Their names start with a dot, so patterns such as ``shard-*.tar`` skip them."""
-
-
-@contextlib.contextmanager
-def storage_errors(out: Path) -> Iterator[None]:
-    """What the system says about the data set's folder, as errors that a user can act on.
-
-    Raises:
-        SpaceError: the disk or quota is full.
-        SampleError: anything else, such as a missing permission or a lost network file system.
-    """
-    try:
-        yield
-    except OSError as error:
-        place, reason = error.filename or out, error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SpaceError(f"{place}: {reason}. Make room and run the same command again") from None
-        raise SampleError(f"{place}: {reason}. Run the same command again when that is mended") from None
 
 
 def temporary_path(path: Path) -> Path:
@@ -46,23 +26,13 @@ def leftovers(folder: Path, name: str = "") -> list[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a written and fsynced temporary file its name.
-
-    Raises:
-        SampleError: the temporary file is gone, so another process makes the same file.
-    """
-    try:
-        os.replace(temporary, path)
-    except FileNotFoundError:
-        raise SampleError(
-            f"{path}: its temporary file is gone: another worker with the same index is making the same shard. "
-            "Let one of them finish"
-        ) from None
+    """Give a written and fsynced temporary file its name."""
+    os.replace(temporary, path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable."""
+    """Make names created in ``folder`` survive a power loss."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -83,6 +53,12 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file; one of that name is replaced."""
+    with writing(path) as file:
+        file.write(content)
 
 
 def write_once(path: Path, content: bytes) -> bool:

@@ -1,0 +1,27 @@
+"""What the system says about the data set's folder, as errors that a user can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from beit_dist.errors import SampleError, SpaceError
+
+
+@contextlib.contextmanager
+def storage_errors(out: Path) -> Iterator[None]:
+    """What the system says about the data set's folder, as errors that a user can act on.
+
+    Raises:
+        SpaceError: the disk or quota is full.
+        SampleError: anything else, such as a missing permission or a lost network file system.
+    """
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename or out, error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(f"{place}: {reason}. Make room and run the same command again") from None
+        raise SampleError(f"{place}: {reason}. Run the same command again when that is mended") from None
