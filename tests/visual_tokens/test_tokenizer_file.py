@@ -136,7 +136,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch)
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr("beit_dist.durable.os.fsync", full)
     with pytest.raises(TokenizerError, match="No space left"):
         save_tokenizer(saved, DVAE(TINY, seed=2), TINY)
     assert saved.read_bytes() == before
