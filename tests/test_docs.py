@@ -109,7 +109,7 @@ def test_every_setting_that_a_page_names_exists() -> None:
     sections = {
         field
         for field in TrainConfig.model_fields
-        if hasattr(TrainConfig.model_fields[field].default, "model_fields")
+        if hasattr(type(TrainConfig.model_fields[field].default), "model_fields")
     }
     unknown = []
     for page in PAGES:
