@@ -18,7 +18,8 @@ def test_a_run_that_recomputes_is_the_same_to_the_last_bit(new_run: Callable[...
     ds = {"zero_optimization": zero, "bf16": {"enabled": True}}
     runs = []
     for name, more in (("kept", []), ("recomputed", ["activation_checkpointing=true"])):
-        run = new_run(name, ds, ranks=2, overrides=["loader.workers=0", "steps=4", "optimizer.warmup_steps=1", *more])
+        settings = ["loader.workers=0", "steps=4", "optimizer.warmup_steps=1", *more]
+        run = new_run(name, ds, ranks=2, overrides=settings)
         code, output = run.finish()
         assert code == 0, output
         runs.append(run)
