@@ -12,19 +12,24 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test soak lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) DEMO=$(DEMO) PYTEST_ARGS='-k masks' DEMO_ARGS=--fast"
 
-demo: $(VENV)/.installed ## from generated images to pictures of what the model learnt (about 6 minutes, 2 cores)
+demo: $(VENV)/.installed ## from generated images to pictures of what the model learnt (about 5 minutes, 2 cores)
 	$(BIN)/python tools/demo.py --out $(DEMO) $(DEMO_ARGS)
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test ## all tests; those that need a server skip with the reason
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
+
+soak: export BEIT_KILLS ?= 100
+soak: export OMP_NUM_THREADS ?= 1
+soak: $(VENV)/.installed-test ## a run killed BEIT_KILLS=100 times with -9 must end as if it never was (an hour or so)
+	$(BIN)/python -m pytest tests/engine/test_kills.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .
