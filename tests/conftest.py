@@ -30,6 +30,8 @@ from beit_dist.data.shards import (
     shard_name,
 )
 
+pytest_plugins = ["support.servers"]
+
 
 def write_shards(
     root: str | Path,

@@ -1,0 +1,58 @@
+"""Servers that tests can ask for by name; where one is missing the test skips and says how to get it.
+
+With ``BEIT_REQUIRE_SERVERS=1``, as in CI, a missing server is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.fault_proxy import FaultProxy
+from support.http_files import HttpFiles
+from support.object_store import ObjectStore, Unavailable, running
+
+_NEED_A_SERVER = {"object_store"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as ``server`` what uses one."""
+    for item in items:
+        if _NEED_A_SERVER & set(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
+
+
+def unavailable(reason: object) -> None:
+    """Skip the test, or fail it where servers are required."""
+    if os.environ.get("BEIT_REQUIRE_SERVERS", "0") not in ("", "0"):
+        pytest.fail(f"BEIT_REQUIRE_SERVERS is set: {reason}", pytrace=False)
+    pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server, one for each test process; take a bucket of your own by ``new_bucket()``."""
+    try:
+        with running(tmp_path_factory.mktemp("object_store")) as store:
+            yield store
+    except Unavailable as missing:
+        unavailable(missing)
+
+
+@pytest.fixture
+def fault_proxy(object_store: ObjectStore) -> Iterator[FaultProxy]:
+    """A proxy before the object store; give its ``url`` to the client."""
+    with FaultProxy(object_store.endpoint_url, whole=object_store.whole) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def http_files(tmp_path: Path) -> Iterator[HttpFiles]:
+    """A plain HTTP server with ranges of the files in its ``root``."""
+    root = tmp_path / "http"
+    root.mkdir()
+    with HttpFiles(root) as files:
+        yield files
