@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Where the tests look for the object store, unless BEIT_SWIFT_PYTHON names a Python (tests/support/object_store.py).
+SWIFT_VENV := .venv-swift
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 # Test processes; tests that start ranks of their own do so one after another (tests/conftest.py).
@@ -12,7 +14,7 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint format clean
+.PHONY: help demo test servers soak lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +27,11 @@ demo: $(VENV)/.installed ## from generated images to pictures of what the model 
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test ## all tests; those that need a server skip with the reason
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
+
+servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the tests that want one, in .venv-swift
+	@for program in memcached; do \
+	  command -v $$program >/dev/null || echo "still missing, from Debian: apt-get install $$program" >&2; \
+	done
 
 soak: export BEIT_KILLS ?= 100
 soak: export OMP_NUM_THREADS ?= 1
@@ -40,8 +47,8 @@ format: $(VENV)/.installed-dev ## let ruff sort imports and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the virtual environment, the demo and the caches
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the virtual environments, the demo and the caches
+	rm -rf $(VENV) $(SWIFT_VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of dependencies: nothing is installed again until what it depends on changes.
@@ -52,17 +59,21 @@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev: pyproject.tom
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@
 
+$(SWIFT_VENV)/.installed: tests/support/swift.txt | $(SWIFT_VENV)/bin/pip
+	$(SWIFT_VENV)/bin/python -m pip install $(PIP_ARGS) -r $<
+	@touch $@
+
 # Debian and Ubuntu leave ensurepip to a package of its own; virtualenv, or the pip outside, does as well.
-$(BIN)/pip:
+%/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "error: $(PYTHON) is missing or older than 3.10; give another one: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
-	  echo "creating $(VENV) with venv"; $(PYTHON) -m venv $(VENV); \
+	  echo "creating $* with venv"; $(PYTHON) -m venv $*; \
 	elif $(PYTHON) -m virtualenv --version >/dev/null 2>&1; then \
-	  echo "creating $(VENV) with virtualenv"; $(PYTHON) -m virtualenv --quiet $(VENV); \
-	elif $(PYTHON) -m pip --version >/dev/null 2>&1 && $(PYTHON) -m venv --without-pip $(VENV) \
-	  && $(PYTHON) -m pip --quiet --python $(BIN)/python install pip setuptools; then \
-	  echo "created $(VENV) with venv and the pip of $(PYTHON)"; \
+	  echo "creating $* with virtualenv"; $(PYTHON) -m virtualenv --quiet $*; \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1 && $(PYTHON) -m venv --without-pip $* \
+	  && $(PYTHON) -m pip --quiet --python $*/bin/python install pip setuptools; then \
+	  echo "created $* with venv and the pip of $(PYTHON)"; \
 	else \
 	  echo "error: $(PYTHON) can make no virtual environment; install ensurepip, e.g. apt-get install python3-venv" >&2; \
 	  exit 1; \
