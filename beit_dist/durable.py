@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,8 +15,9 @@ TEMPORARY = ".tmp"
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside ``path`` that no other process uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
+    """A name beside ``path`` that no other process or thread uses."""
+    owner = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    return path.with_name(f".{path.name}.{owner}{TEMPORARY}")
 
 
 def leftovers(folder: Path, name: str = "") -> list[Path]:

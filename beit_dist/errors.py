@@ -69,6 +69,18 @@ class TrainingError(UserError):
         self.details = details
 
 
+class StorageError(UserError, OSError):
+    """A store at a URL failed for as long as it was tried again."""
+
+    exit_code = 1
+
+
+class AccessError(StorageError):
+    """A store refuses the credentials, or there are none."""
+
+    exit_code = 2
+
+
 class SpaceError(UserError):
     """A disk or /dev/shm is too small for what was asked."""
 

@@ -17,6 +17,7 @@ PACKAGE = "beit_dist"
 
 LAYERS: list[set[str]] = [
     {"errors", "durable"},
+    {"storage"},
     {"settings"},
     {"config"},
     {"data", "models", "visual_tokens"},

@@ -1,0 +1,192 @@
+"""A place at a URL: an object store, a web server, or whatever else fsspec reaches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.spec import AbstractBufferedFile
+
+from beit_dist.errors import ConfigError, StorageError
+from beit_dist.storage.access import Access
+from beit_dist.storage.place import Place, shown
+from beit_dist.storage.retries import ShortReadError, retrying
+
+_Result = TypeVar("_Result")
+_S3 = ("s3", "s3a")
+_PART = 16 << 20
+"""Bytes of one part of an upload; S3 takes 10,000 parts, so 156 GiB."""
+
+_systems: dict[tuple[int, str, int], Any] = {}
+_lock = threading.Lock()
+
+
+class RemotePlace(Place):
+    """A folder at ``url``; see :class:`Place`.
+
+    The client is opened by the process that uses it, at the first use: what was opened before a fork hangs.
+    """
+
+    def __init__(self, url: str, access: Access) -> None:
+        self._url, self._access = url.rstrip("/"), access
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(urlsplit(self._url).path).name or urlsplit(self._url).netloc
+
+    def __str__(self) -> str:
+        return shown(self._url)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePlace) and other._url == self._url
+
+    def __hash__(self) -> int:
+        return hash(self._url)
+
+    @property
+    def parent(self) -> RemotePlace:
+        return RemotePlace(self._url.rpartition("/")[0], self._access)
+
+    def __truediv__(self, name: str) -> RemotePlace:
+        return RemotePlace(self._key(name), self._access)
+
+    def make(self) -> None:
+        """Nothing: a store has no folders."""
+
+    def list(self, name: str = "") -> list[str]:
+        folder = self._key(name)
+        try:
+            found = self._try(lambda fs: fs.ls(folder, detail=False), folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = {PurePosixPath(str(path)).name for path in found}
+        return sorted(names - {"", PurePosixPath(urlsplit(folder).path).name})
+
+    def size(self, name: str) -> int:
+        key = self._key(name)
+        size = self._try(lambda fs: fs.info(key), key)["size"]
+        if size is None:
+            raise OSError(f"{shown(key)}: the server does not say how large it is")
+        return int(size)
+
+    def read(self, name: str) -> bytes:
+        key = self._key(name)
+        content: bytes = self._try(lambda fs: fs.cat_file(key), key)
+        return content
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        key = self._key(name)
+
+        def read(fs: Any) -> bytes:
+            # By name: the second position of s3fs's cat_file is a version id.
+            content: bytes = fs.cat_file(key, start=offset, end=offset + len(buffer))
+            if len(content) == len(buffer):
+                return content
+            # A range past the end comes back short, and a server that ignores ranges sends the whole file.
+            size = int(fs.info(key)["size"] or 0)
+            if offset + len(buffer) > size:
+                raise _TooFarError(
+                    f"{shown(key)}: byte {offset}: expected {len(buffer)} bytes, the file has {size}"
+                )
+            raise ShortReadError(f"got {len(content)} bytes, expected {len(buffer)}")
+
+        if len(buffer):
+            try:
+                buffer[:] = self._try(read, key)
+            except _TooFarError as error:
+                raise EOFError(str(error)) from None
+
+    def write(self, name: str, content: bytes) -> None:
+        key = self._key(name)
+        self._try(lambda fs: fs.pipe_file(key, content), key)
+
+    def create(self, name: str, content: bytes) -> bool:
+        key = self._key(name)
+        try:
+            self._try(lambda fs: fs.pipe_file(key, content, mode="create"), key)
+        except NotImplementedError:
+            raise ConfigError(
+                "url", str(self), "a store that can create a file only if there is none (a conditional PUT)"
+            ) from None
+        except StorageError:
+            raise
+        except OSError as error:
+            # Stores other than AWS do not say which condition failed, and s3fs then reports an invalid argument.
+            # An answer that was lost looks like a file of somebody else's, too: the content tells.
+            try:
+                return self.read(name) == content
+            except FileNotFoundError:
+                raise error from None
+        return True
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        key = self._key(name)
+        file = self._try(lambda fs: fs.open(key, "wb", block_size=_PART), key)
+        try:
+            yield file
+        except BaseException:
+            with contextlib.suppress(Exception):  # close() would make the half file a whole one
+                file.discard()
+            if isinstance(file, AbstractBufferedFile):
+                file.closed = True
+            else:  # memory:// has the file from its opening on
+                self.remove(name)
+            raise
+        size = file.tell()
+        try:
+            file.close()
+        except FileNotFoundError:
+            # The upload is complete but the answer was lost: when asked again the store knows of no such upload.
+            if self.size(name) != size:
+                raise
+
+    def remove(self, name: str) -> None:
+        key = self._key(name)
+        with contextlib.suppress(FileNotFoundError):
+            self._try(lambda fs: fs.rm_file(key), key)
+
+    def remove_folder(self, name: str) -> None:
+        key = self._key(name)
+        with contextlib.suppress(FileNotFoundError):
+            self._try(lambda fs: fs.rm(key, recursive=True), key)
+
+    def _key(self, name: str) -> str:
+        return f"{self._url}/{name}" if name else self._url
+
+    def _try(self, action: Callable[[Any], _Result], key: str) -> _Result:
+        return retrying(partial(action, self.system()), shown(key), self._access.retry_seconds)
+
+    def system(self) -> Any:
+        """The fsspec file system of this process."""
+        protocol = urlsplit(self._url).scheme
+        mark = (os.getpid(), protocol, hash(repr(self._access)))
+        with _lock:
+            if mark not in _systems:
+                _systems[mark] = _open(protocol, self._access, str(self))
+            return _systems[mark]
+
+
+class _TooFarError(FileNotFoundError):
+    """A range beyond the end of a file: no retry makes it longer."""
+
+
+def _open(protocol: str, access: Access, where: str) -> Any:
+    if protocol in _S3:
+        from beit_dist.storage.s3 import open_s3
+
+        return open_s3(access)
+    try:
+        return fsspec.filesystem(protocol, use_listings_cache=False, **access.options.get(protocol, {}))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            "url", where, "a protocol that fsspec knows and whose package is installed", str(error)
+        ) from None
