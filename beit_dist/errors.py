@@ -46,6 +46,10 @@ class TokenizerError(UserError):
     """A tokenizer file is missing, damaged, or not the one that was asked for."""
 
 
+class WeightsError(UserError):
+    """A file of weights is missing, damaged, not of this model, or would run code if it were loaded."""
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be used, or the run in the folder is another one."""
 

@@ -18,7 +18,7 @@ PACKAGE = "beit_dist"
 LAYERS: list[set[str]] = [
     {"errors", "durable"},
     {"storage"},
-    {"settings"},
+    {"settings", "safe_pickle"},
     {"config"},
     {"data", "models", "visual_tokens"},
     {"tokenizing", "engine", "reports"},
