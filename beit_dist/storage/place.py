@@ -16,7 +16,6 @@ from typing import BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
 from beit_dist.errors import ConfigError
-from beit_dist.storage.access import Access
 
 READ_CHUNK = 8 << 20
 """Bytes of one request when a whole file is read; AWS advises ranges of 8 to 16 MiB."""
@@ -160,19 +159,3 @@ def check_place(field: str, where: str) -> None:
         )
     if "::" in where or parts.scheme == "pipe" or not (parts.netloc or parts.path.strip("/")):
         raise ConfigError(field, shown(where), "a folder, or a URL such as s3://bucket/folder")
-
-
-def open_place(where: str | os.PathLike[str], access: Access | None = None) -> Place:
-    """The folder ``where``: a path, or a URL that fsspec knows.
-
-    Raises:
-        ConfigError: it is no place, or holds credentials.
-    """
-    from beit_dist.storage.local import LocalPlace
-    from beit_dist.storage.remote import RemotePlace
-
-    text = os.fspath(where)
-    if not is_url(text):
-        return LocalPlace(Path(text.removeprefix("file://") if text.startswith("file:") else text))
-    check_place("url", text)
-    return RemotePlace(text, access or Access())

@@ -15,7 +15,8 @@ from support.object_store import ObjectStore
 from beit_dist.errors import AccessError, ConfigError, StorageError
 from beit_dist.storage.access import Access
 from beit_dist.storage.local import LocalPlace
-from beit_dist.storage.place import Place, is_url, open_place
+from beit_dist.storage.opening import open_place
+from beit_dist.storage.place import Place, is_url
 from beit_dist.storage.retries import counts
 
 CONTENT = bytes(range(256)) * 80_000  # 20 MB: an upload in parts

@@ -1,0 +1,24 @@
+"""From a path or a URL to the place it names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from beit_dist.storage.access import Access
+from beit_dist.storage.local import LocalPlace
+from beit_dist.storage.place import Place, check_place, is_url
+from beit_dist.storage.remote import RemotePlace
+
+
+def open_place(where: str | os.PathLike[str], access: Access | None = None) -> Place:
+    """The folder ``where``: a path, or a URL that fsspec knows.
+
+    Raises:
+        ConfigError: it is no place, or holds credentials.
+    """
+    text = os.fspath(where)
+    if not is_url(text):
+        return LocalPlace(Path(text.removeprefix("file://") if text.startswith("file:") else text))
+    check_place("url", text)
+    return RemotePlace(text, access or Access())
