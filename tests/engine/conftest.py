@@ -65,9 +65,9 @@ class Run:
             cwd=self.folder.parent,
         )
 
-    def finish(self, *overrides: str) -> tuple[int, str]:
+    def finish(self, *overrides: str, seconds: float = 180) -> tuple[int, str]:
         """Start training and wait; exit code and output."""
-        return wait(self.start(*overrides))
+        return wait(self.start(*overrides), seconds)
 
     def lines(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl."""
