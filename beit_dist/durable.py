@@ -64,8 +64,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_once(path: Path, content: bytes) -> bool:
-    """Create ``path`` with ``content`` unless it exists; of several processes one succeeds. Returns whether."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Create ``path`` with ``content`` unless it exists; of several processes one succeeds. Returns whether.
+
+    Raises:
+        FileNotFoundError: its folder is not there. Nothing makes it: another process may just have removed it.
+    """
     temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:

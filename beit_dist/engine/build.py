@@ -21,7 +21,7 @@ from beit_dist.data.stream import RankBatches
 from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import AVERAGE, Saved
-from beit_dist.engine.checkpoint.store import CheckpointStore
+from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.guard import Guard
@@ -98,6 +98,7 @@ def build(
         average.restart()
         if saved and ranks.rank == 0:
             print("ema: the run had no average; it begins with the weights of this checkpoint", flush=True)
+    _refuse_if_superseded(store, agreement)
     if ranks.rank == 0:
         size = BYTES_OF_STATE + (BYTES_OF_AVERAGE if average else 0)
         _check_space(run.path, size * parameters, config.checkpoint.keep)
@@ -150,6 +151,7 @@ def build(
         flops_per_sample=flops_per_image(config.model, expected_masked(config.model, masks)),
         progress=config.logging.progress,
         sinks=open_sinks(config, run.path, progress.step) if ranks.rank == 0 else None,
+        validates=held_out is not None,
     )
     guard = Guard(
         config.guard,
@@ -223,6 +225,18 @@ def build_engine(config: TrainConfig, resolved: Resolved, device: torch.device) 
         )
     engine.train()
     return engine
+
+
+def _refuse_if_superseded(store: CheckpointStore, agreement: Agreement) -> None:
+    """Of two starts at once the older may be the slower one: what it is about to write is the newer one's now."""
+    said = ""
+    if store.rank == 0:
+        try:
+            store.refuse_if_superseded()
+        except SupersededError as error:
+            said = str(error)
+    if said := agreement.from_rank_0(said):
+        raise SupersededError(said)
 
 
 def _restore(store: CheckpointStore, saved: Saved | None, state: EngineState, config: TrainConfig) -> Progress:

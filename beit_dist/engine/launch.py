@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -44,6 +45,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     manifest = open_data(config, check_files=ranks.local_rank == 0)
     check_packages(config)
     held_out = open_validation(config, manifest, check_files=ranks.local_rank == 0)
+    RunFolder(config.run).check_writable()
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
     stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()
     timeouts = Timeouts(config.timeouts, config.checkpoint.timeout_seconds)
@@ -75,7 +77,16 @@ def _train(
     parts = build(config, resolved, manifest, ranks, device, stop, watchdog, timeouts, held_out)
     first_step = parts.progress.step
     trainer = Trainer(parts)
-    marker = trainer.run()
+    try:
+        marker = trainer.run()
+        if ranks.rank == 0:
+            parts.store.refuse_if_superseded()
+    except Exception:
+        # A rank of an older attempt may fail because the others of its attempt are gone: that is no failure of
+        # the run that goes on in this folder.
+        with contextlib.suppress(OSError):
+            parts.store.refuse_if_superseded()
+        raise
     if ranks.rank == 0:
         step, total = parts.progress.step, parts.total_steps
         run.mark(marker, attempt=parts.store.attempt, step=step, reason=trainer.reason)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from beit_dist.engine.lines import Lines
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.run_folder import RunFolder
 from beit_dist.engine.sinks import Sinks
-from beit_dist.engine.validation import Validated, append_result
+from beit_dist.engine.validation import Validated, line_of
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Recorder:
         flops_per_sample: FLOPs of forward and backward for one image.
         progress: show a progress line.
         sinks: what else takes the numbers, on rank 0.
+        validates: the run measures a held-out loss.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Recorder:
         flops_per_sample: int,
         progress: bool,
         sinks: Sinks | None = None,
+        validates: bool = False,
     ) -> None:
-        self._run, self._metrics, self._sinks = run, metrics, sinks or Sinks()
+        self._metrics, self._sinks = metrics, sinks or Sinks()
         self._every = every
         self._attempt = attempt
         self._total_steps = total_steps
@@ -77,7 +79,8 @@ class Recorder:
         self._progress = progress
         self._facts: list[StepFacts] = []
         self._numbers: list[Tensor] = []
-        self._file = run.metrics.open("a", encoding="utf-8") if metrics is not None else None
+        self._lines = Lines(run.metrics) if metrics is not None else None
+        self._results = Lines(run.validation) if metrics is not None and validates else None
         self._since = time.perf_counter()
         self.last_loss = math.nan
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # rank 0: told of every line that is written
@@ -104,14 +107,22 @@ class Recorder:
         """
         if self._facts:
             self._fetch()
-        if durable and self._file is not None:
-            os.fsync(self._file.fileno())
+        for lines in (self._lines, self._results):
+            if lines is not None and durable:
+                lines.flush(durable=True)
+
+    @property
+    def fault(self) -> str:
+        """Rank 0: why lines that a checkpoint relies on are not on the disk; empty when all are."""
+        faults = (lines.fault for lines in (self._lines, self._results) if lines is not None)
+        return next((fault for fault in faults if fault), "")
 
     def add_validation(self, step: int, samples: int, result: Validated) -> None:
         """Write a held-out result to ``validation.jsonl`` and the metrics, at once."""
-        if self._metrics is None:
+        if self._metrics is None or self._results is None:
             return
-        append_result(self._run.validation, step, samples, self._attempt, result)
+        self._results.add(json.dumps(line_of(step, samples, self._attempt, result)))
+        self._results.flush()
         self._metrics.set(
             {
                 "beit_validation_loss": result.loss,
@@ -139,27 +150,28 @@ class Recorder:
         facts, self._facts, self._numbers = self._facts, [], []
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        if self._metrics is None or self._file is None:
+        if self._metrics is None or self._lines is None:
             return
         line: dict[str, Any] = {}
         for fact, (loss_sum, correct), norm in zip(facts, sums.cpu().numpy(), norms.tolist(), strict=True):
             line = self._line(fact, loss_sum, correct, norm)
-            self._file.write(json.dumps(line) + "\n")
+            self._lines.add(json.dumps(line))
             names = ("loss", "accuracy", "lr", "grad_norm", "epoch")
             self._sinks.write(fact.step, {f"train/{name}": line[name] for name in names})
             for listener in self.listeners:
                 listener(line)
-        self._file.flush()
+        self._lines.flush()
         self.last_loss = float(line["loss"]) if line["loss"] is not None else math.nan
         self._export(facts, line, seconds)
 
     def close(self) -> None:
         """Write what is noted and end the progress line."""
         self._sinks.close()
-        if self._file is not None:
-            self._file.close()
-            if self._progress and sys.stdout.isatty():
-                print(flush=True)
+        for lines in (self._lines, self._results):
+            if lines is not None:
+                lines.close()
+        if self._lines is not None and self._progress and sys.stdout.isatty():
+            print(flush=True)
 
     def _line(self, fact: StepFacts, loss_sum: np.float32, correct: np.float32, norm: float) -> dict[str, Any]:
         count = np.float32(max(1, fact.masked))

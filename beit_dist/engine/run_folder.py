@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import yaml
 import beit_dist
 from beit_dist.config import TrainConfig
 from beit_dist.durable import write_whole, writing
+from beit_dist.errors import ConfigError
 
 DONE, PREEMPTED, FAILED = MARKERS = ("DONE", "PREEMPTED", "FAILED")
 METRICS = "metrics.jsonl"
@@ -56,6 +59,24 @@ class RunFolder:
         for path in (self.checkpoints, self.ranks, self.path / "pictures"):
             path.mkdir(parents=True, exist_ok=True)
 
+    def check_writable(self) -> None:
+        """Look whether this rank can write into the folder; nothing is left in it.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        try:
+            self.ranks.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.ranks):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                "run",
+                str(self.path),
+                "a folder that can be written to",
+                f"{error.strerror} ({error.filename}): choose another, or change its owner or mount.",
+            ) from None
+
     def remove_markers(self) -> None:
         """A new attempt begins: how the one before ended is no longer the truth."""
         for marker in MARKERS:
@@ -83,7 +104,7 @@ class RunFolder:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         except OSError:  # the folder is not there yet, or the disk is what failed
             return None
-        with os.fdopen(descriptor, "wb") as file:
+        with contextlib.suppress(OSError), os.fdopen(descriptor, "wb") as file:  # a full disk: the name is there
             file.write(_as_bytes(facts))
         return None
 

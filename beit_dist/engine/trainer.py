@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from beit_dist.data.plan import Plan
 from beit_dist.data.stream import RankBatch, RankBatches
 from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.store import CheckpointStore
+from beit_dist.engine.checkpoint.store import CheckpointStore, SaveResult
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.metrics import Metrics
@@ -30,6 +31,8 @@ from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.validation import Validation
 from beit_dist.engine.watchdog import Watchdog
 from beit_dist.errors import SampleError, TrainingError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -99,6 +102,7 @@ class Trainer:
         self.progress = parts.progress
         self._skipped_in_a_row = 0
         self._failed_saves = 0
+        self._fault = ""  # of the last save
         self._last_save = time.monotonic()
         self.reason: str | None = None  # why the run was stopped before its last step
 
@@ -242,6 +246,13 @@ class Trainer:
         self._finish_save()
         began = time.monotonic()
         parts.recorder.flush(durable=True)
+        if fault := parts.agreement.from_rank_0(parts.recorder.fault):
+            # A checkpoint promises that the numbers of all steps before it are there.
+            if parts.agreement.ranks.rank == 0:
+                _log.error("checkpoint of step %d was not saved: %s", progress.step, fault)
+            self._last_save = began
+            self._count_save(SaveResult(progress.step, fault, 0.0))
+            return
         position = {
             "consumed": progress.consumed,
             "samples": progress.samples,
@@ -265,10 +276,18 @@ class Trainer:
         with self.parts.timeouts.saving():
             result = self.parts.store.finish_save()
         self.parts.watchdog.beat()
-        if result is None:
-            return
+        if result is not None:
+            self._count_save(result)
+
+    def _count_save(self, result: SaveResult) -> None:
+        """Export how a save ended; too many failures in a row end the run.
+
+        Raises:
+            TrainingError: ``checkpoint.max_failed_saves`` failed.
+        """
         metrics, limit = self.parts.metrics, self.parts.config.checkpoint.max_failed_saves
         self._failed_saves = 0 if result.ok else self._failed_saves + 1
+        self._fault = result.fault
         if metrics is not None:
             metrics.add("beit_checkpoint_saves", result="ok" if result.ok else "failed")
             metrics.observe("beit_checkpoint_duration_seconds", result.seconds)
@@ -285,7 +304,10 @@ class Trainer:
         self._begin_save()
         self._finish_save()
         if self._failed_saves:
-            raise TrainingError(f"the checkpoint of step {self.progress.step}, the last one, could not be saved")
+            raise TrainingError(
+                f"the checkpoint of step {self.progress.step}, the last one, could not be saved: {self._fault}. "
+                "Make room, or look at the disk, and start again: the run goes on from the checkpoint before."
+            )
 
     def _count_bad(self, bad: int) -> None:
         counters, allowed = self.progress.counters, self.parts.config.loader.bad_samples

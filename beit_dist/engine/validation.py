@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,9 +124,9 @@ class Validation:
         self._reader.close()
 
 
-def append_result(path: Path, step: int, samples: int, attempt: int, result: Validated) -> None:
-    """Add a line to ``validation.jsonl``."""
-    line = {
+def line_of(step: int, samples: int, attempt: int, result: Validated) -> dict[str, Any]:
+    """A result as ``validation.jsonl`` has it."""
+    return {
         "step": step,
         "samples": samples,
         "loss": result.loss if math.isfinite(result.loss) else None,
@@ -137,5 +135,3 @@ def append_result(path: Path, step: int, samples: int, attempt: int, result: Val
         "seconds": round(result.seconds, 3),
         "attempt": attempt,
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")

@@ -98,6 +98,7 @@ def record_job(out: Path, job: Job) -> None:
     Raises:
         DataError: the folder belongs to another job.
     """
+    out.mkdir(parents=True, exist_ok=True)
     if not write_once(out / JOB_NAME, job.to_bytes()):
         check_same_job(out, read_job(out), asdict(job))
 

@@ -215,6 +215,8 @@ class CheckpointStore:
         faults = [fault for fault in self._agreement.gather(writing.fault) if fault]
         superseded = self._agreement.from_rank_0(writing.superseded)
         if superseded:
+            if self._rank == 0 and not (writing.folder / MANIFEST).exists():
+                shutil.rmtree(writing.folder, ignore_errors=True)  # the newer attempt may have tidied up already
             raise SupersededError(superseded)
         if faults and self._rank == 0:
             _log.error("checkpoint of step %d was not saved: %s", writing.step, faults[-1])
@@ -247,8 +249,11 @@ class CheckpointStore:
             raise FileExistsError(f"{folder} is committed already")
         sync_folder(self.folder)
         self.refuse_if_superseded()  # the newer attempt's folders are not this one's to tidy
-        write_whole(self.folder / "latest", f"{folder.name}\n".encode())
-        self._tidy()
+        try:
+            write_whole(self.folder / "latest", f"{folder.name}\n".encode())
+            self._tidy()
+        except OSError as error:  # the checkpoint is whole: what is left to do here must not lose it
+            _log.warning("checkpoint %s is whole, but older ones could not be tidied up: %s", folder.name, error)
 
     def missing(self, folder: Path) -> list[int]:
         """Ranks that have not finished writing into ``folder``."""
