@@ -159,9 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, help="images of an encoder batch (default 64)")
     add(
         "--precision",
-        choices=("fp32", "bf16"),
-        help="of the encoder. fp32, the default, rounds least, as tokens are made once and trained on for "
-        "hundreds of epochs; bf16 is twice as fast on a CPU that has it, and about 2 tokens in 100 differ",
+        choices=("fp32", "fp16", "bf16"),
+        help="of the encoder's residual paths, which are most of its work. fp32, the default, rounds least; the "
+        "others are faster on a device that has them, and few near-ties fall the other way: docs/tokenizers.md",
     )
 
     work = parser.add_argument_group("how the work is split")

@@ -26,7 +26,7 @@ class DVAEEncoder:
 
     Args:
         model: from :func:`beit_dist.visual_tokens.weights.load_tokenizer`, on its device.
-        precision: ``fp32``, or ``bf16`` for all convolutions but the last.
+        precision: of the encoder's residual paths; all else is fp32.
     """
 
     def __init__(self, model: DVAE, precision: Precision) -> None:

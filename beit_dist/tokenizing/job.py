@@ -22,7 +22,10 @@ JOB_NAME = "job.json"
 TOKEN_STRIDE = 8
 """Pixels of the tokenizer's view for each visual token: the dVAE's downsampling."""
 
-Precision = Literal["fp32", "bf16"]
+SOFTWARE = ("torch", "pillow", "numpy")
+"""Fields of a job that are versions of what computes its bytes."""
+
+Precision = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Job:
         tokenizer: digest of the tokenizer.
         batch: images of one encoder batch; its fixed shape keeps tokens independent of the workers.
         device: ``cpu`` or ``cuda``: they round differently, so near-ties give other tokens.
+        torch: version of PyTorch, which computes the tokens.
+        pillow: version of Pillow, which decodes, jitters and resizes.
+        numpy: version of NumPy.
 
     Raises:
         ConfigError: a number is out of range.
@@ -51,6 +57,9 @@ class Job:
     batch: int
     precision: Precision
     device: str
+    torch: str
+    pillow: str
+    numpy: str
 
     def __post_init__(self) -> None:
         SampleLayout(self.image_size, self.patch_size, self.vocabulary)
@@ -92,6 +101,15 @@ class Job:
         ]
 
 
+def software() -> dict[str, str]:
+    """The versions of this process, as a job has them."""
+    import numpy
+    import PIL
+    import torch
+
+    return {"torch": str(torch.__version__), "pillow": PIL.__version__, "numpy": numpy.__version__}
+
+
 def record_job(out: Path, job: Job) -> None:
     """Record the job in the data set's folder, or check that it is the one recorded there.
 
@@ -109,7 +127,13 @@ def check_same_job(out: Path, recorded: Job, settings: Mapping[str, Any]) -> Non
     Raises:
         DataError: names each difference.
     """
-    differences = recorded.differences(settings)
+    differences = recorded.differences({name: value for name, value in settings.items() if name not in SOFTWARE})
+    software = recorded.differences({name: settings.get(name) for name in SOFTWARE})
+    if software and not differences:
+        raise DataError(
+            f"{out}: its job was begun with other software: {'; '.join(software)}. Shards of both would not be "
+            "alike: run all workers in one environment, or start over in another --out"
+        )
     if differences:
         raise DataError(
             f"{out}: belongs to another job: {'; '.join(differences)}. Give the settings in {out / JOB_NAME}, "

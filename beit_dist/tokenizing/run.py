@@ -18,7 +18,7 @@ from beit_dist.tokenizing.decoding import CHUNK
 from beit_dist.tokenizing.encoder import DVAEEncoder
 from beit_dist.tokenizing.finish import finish, finished
 from beit_dist.tokenizing.freeze import check_same_sources, freeze
-from beit_dist.tokenizing.job import Job, Precision, record_job
+from beit_dist.tokenizing.job import SOFTWARE, Job, Precision, record_job, software
 from beit_dist.tokenizing.place import worker_place
 from beit_dist.tokenizing.sources import SourceList, read_header
 from beit_dist.tokenizing.worker import Worker
@@ -86,8 +86,10 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
         batch=options.batch,
         precision=options.precision,
         device=device.type,
+        **software(),
     )
-    manifest = finished(out, {**asdict(job), "images": None})
+    # Nothing is made in a folder that is complete, so it does not matter with what versions this one would.
+    manifest = finished(out, {**asdict(job), "images": None, **dict.fromkeys(SOFTWARE)})
     _freeze_or_check(options, count)
     sources = SourceList(out, options.shard_samples)
     if manifest is not None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_dist.config import DVAEConfig
+from beit_dist.errors import TokenizerError
 
 STRIDE = 8
 """Pixels of an image side per token: three of the four groups halve the resolution."""
@@ -27,7 +28,9 @@ GROUPS = 4
 LOGIT_LAPLACE_EPS = 0.1
 """Pixels are mapped to [eps, 1 - eps], where the logit-Laplace density is bounded (DALL-E paper, A.3)."""
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16"]
+"""In what the encoder's residual paths are computed when tokens are made; all else is fp32."""
+_LOW: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def map_pixels(pixels: Tensor) -> Tensor:
@@ -83,10 +86,12 @@ class Block(nn.Module):
             layers[f"conv_{i + 1}"] = Conv(widths[i], widths[i + 1], kernel)
         self.res_path = nn.Sequential(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` to ``(B, outputs, H, W)``."""
+    def forward(self, x: Tensor, low: torch.dtype | None = None) -> Tensor:
+        """``(B, inputs, H, W)`` to ``(B, outputs, H, W)``, with the residual path in ``low`` if given."""
+        with torch.autocast(x.device.type, low) if low is not None else contextlib.nullcontext():
+            residual = self.res_path(x)
         # One fused pass; in place of `id + gain * res`, which would write the product to memory first.
-        return torch.add(self.id_path(x), self.res_path(x), alpha=self.gain)
+        return torch.add(self.id_path(x), residual, alpha=self.gain)
 
 
 def _group(
@@ -122,16 +127,29 @@ class Encoder(nn.Module):
         layers["output"] = nn.Sequential(OrderedDict([("relu", nn.ReLU()), ("conv", last)]))
         self.blocks = nn.Sequential(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, low: torch.dtype | None = None) -> Tensor:
         """Mapped pixels ``(B, 3, H, W)`` in [0.1, 0.9] to fp32 logits ``(B, V, H/8, W/8)``.
+
+        Args:
+            low: type of the residual paths alone. They are 84 % of the work and reach the logits through the
+                blocks' small gain only, so their rounding hardly does. What is rounded on the main path,
+                from the first convolution through the sums to the logits, turns one token in fifty in bf16.
 
         Raises:
             ValueError: the shape is not that of a batch of images whose sides are multiples of 8.
         """
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % STRIDE or x.shape[3] % STRIDE:
             raise ValueError(f"images: got shape {tuple(x.shape)}, expected (B, 3, H, W), H and W multiples of 8")
-        logits: Tensor = self.blocks(x)
-        return logits
+        return _follow(self.blocks, x, low)
+
+
+def _follow(layers: nn.Sequential, x: Tensor, low: torch.dtype | None) -> Tensor:
+    for layer in layers:
+        if isinstance(layer, nn.Sequential):
+            x = _follow(layer, x, low)
+        else:
+            x = layer(x, low) if isinstance(layer, Block) else layer(x)
+    return x
 
 
 class Decoder(nn.Module):
@@ -193,35 +211,41 @@ class DVAE(nn.Module):
     def tokens(self, images: Tensor, precision: Precision = "fp32") -> Tensor:
         """The visual tokens of uint8 images ``(B, 3, H, W)``: int64 ``(B, H/8, W/8)`` in [0, vocabulary).
 
-        The likeliest token of each position, nothing is sampled. With ``bf16`` all but the last convolution
-        run in bf16: several times as fast, and near-ties can then fall the other way.
+        The likeliest token of each position, nothing is sampled. ``fp16`` and ``bf16`` compute the residual
+        paths in that type: faster where the device has it, and a near-tie may then fall the other way.
 
         Raises:
             ValueError: the images are not uint8, or their sides not multiples of 8.
+            TokenizerError: a logit is not finite.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"images: got {images.dtype}, expected uint8")
         mapped = map_pixels(images.float() / 255).contiguous(memory_format=torch.channels_last)
-        with inference_arithmetic(images.device, precision):
-            logits: Tensor = self.encoder(mapped)
-        return logits.argmax(dim=1)
+        with inference_arithmetic(images.device):
+            logits: Tensor = self.encoder(mapped, _LOW.get(precision))
+            likeliest, tokens = logits.max(dim=1)
+        if not bool(likeliest.isfinite().all()):
+            raise TokenizerError(
+                f"tokenizer: got logits that are not finite in {precision}, expected finite ones. Use --precision "
+                "fp32; if that does not help, the weights are damaged: convert or train them again"
+            )
+        return tokens
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, precision: Precision = "fp32") -> Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
         """The images of tokens, int ``(B, h, w)``: float32 ``(B, 3, 8h, 8w)`` in [0, 1]."""
-        with inference_arithmetic(tokens.device, precision):
+        with inference_arithmetic(tokens.device):
             location = self.decoder.from_tokens(tokens)[:, :3]
-        return unmap_pixels(torch.sigmoid(location.float()))
+        return unmap_pixels(torch.sigmoid(location))
 
 
 @contextlib.contextmanager
-def inference_arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
-    """fp32 that is fp32 (no TF32), or bf16 by autocast; the same algorithm in every call."""
+def inference_arithmetic(device: torch.device) -> Iterator[None]:
+    """fp32 that is fp32 (no TF32, no autocast from outside); the same algorithm in every call."""
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(
                 torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             )
-        if precision == "bf16":
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
         yield

@@ -43,7 +43,7 @@ class Bench:
         source = changes.pop("source", str(self.images))
         seed = changes.get("seed", 0)
         freeze([source], out, seed)
-        job = Job("", "a" * 64, VOCABULARY, 32, 8, 2, 4, seed, "random", 3, "fp32", "cpu")
+        job = Job("", "a" * 64, VOCABULARY, 32, 8, 2, 4, seed, "random", 3, "fp32", "cpu", "2.0", "11.0", "1.26")
         job = replace(job, **changes)
         sources = SourceList(out, job.shard_samples)
         job = replace(job, images=sources.sha256)

@@ -205,6 +205,9 @@ def test_two_workers_on_one_shard_do_not_mix_their_files(bench: Any, tmp_path: P
         ({"views": 1}, "views: got 1, expected 2"),
         ({"precision": "bf16"}, "precision"),
         ({"device": "cuda"}, "device"),
+        ({"torch": "2.1"}, "begun with other software: torch: got '2.1', expected '2.0'.*one environment"),
+        ({"pillow": "10.0"}, "begun with other software: pillow: got '10.0', expected '11.0'"),
+        ({"numpy": "2.0"}, "begun with other software: numpy: got '2.0', expected '1.26'"),
     ],
 )
 def test_a_folder_of_another_job_is_refused(bench: Any, tmp_path: Path, changes: Any, message: str) -> None:

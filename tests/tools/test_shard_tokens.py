@@ -15,7 +15,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
+import torch
 from PIL import Image
 
 from beit_dist.config import DVAEConfig
@@ -140,9 +142,25 @@ def test_finish_refuses_flags_that_contradict_the_job(command: Command) -> None:
         command("out", "--finish", "--views", "3")
 
 
-def test_bf16_is_a_job_of_its_own(command: Command) -> None:
-    command("out", "--precision", "bf16")
-    assert json.loads((command.root / "out/job.json").read_text())["precision"] == "bf16"
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_job_records_precision_device_and_versions(command: Command, precision: str) -> None:
+    command("out", "--precision", precision)
+    job = json.loads((command.root / "out/job.json").read_text())
+    assert (job["precision"], job["device"]) == (precision, "cpu")
+    assert (job["torch"], job["pillow"], job["numpy"]) == (torch.__version__, PIL.__version__, np.__version__)
+
+
+def test_other_versions_are_refused_in_a_job_and_do_not_matter_to_a_complete_one(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("out", "--no-finish")
+    monkeypatch.setattr(PIL, "__version__", "9.9")
+    with pytest.raises(DataError, match=r"pillow: got '9\.9', expected .*one environment"):
+        command("out")
+    command.plain("--out", str(command.root / "out"), "--finish")
+    capsys.readouterr()
+    assert command("out") == 0
+    assert capsys.readouterr().out.startswith("already complete: ")
 
 
 @pytest.mark.parametrize(
