@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("fp32", "fp16", "bf16"),
         help="of the encoder's residual paths, which are most of its work. fp32, the default, rounds least; the "
-        "others are faster on a device that has them, and few near-ties fall the other way: docs/tokenizers.md",
+        "others are faster on a device that has them, and few near-ties fall the other way",
     )
 
     work = parser.add_argument_group("how the work is split")
