@@ -8,7 +8,8 @@ stage, precision, accumulation type) is not repeated here: see ``beit_dist/engin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -18,6 +19,8 @@ from beit_dist.settings import Section as Section
 from beit_dist.settings import load_recipe as load_recipe
 from beit_dist.settings import near_divisors as near_divisors
 from beit_dist.settings import validate as validate
+from beit_dist.storage.access import Access
+from beit_dist.storage.place import check_place
 
 Unit = tuple[float, float, float]
 
@@ -25,6 +28,9 @@ HALF: Unit = (0.5, 0.5, 0.5)
 """Mean and deviation of the released 22k models (unilm ``IMAGENET_INCEPTION_MEAN``)."""
 IMAGENET_MEAN: Unit = (0.485, 0.456, 0.406)
 IMAGENET_STD: Unit = (0.229, 0.224, 0.225)
+
+_SECRET = re.compile(r"secret|passw|token|credential|access_key|account_key|^key$|sas", re.IGNORECASE)
+"""Names of options that hold credentials."""
 
 _SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
@@ -179,10 +185,51 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     keep_every_steps: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this stay for good."""
+    keep_every_hours: float | None = Field(None, gt=0)
+    """The first checkpoint, and then one every so many hours, stay for good."""
     max_failed_saves: int = Field(3, ge=1)
     """Saves in a row that may fail before the run stops."""
     timeout_seconds: float = Field(1800.0, gt=0)
     """How long rank 0 waits for the other ranks' files before a save counts as failed."""
+
+
+class StorageConfig(Section):
+    """How what lies at URLs is reached. Credentials come from the environment, never from here."""
+
+    retry_seconds: float = Field(120.0, ge=0)
+    """How long a request that fails is tried again."""
+    connect_seconds: float = Field(10.0, gt=0)
+    read_seconds: float = Field(30.0, gt=0)
+    """How long a store may take until the next bytes of an answer."""
+    connections: int = Field(32, ge=1)
+    """Of one process to one store, at most."""
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """For fsspec, by protocol: ``{s3: {endpoint_url: "https://..."}}``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StorageConfig:
+        for name in _keys(self.options, "storage.options"):
+            if _SECRET.search(name.rpartition(".")[2]):
+                raise ConfigError(
+                    name,
+                    "a credential",
+                    "none in a recipe, of which every checkpoint has a copy",
+                    "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, in the environment.",
+                )
+        return self
+
+    @property
+    def access(self) -> Access:
+        """The settings as the storage layer takes them."""
+        return Access(self.retry_seconds, self.connect_seconds, self.read_seconds, self.connections, self.options)
+
+
+def _keys(tree: Any, path: str) -> Iterator[str]:
+    """The dotted names of all keys in nested mappings."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield f"{path}.{key}"
+            yield from _keys(value, f"{path}.{key}")
 
 
 class EMAConfig(Section):
@@ -269,7 +316,7 @@ class TrainConfig(Section):
     """A pre-training recipe."""
 
     run: str
-    """The run folder: checkpoints, metrics, markers. A run found there is resumed."""
+    """The run folder, or its URL: checkpoints, metrics, markers. A run found there is resumed."""
     data: str | None = None
     """Folder or URL of the shards written by ``tools/shard_tokens.py``."""
     tokenizer: str | None = None
@@ -286,11 +333,12 @@ class TrainConfig(Section):
     """Number of optimizer steps, in place of ``epochs``."""
     optimizer: OptimizerConfig = OptimizerConfig()
     init_from: str | None = None
-    """Run or step folder whose weights a new run starts from; its optimizer and position do not come along."""
+    """Run or step folder, or URL, whose weights a new run starts from, without its optimizer and position."""
     ema: EMAConfig = EMAConfig()
     validation: ValidationConfig = ValidationConfig()
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    storage: StorageConfig = StorageConfig()
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
     guard: GuardConfig = GuardConfig()
@@ -312,6 +360,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        for field in ("run", "init_from"):
+            check_place(field, getattr(self, field) or "")
         patches, masking = self.model.patches, self.masking
         budget = masking.budget(patches)
         if budget >= patches:

@@ -71,7 +71,7 @@ def build(
         SpaceError: the disk has no room for the checkpoints that are kept.
     """
     agreement = Agreement(ranks, timeouts.start)
-    run = RunFolder(config.run)
+    run = RunFolder(config.run, config.storage.access)
     if ranks.rank == 0:
         run.create()
     agreement.from_rank_0(None)  # the folder is there before anyone uses it
@@ -101,7 +101,14 @@ def build(
     _refuse_if_superseded(store, agreement)
     if ranks.rank == 0:
         size = BYTES_OF_STATE + (BYTES_OF_AVERAGE if average else 0)
-        _check_space(run.path, size * parameters, config.checkpoint.keep)
+        if run.place.is_local:
+            _check_space(run.path, size * parameters, config.checkpoint.keep)
+        else:
+            print(
+                f"lines of numbers grow in {run.path} and are uploaded with each checkpoint",
+                flush=True,
+            )
+        run.take_copies(saved.folder if saved else None)
         run.forget_steps_after(progress.step)
         run.remove_markers()
         run.write_config(config)
@@ -198,6 +205,7 @@ def build(
         watchdog=watchdog,
         timeouts=timeouts,
         metrics=metrics,
+        run=run,
         stop=stop,
         progress=progress,
         facts=facts,

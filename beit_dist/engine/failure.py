@@ -58,6 +58,7 @@ class Failure:
             return ""
         with contextlib.suppress(OSError):
             (run.ranks / f"rank-{self._rank:05d}.error.txt").write_text(self._trace, encoding="utf-8")
+            run.keep_files_of(self._rank)
         return (
             f"rank {self._rank} on {self._host} ends: rank {first.get('rank')} on {first.get('host')} failed first"
         )

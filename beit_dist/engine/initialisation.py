@@ -10,7 +10,7 @@ from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import WEIGHT
 from beit_dist.engine.checkpoint.weights import StoredWeights, open_weights
 from beit_dist.engine.distributed import Agreement
-from beit_dist.errors import CheckpointError, ConfigError
+from beit_dist.errors import CheckpointError, ConfigError, StorageError
 
 _NAMED = 4  # differences that a message lists
 
@@ -44,8 +44,8 @@ def initialise_from(
     fault = ""
     if agreement.ranks.rank == 0:
         try:
-            stored = open_weights(str(config.init_from))
-        except CheckpointError as error:
+            stored = open_weights(str(config.init_from), access=config.storage.access)
+        except (CheckpointError, StorageError) as error:
             fault = f"init_from: {error}"
     stored, fault = agreement.from_rank_0((stored, fault))
     if stored is None:

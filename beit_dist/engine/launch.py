@@ -45,7 +45,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     manifest = open_data(config, check_files=ranks.local_rank == 0)
     check_packages(config)
     held_out = open_validation(config, manifest, check_files=ranks.local_rank == 0)
-    RunFolder(config.run).check_writable()
+    RunFolder(config.run, config.storage.access).check_writable()
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
     stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()
     timeouts = Timeouts(config.timeouts, config.checkpoint.timeout_seconds)
@@ -55,7 +55,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
         _end(f"rank {ranks.rank} on {socket.gethostname()}: {error}", error.exit_code)
     except BaseException as error:
         failure = Failure(error, ranks, timeouts.now)
-        said = failure.report(RunFolder(config.run), since)
+        said = failure.report(RunFolder(config.run, config.storage.access), since)
         _end(said, failure.exit_code)
     return 0
 
@@ -68,7 +68,7 @@ def _train(
     stop: StopRequest,
     timeouts: Timeouts,
 ) -> None:
-    run = RunFolder(config.run)
+    run = RunFolder(config.run, config.storage.access)
     record_collectives(run.ranks)
     watchdog = Watchdog(config.watchdog, run.ranks, ranks.rank).start()
     device = init_process_groups(ranks, timeouts.start)

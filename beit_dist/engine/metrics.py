@@ -68,6 +68,7 @@ METRICS = (
     Metric(
         "beit_checkpoint_last_success_timestamp_seconds", "gauge", "Unix time of the last committed checkpoint."
     ),
+    Metric("beit_storage_retries", "counter", "Requests to a store tried again, by rank 0, by cause.", ("cause",)),
 )
 
 _DURATIONS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ import yaml
 
 import beit_dist
 from beit_dist.config import TrainConfig
-from beit_dist.durable import write_whole, writing
-from beit_dist.errors import ConfigError
+from beit_dist.durable import writing
+from beit_dist.errors import ConfigError, UserError
+from beit_dist.storage.access import Access
+from beit_dist.storage.opening import open_place
+from beit_dist.storage.place import Place
 
 DONE, PREEMPTED, FAILED = MARKERS = ("DONE", "PREEMPTED", "FAILED")
 METRICS = "metrics.jsonl"
@@ -29,15 +34,26 @@ CLOCKS = 10.0
 
 
 class RunFolder:
-    """``RUN`` on disk. Only rank 0 writes, except for ``FAILED``, which whichever rank fails first creates."""
+    """``RUN``. Only rank 0 writes, except for ``FAILED``, which whichever rank fails first creates.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    Args:
+        where: the folder's path or URL.
+        access: how a URL is reached.
+
+    Attributes:
+        place: the folder. Checkpoints, the recipe and markers go there.
+        path: the same if it is local. Otherwise a folder of this host for what grows line by line or is written
+            by other packages, which a store cannot take: the lines of numbers go with each checkpoint.
+    """
+
+    def __init__(self, where: str | Path, access: Access | None = None) -> None:
+        self.place = open_place(where, access)
+        self.path = self.place.path if self.place.is_local else _scratch(str(self.place))
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Place:
         """Folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.place / "checkpoints"
 
     @property
     def metrics(self) -> Path:
@@ -56,15 +72,19 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder and those in it."""
-        for path in (self.checkpoints, self.ranks, self.path / "pictures"):
+        self.checkpoints.make()
+        for path in (self.ranks, self.path / "pictures"):
             path.mkdir(parents=True, exist_ok=True)
 
     def check_writable(self) -> None:
-        """Look whether this rank can write into the folder; nothing is left in it.
+        """Look whether this rank can write into the folder, or reach its store; nothing is left in it.
 
         Raises:
-            ConfigError: it cannot.
+            ConfigError: it cannot write.
+            StorageError: the store refuses, or does not answer.
         """
+        if not self.place.is_local:
+            self.place.list()
         try:
             self.ranks.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.ranks):
@@ -80,11 +100,11 @@ class RunFolder:
     def remove_markers(self) -> None:
         """A new attempt begins: how the one before ended is no longer the truth."""
         for marker in MARKERS:
-            (self.path / marker).unlink(missing_ok=True)
+            self.place.remove(marker)
 
     def mark(self, marker: str, **facts: Any) -> None:
         """Leave the marker of a start that ended well."""
-        write_whole(self.path / marker, _as_bytes(facts))
+        self.place.write(marker, _as_bytes(facts))
 
     def mark_failed(self, since: float, **facts: Any) -> dict[str, Any] | None:
         """Leave ``FAILED`` unless another rank has; what that one says, or None when this is the first.
@@ -93,13 +113,14 @@ class RunFolder:
             since: Unix time at which this start began; an older marker is of another start and is replaced.
             facts: what to say.
         """
+        if not self.place.is_local:
+            return self._mark_failed_remotely(since, facts)
         path = self.path / FAILED
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             first = _read_marker(path)
-            clocks = 0.0 if first and first.get("host") == socket.gethostname() else CLOCKS
-            if first is None or first.get("time", 0.0) >= since - clocks:
+            if first is None or _is_of_this_start(first, since):
                 return first
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         except OSError:  # the folder is not there yet, or the disk is what failed
@@ -108,14 +129,52 @@ class RunFolder:
             file.write(_as_bytes(facts))
         return None
 
+    def _mark_failed_remotely(self, since: float, facts: dict[str, Any]) -> dict[str, Any] | None:
+        content = _as_bytes({**facts, "id": uuid.uuid4().hex})
+        try:
+            if not self.place.create(FAILED, content):
+                first: dict[str, Any] = json.loads(self.place.read(FAILED))
+                if _is_of_this_start(first, since):
+                    return first
+                self.place.write(FAILED, content)
+        except (OSError, ValueError, UserError):  # the store may be what failed
+            return None
+        return None
+
+    def keep_files_of(self, rank: int) -> None:
+        """Upload what a rank has left for diagnosis, as far as that goes: its host may soon be gone."""
+        if self.place.is_local:
+            return
+        with contextlib.suppress(OSError, UserError):
+            for path in self.ranks.glob(f"rank-{rank:05d}.*"):
+                (self.place / "ranks").write(path.name, path.read_bytes())
+
+    @property
+    def copies(self) -> dict[str, Path]:
+        """Files of numbers that go with each checkpoint, as the run's own folder cannot take them."""
+        if self.place.is_local:
+            return {}
+        return {path.name: path for path in (self.metrics, self.validation) if path.exists()}
+
+    def take_copies(self, checkpoint: Place | None) -> None:
+        """Begin with the files of numbers of ``checkpoint``, or with none: this host's may be of another start."""
+        if self.place.is_local:
+            return
+        for path in (self.metrics, self.validation):
+            path.unlink(missing_ok=True)
+            if checkpoint is not None and checkpoint.exists(path.name):
+                with writing(path) as file:
+                    for piece in checkpoint.chunks(path.name):
+                        file.write(piece)
+
     def write_config(self, config: TrainConfig) -> None:
         """``config.yaml``: the recipe with every default."""
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        write_whole(self.path / "config.yaml", text.encode())
+        self.place.write("config.yaml", text.encode())
 
     def write_run(self, facts: dict[str, Any]) -> None:
         """``run.json``: versions, hosts, process ids and whatever else ``facts`` say."""
-        write_whole(self.path / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
+        self.place.write("run.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def forget_steps_after(self, step: int) -> None:
         """Rewrite the files of numbers without the lines past ``step`` (and without a line cut short).
@@ -141,6 +200,17 @@ def _keep_lines_up_to(step: int, path: Path) -> None:
 def _as_bytes(facts: dict[str, Any]) -> bytes:
     facts = {"time": time.time(), "host": socket.gethostname(), **facts}
     return (json.dumps(facts, indent=1) + "\n").encode()
+
+
+def _scratch(url: str) -> Path:
+    """This user's folder for a run at ``url``; the same at each start, on a host that has not been set up anew."""
+    name = hashlib.sha256(url.encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"beit_dist-{os.getuid()}" / name
+
+
+def _is_of_this_start(marker: dict[str, Any], since: float) -> bool:
+    clocks = 0.0 if marker.get("host") == socket.gethostname() else CLOCKS
+    return float(marker.get("time", 0.0)) >= since - clocks
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.profiling import Profiler
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.resolve import Resolved
-from beit_dist.engine.run_folder import DONE, PREEMPTED
+from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
 from beit_dist.engine.schedule import Schedule
 from beit_dist.engine.stragglers import Stragglers
 from beit_dist.engine.timeouts import Timeouts
@@ -74,6 +74,7 @@ class Parts:
     watchdog: Watchdog
     timeouts: Timeouts
     metrics: Metrics | None
+    run: RunFolder
     stop: StopRequest
     progress: Progress
     facts: dict[str, Any]
@@ -263,6 +264,7 @@ class Trainer:
             progress.step,
             parts.state,
             {**parts.facts, "position": position, "counters": counters, "guard": parts.guard.state},
+            parts.run.copies,
         )
         self._last_save = time.monotonic()
         if parts.metrics is not None:

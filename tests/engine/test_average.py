@@ -15,6 +15,7 @@ from beit_dist.engine.checkpoint.layout import Fragment, committed
 from beit_dist.engine.checkpoint.weights import load_weights
 from beit_dist.errors import CheckpointError
 from beit_dist.models.mim import MaskedImageModel
+from beit_dist.storage.local import LocalPlace
 
 BF16 = {"bf16": {"enabled": True}}
 
@@ -52,13 +53,13 @@ def test_the_average_is_that_of_every_update_since_the_start(new_run: Callable[.
     run = new_run("run", {"zero_optimization": {"stage": 2}, **BF16}, ranks=2, overrides=settings)
     code, output = run.finish()
     assert code == 0, output
-    saved = sorted(committed(run.folder / "checkpoints"), key=lambda found: found.step)
+    saved = sorted(committed(LocalPlace(run.folder / "checkpoints")), key=lambda found: found.step)
     model = MaskedImageModel(validate(TrainConfig, saved[0].manifest["config"]).model)
     model.initialise(0)
     # DeepSpeed makes the masters of the model after casting it to bf16.
     expected = {name: parameter.detach().bfloat16().double() for name, parameter in model.named_parameters()}
     for step in saved:
-        for name, weight in load_weights(step.folder)[0].items():
+        for name, weight in load_weights(step.folder.path)[0].items():
             expected[name] = 0.8 * expected[name] + 0.2 * weight.double()
     got = load_weights(run.folder, ema=True)[0]
     for name, average in got.items():

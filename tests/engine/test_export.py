@@ -23,6 +23,7 @@ from beit_dist.engine.checkpoint.layout import MANIFEST, Fragment, sealed, summe
 from beit_dist.engine.checkpoint.weights import load_weights, open_weights
 from beit_dist.engine.export import export_weights
 from beit_dist.errors import CheckpointError
+from beit_dist.storage.local import LocalPlace
 
 SHAPES = {"blocks.0.weight": [30, 20], "blocks.0.bias": [7], "cls_token": [1, 1, 9], "norm.bias": []}
 
@@ -47,7 +48,7 @@ def write_checkpoint(
                     cut[rank].append(Fragment(name, role, low, values[low:high]))
     files, digests = [], []
     for rank, fragments in enumerate(cut):
-        write_fragments(folder, rank, fragments)
+        write_fragments(LocalPlace(folder), rank, fragments)
         record = json.loads((folder / f"rank-{rank:05d}.json").read_bytes())
         files.append({name: record[name] for name in ("file", "bytes", "sha256")})
         digests.append(record["state_digests"])

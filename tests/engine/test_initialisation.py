@@ -15,13 +15,16 @@ from beit_dist.engine.checkpoint.layout import Saved, committed
 from beit_dist.engine.checkpoint.weights import StoredWeights, load_weights
 from beit_dist.engine.initialisation import check_fit
 from beit_dist.errors import ConfigError
+from beit_dist.storage.local import LocalPlace
 
 SHAPES = {"a": [2, 3], "b": [4]}
 
 
 def stored(shapes: dict[str, list[int]], **model: Any) -> StoredWeights:
     config = TrainConfig(run="old", model={"size": "tiny", **model})
-    return StoredWeights(Saved(Path("step"), 1, 1, {"parameters": shapes, "config": config.model_dump()}))
+    return StoredWeights(
+        Saved(LocalPlace(Path("step")), 1, 1, {"parameters": shapes, "config": config.model_dump()})
+    )
 
 
 def config(**model: Any) -> TrainConfig:
@@ -73,10 +76,10 @@ def test_a_new_run_starts_from_exactly_the_weights_of_another(new_run: Callable[
         code, output = new.finish("steps=2", "checkpoint.every_steps=1", "checkpoint.keep=9", "ema.decay=0.5")
         assert code == 0, output
         assert f"weights of {old.folder}, step-00000006.a0001; the optimizer starts anew" in output
-        first = min(committed(new.folder / "checkpoints"), key=lambda saved: saved.step)
+        first = min(committed(LocalPlace(new.folder / "checkpoints")), key=lambda saved: saved.step)
         for role, got in (
-            ("weight", load_weights(first.folder)[0]),
-            ("ema", load_weights(first.folder, ema=True)[0]),
+            ("weight", load_weights(first.folder.path)[0]),
+            ("ema", load_weights(first.folder.path, ema=True)[0]),
         ):
             assert all(torch.equal(got[key], weights[key]) for key in weights), (name, role)
         assert first.manifest["updates"] == 1

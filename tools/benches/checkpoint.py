@@ -16,6 +16,7 @@ from beit_dist.config import CheckpointConfig
 from beit_dist.engine.checkpoint.layout import Fragment
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement, Ranks
+from beit_dist.storage.local import LocalPlace
 from benches.measuring import Row, row, seconds
 
 
@@ -42,7 +43,9 @@ def measure(quick: bool) -> list[Row]:
     stalls, saves, plain, memory = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         store = CheckpointStore(
-            Path(folder) / "checkpoints", CheckpointConfig(keep=1), Agreement(Ranks(), timedelta(seconds=60))
+            LocalPlace(Path(folder) / "checkpoints"),
+            CheckpointConfig(keep=1),
+            Agreement(Ranks(), timedelta(seconds=60)),
         )
         store.begin_attempt()
         for step in range(1, (3 if quick else 5) + 1):

@@ -7,17 +7,19 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from beit_dist.errors import CheckpointError
+from beit_dist.errors import CheckpointError, StorageError
+from beit_dist.storage.place import Place
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+BAD = "BAD"
+"""Marks a damaged checkpoint in a store, where a folder cannot be renamed."""
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "ema"
@@ -77,7 +79,7 @@ class Fragment:
 class Saved:
     """A committed checkpoint; ``manifest`` is empty when it cannot be read or fails its own checksum."""
 
-    folder: Path
+    folder: Place
     step: int
     attempt: int
     manifest: dict[str, Any]
@@ -116,17 +118,19 @@ def parse_folder_name(name: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def committed(folder: Path) -> list[Saved]:
+def committed(folder: Place) -> list[Saved]:
     """All committed checkpoints in ``folder``, newest attempt first, then newest step.
 
     The attempt counts first: what an older one still commits after a newer one has begun is not what that one
     continues.
     """
     found = []
-    for path in folder.glob("step-*"):
-        name = parse_folder_name(path.name)
-        if name and (path / MANIFEST).is_file():
-            found.append(Saved(path, *name, read_manifest(path / MANIFEST)))
+    for entry in folder.list():
+        name = parse_folder_name(entry)
+        if name:
+            files = folder.list(entry)
+            if MANIFEST in files and BAD not in files:
+                found.append(Saved(folder / entry, *name, read_manifest(folder / entry)))
     return sorted(found, key=lambda saved: (saved.attempt, saved.step), reverse=True)
 
 
@@ -134,7 +138,7 @@ def rank_records(saved: Saved) -> list[dict[str, Any]]:
     """The ``rank-XXXXX.json`` of every rank: which fragments lie in which file."""
     names = [entry["file"] for entry in saved.manifest["files"] if entry["file"].endswith(".json")]
     try:
-        return [json.loads((saved.folder / name).read_bytes()) for name in names]
+        return [json.loads(saved.folder.read(name)) for name in names]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{saved.folder} cannot be read: {error}") from None
 
@@ -144,11 +148,17 @@ def sealed(manifest: dict[str, Any]) -> bytes:
     return json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1).encode()
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest whose seal holds; empty otherwise."""
+def read_manifest(folder: Place) -> dict[str, Any]:
+    """The manifest in ``folder`` if its seal holds; empty otherwise.
+
+    Raises:
+        StorageError: the store does not answer, which says nothing about the checkpoint.
+    """
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        manifest: dict[str, Any] = json.loads(folder.read(MANIFEST))
         whole = manifest.pop("sha256") == _digest(manifest)
+    except StorageError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError):
         return {}
     return manifest if whole else {}

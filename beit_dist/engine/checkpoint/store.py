@@ -12,20 +12,22 @@ import hashlib
 import json
 import logging
 import os
-import shutil
+import socket
 import threading
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from beit_dist.config import CheckpointConfig
-from beit_dist.durable import sync_folder, write_once, write_whole
-from beit_dist.engine.checkpoint.files import FragmentReader, file_fault, write_fragments
+from beit_dist.durable import sync_folder
+from beit_dist.engine.checkpoint.files import file_fault, write_copy, write_fragments
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import (
     AVERAGE,
+    BAD,
     FORMAT_VERSION,
     MANIFEST,
     Fragment,
@@ -38,10 +40,13 @@ from beit_dist.engine.checkpoint.layout import (
     sealed,
     summed,
 )
+from beit_dist.engine.checkpoint.ranges import FragmentReader
 from beit_dist.engine.distributed import Agreement
-from beit_dist.errors import CheckpointError
+from beit_dist.errors import CheckpointError, ConfigError
+from beit_dist.storage.place import Place
 
 _log = logging.getLogger(__name__)
+FAILED = ".failed"
 _POLL = 0.02  # seconds between looks for the other ranks' files; the first looks only, later ones are rarer
 
 
@@ -76,12 +81,13 @@ class CheckpointStore:
         agreement: the ranks' CPU group.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointConfig, agreement: Agreement) -> None:
+    def __init__(self, folder: Place, settings: CheckpointConfig, agreement: Agreement) -> None:
         self.folder = folder
         self._settings = settings
         self._agreement = agreement
         self._rank, self._world = agreement.ranks.rank, agreement.ranks.world
         self.attempt = 0
+        self._mark = b""  # what this attempt's file says, unlike any other's
         self.passed_over = 0  # damaged checkpoints met while looking for a whole one
         self._writing: _Writing | None = None
         self._whole_step: int | None = None  # the last step of this run that is known to be whole
@@ -101,16 +107,21 @@ class CheckpointStore:
         """Take the next attempt number by exclusive creation; the same number on every rank."""
         if self._rank == 0:
             attempts = self.folder / "attempts"
-            attempts.mkdir(parents=True, exist_ok=True)
+            attempts.make()
+            mark = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+            self._mark = json.dumps(mark).encode()
             number = self._newest_attempt()
             while not self.attempt:
                 number += 1
-                try:
-                    (attempts / f"{number:06d}").touch(exist_ok=False)
+                if attempts.create(f"{number:06d}", self._mark):
                     self.attempt = number
-                except FileExistsError:
-                    continue
-            sync_folder(attempts)
+            if not self.folder.is_local and attempts.create(f"{self.attempt:06d}", b"another"):
+                raise ConfigError(
+                    "run",
+                    str(self.folder.parent),
+                    "a store that refuses to create what exists (If-None-Match: *), but it did so",
+                    "Without that, two starts of a run could both believe to be the only one.",
+                )
         self.attempt = self._agreement.from_rank_0(self.attempt)
         return self.attempt
 
@@ -127,7 +138,7 @@ class CheckpointStore:
             files = saved.manifest.get("files", [])
             faults = [] if files else ["its manifest is damaged"]
             for record in files[self._rank :: self._world]:
-                fault = file_fault(saved.folder / record["file"], record["bytes"], record["sha256"])
+                fault = file_fault(saved.folder, record["file"], record["bytes"], record["sha256"])
                 faults += [fault] if fault else []
             faults = [fault for found in self._agreement.gather(faults) for fault in found]
             if not faults:
@@ -135,7 +146,7 @@ class CheckpointStore:
             self.passed_over += 1
             if self._rank == 0:
                 _log.warning("checkpoint %s is damaged (%s); using the one before", saved.folder.name, faults[0])
-                saved.folder.rename(saved.folder.with_name(f"{saved.folder.name}.bad"))
+                _set_aside(saved.folder)
 
     def restore(self, saved: Saved, state: EngineState) -> None:
         """Fill the engine's state from a whole checkpoint, bit for bit, and publish it to the model.
@@ -162,13 +173,20 @@ class CheckpointStore:
         state.loss_scale = saved.manifest["loss_scale"]
         self._whole_step, self._resumed_from = saved.step, saved.folder.name
 
-    def begin_save(self, step: int, state: EngineState, facts: dict[str, Any]) -> None:
+    def begin_save(
+        self,
+        step: int,
+        state: EngineState,
+        facts: dict[str, Any],
+        copies: Mapping[str, Path] | None = None,
+    ) -> None:
         """Copy the state to host memory and write it in a thread; training goes on meanwhile.
 
         Args:
             step: optimizer steps attempted so far; a step that is already whole is not saved again.
             state: the engine's state.
             facts: what the manifest shall say besides: position, plan, configuration, versions.
+            copies: local files that rank 0 saves with the state, by their name in the checkpoint.
 
         Raises:
             RuntimeError: the save before was not waited for.
@@ -189,7 +207,7 @@ class CheckpointStore:
         }
         fragments = [fragment.on_host() for fragment in state.saved_fragments()]
         folder = self.folder / folder_name(step, self.attempt)
-        self._writing = _Writing(self, folder, step, fragments, manifest)
+        self._writing = _Writing(self, folder, step, fragments, manifest, copies or {})
         self._writing.start()
 
     @property
@@ -215,20 +233,25 @@ class CheckpointStore:
         faults = [fault for fault in self._agreement.gather(writing.fault) if fault]
         superseded = self._agreement.from_rank_0(writing.superseded)
         if superseded:
-            if self._rank == 0 and not (writing.folder / MANIFEST).exists():
-                shutil.rmtree(writing.folder, ignore_errors=True)  # the newer attempt may have tidied up already
+            if self._rank == 0 and not writing.folder.exists(MANIFEST):
+                self._remove(writing.folder.name)  # the newer attempt may have tidied up already
             raise SupersededError(superseded)
         if faults and self._rank == 0:
             _log.error("checkpoint of step %d was not saved: %s", writing.step, faults[-1])
-            shutil.rmtree(writing.folder, ignore_errors=True)
+            self._remove(writing.folder.name)
         if not faults:
             self._whole_step = writing.step
         seconds = self._agreement.from_rank_0(writing.seconds)
         # Rank 0's own fault is mostly that it missed a rank's file: what that rank says is the cause.
         return SaveResult(writing.step, faults[-1] if faults else "", seconds)
 
-    def commit(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def commit(self, folder: Place, manifest: dict[str, Any], copies: Mapping[str, Path]) -> None:
         """Rank 0: make the folder a checkpoint, unless a newer attempt has begun.
+
+        Args:
+            folder: where every rank has written.
+            manifest: all that it says but the files.
+            copies: local files that belong to it, by their name in the checkpoint.
 
         Raises:
             SupersededError: it has.
@@ -237,50 +260,97 @@ class CheckpointStore:
         files: list[dict[str, Any]] = []
         digests: list[dict[str, int]] = []
         for rank in range(self._world):
-            content = (folder / f"rank-{rank:05d}.json").read_bytes()
+            content = folder.read(f"rank-{rank:05d}.json")
             record = json.loads(content)
             digests.append(record["state_digests"])
             files.append({name: record[name] for name in ("file", "bytes", "sha256")})
             sha256 = hashlib.sha256(content).hexdigest()
             files.append({"file": f"rank-{rank:05d}.json", "bytes": len(content), "sha256": sha256})
+        files += [_copied(folder, name, path) for name, path in copies.items()]
         self.refuse_if_superseded()
         manifest = {**manifest, "saved_at": time.time(), "state_digests": summed(digests), "files": files}
-        if not write_once(folder / MANIFEST, sealed(manifest)):
+        if not folder.create(MANIFEST, sealed(manifest)):
             raise FileExistsError(f"{folder} is committed already")
-        sync_folder(self.folder)
+        if self.folder.is_local:
+            sync_folder(self.folder.path)
         self.refuse_if_superseded()  # the newer attempt's folders are not this one's to tidy
         try:
-            write_whole(self.folder / "latest", f"{folder.name}\n".encode())
+            self.folder.write("latest", f"{folder.name}\n".encode())
+            for name, path in copies.items():  # for people; a resume takes them from the checkpoint
+                _copied(self.folder.parent, name, path)
             self._tidy()
         except OSError as error:  # the checkpoint is whole: what is left to do here must not lose it
             _log.warning("checkpoint %s is whole, but older ones could not be tidied up: %s", folder.name, error)
 
-    def missing(self, folder: Path) -> list[int]:
-        """Ranks that have not finished writing into ``folder``."""
-        return [rank for rank in range(self._world) if not (folder / f"rank-{rank:05d}.json").exists()]
+    def missing(self, folder: Place) -> list[int]:
+        """Ranks that have not finished writing into ``folder``.
+
+        Raises:
+            OSError: one has given up.
+        """
+        names = set(folder.list())
+        if failed := sorted(name for name in names if name.endswith(FAILED)):
+            raise OSError(f"{failed[0].removesuffix(FAILED)} could not write")
+        return [rank for rank in range(self._world) if f"rank-{rank:05d}.json" not in names]
 
     def refuse_if_superseded(self) -> None:
         """Raise SupersededError when a newer attempt has begun."""
         newest = self._newest_attempt()
         if newest > self.attempt:
             raise SupersededError(f"superseded by attempt {newest}: this run (attempt {self.attempt}) stops")
+        # Not every store's conditional PUT lets only one of two succeed: the last one's content stays.
+        attempts = self.folder / "attempts"
+        if self._mark and not self.folder.is_local and attempts.read(f"{newest:06d}") != self._mark:
+            raise SupersededError(f"superseded by another start that took number {newest} too: this run stops")
 
     def _tidy(self) -> None:
         """Remove what need not be kept, and what older attempts left unfinished."""
-        every = self._settings.keep_every_steps
-        for saved in committed(self.folder)[self._settings.keep :]:
-            if not (every and saved.step % every == 0):
+        found = committed(self.folder)
+        for_good = kept_for_good(found, self._settings)
+        for saved in found[self._settings.keep :]:
+            if saved not in for_good:
                 # Without its manifest a checkpoint does not exist: a removal cut short leaves no half one.
-                (saved.folder / MANIFEST).unlink()
-                shutil.rmtree(saved.folder, ignore_errors=True)
-        for path in self.folder.glob("step-*"):
-            name = parse_folder_name(path.name)
-            if name and name[1] < self.attempt and not (path / MANIFEST).exists():
-                shutil.rmtree(path, ignore_errors=True)
+                saved.folder.remove(MANIFEST)
+                self._remove(saved.folder.name)
+        whole = {saved.folder.name for saved in found}
+        for entry in self.folder.list():
+            name = parse_folder_name(entry)
+            unfinished = name and name[1] < self.attempt and entry not in whole
+            if unfinished and not (self.folder / entry).exists(MANIFEST):  # what is damaged has one, and stays
+                self._remove(entry)
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            self.folder.remove_folder(name)
 
     def _newest_attempt(self) -> int:
-        attempts = self.folder / "attempts"
-        return max((int(name) for name in os.listdir(attempts) if name.isdigit()), default=0)
+        return max((int(name) for name in self.folder.list("attempts") if name.isdigit()), default=0)
+
+
+def kept_for_good(found: Sequence[Saved], settings: CheckpointConfig) -> list[Saved]:
+    """Checkpoints that stay however many newer ones there are: every n steps, and every n hours."""
+    steps, hours = settings.keep_every_steps, settings.keep_every_hours
+    kept = [saved for saved in found if steps and saved.step % steps == 0]
+    since = None
+    for saved in sorted(found, key=lambda saved: saved.step):
+        at = saved.manifest.get("saved_at")
+        if hours and at is not None and (since is None or at - since >= 3600 * hours):
+            kept.append(saved)
+            since = at
+    return kept
+
+
+def _copied(folder: Place, name: str, path: Path) -> dict[str, Any]:
+    with path.open("rb") as source:
+        return write_copy(folder, name, source)
+
+
+def _set_aside(folder: Place) -> None:
+    """Keep a damaged checkpoint out of the way, for somebody to look at."""
+    if folder.is_local:
+        folder.path.rename(folder.path.with_name(f"{folder.name}.bad"))
+    else:
+        folder.write(BAD, b"")
 
 
 class _Writing(threading.Thread):
@@ -293,42 +363,41 @@ class _Writing(threading.Thread):
     def __init__(
         self,
         store: CheckpointStore,
-        folder: Path,
+        folder: Place,
         step: int,
         fragments: Sequence[Fragment],
         manifest: dict[str, Any],
+        copies: Mapping[str, Path],
     ) -> None:
         super().__init__(name=f"checkpoint-{step}", daemon=True)
         self.folder, self.step = folder, step
         self.fault = ""
         self.superseded = ""
         self.seconds = 0.0
-        self._store, self._fragments, self._manifest = store, fragments, manifest
+        self._store, self._fragments, self._manifest, self._copies = store, fragments, manifest, copies
         self._began = time.monotonic()
 
     def run(self) -> None:
         """Write, then on rank 0 commit; whatever goes wrong is kept for ``finish_save``."""
         store = self._store
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.make()
             write_fragments(self.folder, store.rank, self._fragments)
             self._fragments = ()
             if store.rank == 0:
                 self._wait_for_others()
-                store.commit(self.folder, self._manifest)
+                store.commit(self.folder, self._manifest, self._copies)
         except SupersededError as error:
             self.superseded = str(error)
         except Exception as error:
             self.fault = f"rank {store.rank}: {error}"
             with contextlib.suppress(OSError):  # so that rank 0 need not wait for its time limit
-                (self.folder / f"rank-{store.rank:05d}.failed").touch()
+                self.folder.write(f"rank-{store.rank:05d}{FAILED}", b"")
         self.seconds = time.monotonic() - self._began
 
     def _wait_for_others(self) -> None:
         limit, pause = self._store.timeout_seconds, _POLL
         while missing := self._store.missing(self.folder):
-            if failed := sorted(self.folder.glob("*.failed")):
-                raise OSError(f"{failed[0].stem} could not write")
             if time.monotonic() - self._began > limit:
                 raise TimeoutError(
                     f"ranks {missing[:8]} wrote nothing within checkpoint.timeout_seconds={limit:g}"

@@ -5,16 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from beit_dist.config import TrainConfig, validate
-from beit_dist.engine.checkpoint.files import FragmentReader, file_fault
-from beit_dist.engine.checkpoint.layout import AVERAGE, WEIGHT, Fragment, Saved, committed, rank_records
+from beit_dist.engine.checkpoint.files import file_fault
+from beit_dist.engine.checkpoint.layout import (
+    AVERAGE,
+    MANIFEST,
+    WEIGHT,
+    Fragment,
+    Saved,
+    committed,
+    rank_records,
+)
+from beit_dist.engine.checkpoint.ranges import FragmentReader
 from beit_dist.errors import CheckpointError
+from beit_dist.storage.access import Access
+from beit_dist.storage.opening import open_place
 
 
 @dataclass(frozen=True)
@@ -60,21 +71,24 @@ class StoredWeights:
         return FragmentReader(self.saved.folder, rank_records(self.saved))
 
 
-def open_weights(run_or_step: str | Path, *, ema: bool = False) -> StoredWeights:
+def open_weights(
+    run_or_step: str | PathLike[str], *, ema: bool = False, access: Access | None = None
+) -> StoredWeights:
     """Find a checkpoint and verify every byte of it.
 
     Args:
-        run_or_step: a run folder, whose newest whole checkpoint is taken, or one ``step-...`` folder.
+        run_or_step: a run folder, whose newest whole checkpoint is taken, or one ``step-...`` folder; or its URL.
         ema: the averaged weights in place of the trained ones.
+        access: how a URL is reached.
 
     Raises:
         CheckpointError: there is no whole checkpoint, or it holds no average.
     """
-    path = Path(run_or_step)
-    if (path / "manifest.json").is_file():
-        candidates = [saved for saved in committed(path.parent) if saved.folder.name == path.name]
+    place = open_place(run_or_step, access)
+    if place.exists(MANIFEST):
+        candidates = [saved for saved in committed(place.parent) if saved.folder.name == place.name]
     else:
-        candidates = committed(path / "checkpoints")
+        candidates = committed(place / "checkpoints")
     faults = []
     for saved in candidates:
         fault = _first_fault(saved)
@@ -86,11 +100,11 @@ def open_weights(run_or_step: str | Path, *, ema: bool = False) -> StoredWeights
             return StoredWeights(saved, AVERAGE if ema else WEIGHT)
         faults.append(f"{saved.folder.name}: {fault}")
     found = "; ".join(faults) or "nothing committed"
-    raise CheckpointError(f"{path}: got {found}, expected a run folder or step folder with a whole checkpoint")
+    raise CheckpointError(f"{place}: got {found}, expected a run folder or step folder with a whole checkpoint")
 
 
 def load_weights(
-    run_or_step: str | Path, *, ema: bool = False
+    run_or_step: str | PathLike[str], *, ema: bool = False
 ) -> tuple[dict[str, Tensor], TrainConfig, dict[str, Any]]:
     """The fp32 weights of a checkpoint by parameter name, its recipe, and its manifest.
 
@@ -103,5 +117,5 @@ def load_weights(
 def _first_fault(saved: Saved) -> str:
     if not saved.manifest:
         return "its manifest is damaged"
-    faults = (file_fault(saved.folder / f["file"], f["bytes"], f["sha256"]) for f in saved.manifest["files"])
+    faults = (file_fault(saved.folder, f["file"], f["bytes"], f["sha256"]) for f in saved.manifest["files"])
     return next(filter(None, faults), "")

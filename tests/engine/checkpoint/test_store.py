@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 
 from beit_dist.config import CheckpointConfig
-from beit_dist.engine.checkpoint.files import FragmentReader, write_fragments
+from beit_dist.engine.checkpoint.files import write_fragments
 from beit_dist.engine.checkpoint.layout import Fragment, Saved, committed, rank_records
+from beit_dist.engine.checkpoint.ranges import FragmentReader
 from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.errors import CheckpointError
+from beit_dist.storage.local import LocalPlace
 
 
 class State:
@@ -39,7 +41,9 @@ class State:
 
 
 def store(folder: Path, **settings: Any) -> CheckpointStore:
-    opened = CheckpointStore(folder, CheckpointConfig(**settings), Agreement(Ranks(), timedelta(seconds=5)))
+    opened = CheckpointStore(
+        LocalPlace(folder), CheckpointConfig(**settings), Agreement(Ranks(), timedelta(seconds=5))
+    )
     opened.begin_attempt()
     return opened
 
@@ -92,9 +96,9 @@ def test_the_files_are_plain_safetensors(three: Path) -> None:
 def test_fragments_are_read_across_other_cuts(tmp_path: Path) -> None:
     values = torch.randn(100, generator=torch.Generator().manual_seed(0))
     for rank, (low, high) in enumerate([(0, 37), (37, 40), (40, 100)]):
-        write_fragments(tmp_path, rank, [Fragment("p", "weight", low, values[low:high])])
+        write_fragments(LocalPlace(tmp_path), rank, [Fragment("p", "weight", low, values[low:high])])
     records = [json.loads((tmp_path / f"rank-{rank:05d}.json").read_bytes()) for rank in range(3)]
-    reader = FragmentReader(tmp_path, records)
+    reader = FragmentReader(LocalPlace(tmp_path), records)
     for low, high in [(0, 100), (36, 41), (99, 100), (38, 39)]:
         wanted = Fragment("p", "weight", low, torch.zeros(high - low))
         reader.fill(wanted)
@@ -158,7 +162,7 @@ def test_the_last_k_and_every_nth_are_kept(tmp_path: Path) -> None:
     writer = store(tmp_path, keep=2, keep_every_steps=4)
     for step in range(1, 11):
         assert save(writer, step, State(step))
-    assert [saved.step for saved in committed(tmp_path)] == [10, 9, 8, 4]
+    assert [saved.step for saved in committed(LocalPlace(tmp_path))] == [10, 9, 8, 4]
     assert (tmp_path / "latest").read_text().strip() == "step-00000010.a0001"
 
 
@@ -179,7 +183,7 @@ def test_the_older_of_two_attempts_stops_and_harms_nothing(three: Path) -> None:
     before = names(three)
     with pytest.raises(SupersededError, match="superseded by attempt 3"):
         save(older, 5, State(5))
-    assert [saved.step for saved in committed(three)] == [4, 3, 2]
+    assert [saved.step for saved in committed(LocalPlace(three))] == [4, 3, 2]
     assert set(before) <= set(names(three))
     assert SupersededError.exit_code == 1
 
@@ -220,7 +224,7 @@ def test_a_save_that_cannot_be_written_fails_and_leaves_nothing(
     monkeypatch.setattr("beit_dist.engine.checkpoint.store.write_fragments", no_space)
     assert not save(writer, 4, State(4))
     assert "No space left on device" in caplog.text
-    assert [saved.step for saved in committed(three)] == [3, 2, 1]
+    assert [saved.step for saved in committed(LocalPlace(three))] == [3, 2, 1]
     assert len(names(three)) == 3
 
 
@@ -228,7 +232,7 @@ def test_chunk_checksums_cover_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     import zlib
 
     monkeypatch.setattr("beit_dist.engine.checkpoint.files.CHUNK", 1000)
-    write_fragments(tmp_path, 0, [Fragment("p", "weight", 0, torch.arange(777.0))])
+    write_fragments(LocalPlace(tmp_path), 0, [Fragment("p", "weight", 0, torch.arange(777.0))])
     record = json.loads((tmp_path / "rank-00000.json").read_bytes())
     content = (tmp_path / "rank-00000.safetensors").read_bytes()
     assert record["bytes"] == len(content)
