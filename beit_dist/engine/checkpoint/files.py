@@ -39,14 +39,15 @@ def write_fragments(folder: Place, rank: int, fragments: Sequence[Fragment]) -> 
     parts: Iterable[memoryview] = (_bytes_of(fragment) for fragment in fragments)
     begin_of_file = memoryview(struct.pack("<Q", len(header)) + header)
     # Hashing takes about as long as writing and, like it, lets other threads run: it goes on beside.
-    with folder.writing(f"{name}.safetensors") as file, ThreadPoolExecutor(2) as beside:
+    with folder.writing(f"{name}.safetensors") as file, ThreadPoolExecutor(3) as beside:
         digests = beside.submit(role_digests, fragments)
         for part in itertools.chain([begin_of_file], parts):
             for low in range(0, len(part), CHUNK):
                 block = part[low : low + CHUNK]
-                hashed = beside.submit(checksums.update, block)
+                hashed = [beside.submit(take, block) for take in checksums.takes]
                 file.write(block)
-                hashed.result()
+                for one in hashed:
+                    one.result()
     record = {
         "file": f"{name}.safetensors",
         "bytes": checksums.bytes,
@@ -76,10 +77,10 @@ class _Checksums:
         self.sha256 = hashlib.sha256()
         self.crc32: list[int] = []
         self.bytes = 0
+        self.takes = (self.sha256.update, self._update_crc32)
+        """Each takes the next bytes, of any number, and may do so at the same time as the other."""
 
-    def update(self, block: memoryview) -> None:
-        """Take the next bytes, of any number."""
-        self.sha256.update(block)
+    def _update_crc32(self, block: memoryview) -> None:
         while len(block):
             taken = CHUNK - self.bytes % CHUNK
             if taken == CHUNK:

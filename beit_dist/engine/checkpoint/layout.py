@@ -26,6 +26,8 @@ AVERAGE = "ema"
 """Exponential moving average of the weight; only in runs that keep one."""
 
 _DIGEST_BLOCK = 1 << 18  # values at a time, so that the temporaries stay in the cache
+_DIGEST_STEP = 2 * 0x9E3779B1  # twice 2³² / the golden ratio: its multiples spread evenly, and odd stays odd
+_DIGEST_STEPS = np.arange(_DIGEST_BLOCK, dtype=np.uint32) * np.uint32(_DIGEST_STEP % 2**32)
 _FOLDER = re.compile(r"step-(\d{8,})\.a(\d{4,})")
 
 
@@ -53,20 +55,20 @@ class Fragment:
         """A 64-bit number of the values and their places, such that those of all fragments add up (mod 2⁶⁴).
 
         The sum over a state is the same however it is cut into fragments. It shows mistakes, not malice: each
-        value's bits are multiplied by an odd word made of parameter, role and index, and added up.
+        value's bits are multiplied (mod 2³²) by an odd word made of parameter, role and index, and added up.
         """
         values = self.data.detach().cpu().contiguous().numpy().view(np.uint32)
         name = hashlib.sha256(f"{self.role}/{self.parameter}".encode()).digest()
-        salt = int.from_bytes(name[:8], "little")
-        golden = 0x9E3779B97F4A7C15  # 2⁶⁴ divided by the golden ratio: odd, and its multiples spread evenly
-        steps = np.arange(_DIGEST_BLOCK, dtype=np.uint64) * np.uint64(golden)
+        salt = int.from_bytes(name[:4], "little") | 1
+        words, products = np.empty((2, min(_DIGEST_BLOCK, self.length)), dtype=np.uint32)
         total = 0
         for low in range(0, self.length, _DIGEST_BLOCK):
-            block = values[low : low + _DIGEST_BLOCK].astype(np.uint64)
-            first = np.uint64((salt + (self.start + low) * golden) % 2**64)
-            block += np.uint64(1)
-            block *= (steps[: len(block)] + first) | np.uint64(1)
-            total += int(block.sum(dtype=np.uint64))
+            block = values[low : low + _DIGEST_BLOCK]
+            count = len(block)
+            first = np.uint32((salt + (self.start + low) * _DIGEST_STEP) % 2**32)
+            np.add(_DIGEST_STEPS[:count], first, out=words[:count])
+            np.multiply(block, words[:count], out=products[:count])
+            total += int(products[:count].sum(dtype=np.uint64))
         return total % 2**64
 
     @property

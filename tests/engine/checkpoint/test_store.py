@@ -26,8 +26,8 @@ class State:
     """Stands in for the engine: a few fragments in memory."""
 
     def __init__(self, value: float) -> None:
-        self.tensors = [Fragment("a.weight", "weight", 0, torch.full((3000,), value))]
-        self.tensors += [Fragment("b", role, 7, torch.full((5,), value)) for role in ("weight", "exp_avg")]
+        self.tensors = [Fragment("a.weight", "weight", 0, torch.full((3000,), float(value)))]
+        self.tensors += [Fragment("b", role, 7, torch.full((5,), float(value))) for role in ("weight", "exp_avg")]
         self.updates = 0
         self.loss_scale: dict[str, float] = {}
 
