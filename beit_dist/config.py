@@ -333,7 +333,8 @@ class TrainConfig(Section):
     """Number of optimizer steps, in place of ``epochs``."""
     optimizer: OptimizerConfig = OptimizerConfig()
     init_from: str | None = None
-    """Run or step folder, or URL, whose weights a new run starts from, without its optimizer and position."""
+    """Run or step folder, or URL, whose weights a new run starts from, without its optimizer and position; or a
+    folder or file of Hugging Face, timm or unilm (``docs/weights.md``)."""
     ema: EMAConfig = EMAConfig()
     validation: ValidationConfig = ValidationConfig()
     loader: LoaderConfig = LoaderConfig()

@@ -113,7 +113,9 @@ def test_every_setting_that_a_page_names_exists() -> None:
     }
     unknown = []
     for page in PAGES:
-        for section, field in re.findall(r"`([a-z_]+)\.(?!jsonl`)([a-z_]+)(?::[^`]*)?`", page.read_text()):
+        for section, field in re.findall(
+            r"`([a-z_]+)\.(?!jsonl`|safetensors`|pth`)([a-z_]+)(?::[^`]*)?`", page.read_text()
+        ):
             if section in sections and field not in type(TrainConfig.model_fields[section].default).model_fields:
                 unknown.append(f"{name(page)}: {section}.{field}")
     assert not unknown, "\n".join(unknown)

@@ -57,7 +57,7 @@ def export_weights(
     """
     path = export_path(out)
     kind, torch_dtype = DTYPES[dtype]
-    table: dict[str, object] = {"__metadata__": _metadata(stored, dtype)}
+    table: dict[str, object] = {"__metadata__": metadata_of(stored, dtype)}
     end = 0
     for name, shape in stored.shapes.items():
         begin, end = end, end + torch_dtype.itemsize * math.prod(shape)
@@ -82,7 +82,7 @@ def export_weights(
     return Exported(path, len(stored.shapes), 8 + len(header) + end)
 
 
-def _metadata(stored: StoredWeights, dtype: str) -> dict[str, str]:
+def metadata_of(stored: StoredWeights, dtype: str) -> dict[str, str]:
     """safetensors allows text only; ``format`` is what its readers of torch tensors ask for."""
     manifest, model = stored.saved.manifest, stored.config.model
     return {

@@ -1,0 +1,142 @@
+"""A run's weights leave for Hugging Face, timm and unilm and come back without a bit lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from beit_dist.config import HALF, IMAGENET_MEAN, IMAGENET_STD, ModelConfig, TrainConfig
+from beit_dist.engine.checkpoint.layout import committed
+from beit_dist.engine.checkpoint.weights import load_weights, open_weights
+from beit_dist.engine.ecosystem import FORMS, export_elsewhere, is_foreign, read_foreign
+from beit_dist.engine.initialisation import check_foreign
+from beit_dist.errors import ConfigError, WeightsError
+from beit_dist.models.mim import MaskedImageModel
+from beit_dist.storage.local import LocalPlace
+
+SMALL: dict[str, Any] = {
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "vocabulary": 64,
+    "pixel_mean": IMAGENET_MEAN,
+    "pixel_std": IMAGENET_STD,
+}
+RELEASED = ModelConfig(**SMALL)
+PAPER = ModelConfig(**SMALL, absolute_positions=True, relative_positions=False, layer_scale=0)
+BOTH = pytest.mark.parametrize("model", [RELEASED, PAPER], ids=["released", "paper"])
+
+
+def recipe(source: str | Path, **model: Any) -> TrainConfig:
+    return TrainConfig(run="r", init_from=str(source), model=model, masking={"min_block": 4})
+
+
+def a_run(model: ModelConfig) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What export reads of a checkpoint, with random values in every tensor."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(p.shape, generator=generator) * 0.2
+        for name, p in MaskedImageModel(model).named_parameters()
+    }
+    manifest = {"step": 5, "position": {"samples": 80}, "dataset": "d", "tokenizer": "t"}
+    stored = SimpleNamespace(
+        config=SimpleNamespace(model=model),
+        role="weight",
+        shapes={name: list(tensor.shape) for name, tensor in weights.items()},
+        read=lambda name: weights[name].clone(),
+        saved=SimpleNamespace(manifest=manifest, folder=Path("step-5")),
+    )
+    return stored, weights
+
+
+@BOTH
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_exported_comes_back_bit_for_bit_with_its_normalisation(
+    tmp_path: Path, model: ModelConfig, form: str
+) -> None:
+    stored, weights = a_run(model)
+    exported = export_elsewhere(stored, tmp_path / "out", form)
+    source = exported.path if form == "unilm" else tmp_path / "out"
+    assert is_foreign(str(source))
+    found = read_foreign(source, model)
+    lost = {"mask_token", "lm_head.weight", "lm_head.bias"} if form == "timm" else set()
+    assert weights.keys() - found.weights.keys() == lost
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.weights.items())
+    assert found.known["pixel_mean"] == IMAGENET_MEAN
+    assert found.known["pixel_std"] == IMAGENET_STD
+    check_foreign(recipe(source, **model.model_dump()), stored.shapes, found)
+    other = recipe(source, **{**model.model_dump(), "pixel_mean": HALF})
+    with pytest.raises(ConfigError, match=r"model\.pixel_mean: got \(0\.5, 0\.5, 0\.5\), expected \(0\.485"):
+        check_foreign(other, stored.shapes, found)
+
+
+@BOTH
+def test_hugging_face_loads_the_folder_whole_and_saves_what_we_read(tmp_path: Path, model: ModelConfig) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")
+    stored, weights = a_run(model)
+    export_elsewhere(stored, tmp_path / "out", "hf")
+    peer, notes = transformers.BeitForMaskedImageModeling.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(notes[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert peer.config.layer_norm_eps == 1e-6
+    assert peer.config.use_mean_pooling
+    look = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (tuple(look["image_mean"]), tuple(look["image_std"])) == (IMAGENET_MEAN, IMAGENET_STD)
+    peer.save_pretrained(tmp_path / "theirs")
+    back = read_foreign(tmp_path / "theirs", model)
+    assert back.known == {"heads": 2}
+    assert all(torch.equal(back.weights[name], weights[name]) for name in weights)
+
+
+def test_the_originals_file_has_its_layout(tmp_path: Path) -> None:
+    stored, weights = a_run(RELEASED)
+    exported = export_elsewhere(stored, tmp_path, "unilm")
+    loaded = torch.load(exported.path, weights_only=False)  # as the original does
+    assert loaded["args"].imagenet_default_mean_and_std is True
+    assert loaded["model"]["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
+    assert loaded["model"]["rel_pos_bias.relative_position_index"].shape == (17, 17)
+    assert loaded["model"].keys() == {*weights, "rel_pos_bias.relative_position_index"}
+    loaded["args"] = type(loaded["args"])(imagenet_default_mean_and_std=False)
+    torch.save(loaded, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_foreign(tmp_path / "old.pth", RELEASED).known == {"pixel_mean": HALF, "pixel_std": HALF}
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"a\.pth: got no state of a model"):
+        read_foreign(tmp_path / "a.pth", RELEASED)
+    (tmp_path / "b.safetensors").write_bytes(b"nothing")
+    with pytest.raises(WeightsError, match="no whole safetensors file"):
+        read_foreign(tmp_path / "b.safetensors", RELEASED)
+    torch.save({"model": {"fc.weight": torch.ones(2)}}, tmp_path / "c.pth")
+    config = recipe("c.pth", **RELEASED.model_dump())
+    with pytest.raises(WeightsError, match=r"s3://bucket/c\.pth: got a URL, expected a local file"):
+        read_foreign("s3://bucket/c.pth", RELEASED)
+    with pytest.raises(ConfigError, match=r"cls_token is missing.*more"):
+        check_foreign(config, a_run(RELEASED)[0].shapes, read_foreign(tmp_path / "c.pth", RELEASED))
+
+
+@pytest.mark.slow
+def test_a_run_goes_out_and_a_new_one_starts_from_it_exactly(new_run: Callable[..., Any], tmp_path: Path) -> None:
+    """The first update of a warm-up has learning rate 0: after it the weights are still those it began with."""
+    old = new_run("old", overrides=["loader.workers=0", "steps=6"])
+    assert old.finish()[0] == 0
+    export_elsewhere(open_weights(old.folder), tmp_path / "hf", "hf")
+    weights = load_weights(old.folder)[0]
+    overrides = ["loader.workers=0", "optimizer.warmup_steps=1", f"init_from={tmp_path / 'hf'}"]
+    new = new_run("new", "zero1.json", 2, overrides)
+    code, output = new.finish("steps=2", "checkpoint.every_steps=1", "checkpoint.keep=9")
+    assert code == 0, output
+    assert f"weights of {tmp_path / 'hf'}; the optimizer starts anew" in output
+    first = min(committed(LocalPlace(new.folder / "checkpoints")), key=lambda saved: saved.step)
+    got = load_weights(first.folder.path)[0]
+    assert all(torch.equal(got[key], weights[key]) for key in weights)
