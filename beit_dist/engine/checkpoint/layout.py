@@ -45,10 +45,16 @@ class Fragment:
         """Number of values."""
         return self.data.numel()
 
-    def on_host(self) -> Fragment:
-        """The same values in memory of their own: what the next step changes is not what is written."""
+    def on_host(self, memory: Tensor | None = None) -> Fragment:
+        """The same values in memory of their own: what the next step changes is not what is written.
+
+        Args:
+            memory: of an earlier copy, to be used again if it fits.
+        """
         data = self.data.detach()
-        copy = torch.empty_like(data, device="cpu", pin_memory=data.is_cuda)
+        copy = memory
+        if copy is None or copy.shape != data.shape or copy.dtype != data.dtype:
+            copy = torch.empty_like(data, device="cpu", pin_memory=data.is_cuda)
         return Fragment(self.parameter, self.role, self.start, copy.copy_(data))
 
     def digest(self) -> int:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from beit_dist.config import CheckpointConfig
 from beit_dist.durable import sync_folder
 from beit_dist.engine.checkpoint.files import file_fault, write_copy, write_fragments
@@ -89,6 +91,7 @@ class CheckpointStore:
         self.attempt = 0
         self._mark = b""  # what this attempt's file says, unlike any other's
         self.passed_over = 0  # damaged checkpoints met while looking for a whole one
+        self._memory: dict[str, Tensor] = {}  # of the copies of the last save, by fragment
         self._writing: _Writing | None = None
         self._whole_step: int | None = None  # the last step of this run that is known to be whole
         self._resumed_from: str | None = None
@@ -205,7 +208,9 @@ class CheckpointStore:
             "loss_scale": state.loss_scale,
             **facts,
         }
-        fragments = [fragment.on_host() for fragment in state.saved_fragments()]
+        # Memory that the system has yet to find takes longer to fill than to copy: it is kept between saves.
+        fragments = [fragment.on_host(self._memory.get(fragment.key)) for fragment in state.saved_fragments()]
+        self._memory = {fragment.key: fragment.data for fragment in fragments}
         folder = self.folder / folder_name(step, self.attempt)
         self._writing = _Writing(self, folder, step, fragments, manifest, copies or {})
         self._writing.start()
