@@ -92,7 +92,7 @@ def test_a_sink_that_fails_is_given_up_and_the_others_go_on(caplog: pytest.LogCa
 
 
 def test_wandb_gets_the_same_run_again_and_no_place_of_a_file(wandb: Any, tmp_path: Path) -> None:
-    secret = "s3://key:secret@bucket/shards"
+    secret = "s3://a-secret-bucket/shards"
     config = TrainConfig(
         run=str(tmp_path), data=secret, init_from=secret, logging={"wandb": "offline"}, model={"size": "tiny"}
     )

@@ -89,7 +89,7 @@ def test_a_signal_ends_the_command_without_a_file_or_a_traceback(tmp_path, corpu
         if line.startswith("step 1/"):
             break
     process.send_signal(signal_number)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
