@@ -458,7 +458,8 @@ class TokenizerRecipe(Section):
     usage_weight: float = Field(0.0, ge=0)
     """Weight, in the same units, of the KL of the batch's average token distribution alone: keeps the codebook
     in use in short trainings on little data. 0 in the paper."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the convolutions; ``auto`` is bf16 on a GPU and on a CPU with AMX, fp32 on any other CPU."""
     held_out: int = Field(64, ge=1)
     """Images kept aside to measure reconstruction and codebook use."""
     workers: int = Field(2, ge=1)

@@ -11,7 +11,14 @@ from PIL import Image
 from beit_dist.config import TokenizerRecipe, validate
 from beit_dist.data.crops import CropBatches, ImagePool, find_images
 from beit_dist.engine import tokenizer_training
-from beit_dist.engine.tokenizer_training import MOST_SKIPPED, Quality, Training, choose_device, train_tokenizer
+from beit_dist.engine.tokenizer_training import (
+    MOST_SKIPPED,
+    Quality,
+    Training,
+    choose_device,
+    choose_precision,
+    train_tokenizer,
+)
 from beit_dist.errors import ConfigError, DataError, TokenizerError, UserError
 from beit_dist.visual_tokens.weights import load_tokenizer, tokenizer_extra
 
@@ -175,6 +182,23 @@ def test_an_absent_device_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="finds no GPU"):
             choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "expected"),
+    [
+        ("cuda", "avx2", "bf16"),
+        ("cpu", "avx512_bf16 amx_bf16 amx_tile", "bf16"),
+        ("cpu", "avx512_bf16", "fp32"),
+        ("cpu", None, "fp32"),
+    ],
+)
+def test_automatic_precision_is_bf16_only_where_that_is_fast(tmp_path, device, flags, expected):
+    processor = tmp_path / "cpuinfo"
+    if flags is not None:
+        processor.write_text(f"flags\t: fpu {flags}\n")
+    assert choose_precision("auto", torch.device(device), processor) == expected
+    assert choose_precision("bf16", torch.device(device), processor) == "bf16"
 
 
 @pytest.mark.parametrize(
