@@ -19,6 +19,7 @@ from beit_dist.config import OptimizerConfig
 from beit_dist.data.crops import CropBatches, ImageFile, ImagePool, centred_view
 from beit_dist.data.draws import Purpose, permutation
 from beit_dist.engine.average import WeightAverage
+from beit_dist.engine.build import BYTES_OF_AVERAGE, BYTES_OF_STATE, check_space, refuse_if_superseded
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import AVERAGE, Saved
 from beit_dist.engine.checkpoint.store import CheckpointStore
@@ -142,15 +143,19 @@ def build(
 
     model = DVAE(recipe.model, seed=weights_seed(recipe.seed))
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = sum(map(math.prod, shapes.values()))
     if recipe.preflight:
-        _check_hosts(resolved, sum(map(math.prod, shapes.values())), agreement, device)
+        _check_hosts(resolved, parameters, agreement, device)
     engine = build_engine(model, recipe, resolved)
     state = EngineState(engine, ranks)
     average = WeightAverage(state, recipe.ema) if recipe.ema else None
     progress = _restore(store, saved, state)
     if average is not None and not (saved and AVERAGE in saved.manifest["state_digests"]):
         average.restart()
+    refuse_if_superseded(store, agreement)
     if ranks.rank == 0:
+        if run.place.is_local:
+            check_space(run.path, (BYTES_OF_STATE + BYTES_OF_AVERAGE) * parameters, recipe.checkpoint.keep)
         run.take_copies(saved.folder if saved else None)
         run.forget_steps_after(progress.step)
         run.remove_markers()
