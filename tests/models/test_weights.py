@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
-import sys
-import types
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ from beit_dist.config import ModelConfig
 from beit_dist.errors import WeightsError
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.models.weights import TABLE, from_hf, from_unilm, to_hf, to_timm, to_unilm
+from support.torchvision_stub import stand_in_for_torchvision
 
 SMALL = {"width": 32, "depth": 3, "heads": 2, "image_size": 32, "patch_size": 8, "vocabulary": 64}
 RELEASED = ModelConfig(**SMALL)
@@ -114,31 +112,7 @@ def timm_beit(monkeypatch: pytest.MonkeyPatch) -> Any:
     """timm's class; torchvision, which timm imports for data only, is a stub where it cannot be loaded."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("pip install --no-deps timm")
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError, OSError):
-
-        class Anything(type):
-            """A class whose every attribute is such a class too."""
-
-            def __getattr__(cls, name: str) -> Any:
-                if name.startswith("__"):
-                    raise AttributeError(name)
-                return Anything(name, (), {})
-
-        class Stub(types.ModuleType):
-            __path__: list[str] = []  # noqa: RUF012
-
-            def __getattr__(self, name: str) -> Any:
-                if name.startswith("__"):
-                    raise AttributeError(name)
-                return sys.modules.get(f"{self.__name__}.{name}", Anything(name, (), {}))
-
-        names = ["", ".transforms", ".transforms.functional", ".datasets", ".models", ".ops", ".ops.misc", ".io"]
-        for name in [*names, ".transforms.v2", ".datasets.folder", ".models.feature_extraction", ".utils"]:
-            module = Stub("torchvision" + name)
-            module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
-            monkeypatch.setitem(sys.modules, module.__name__, module)
+    stand_in_for_torchvision(monkeypatch)
     from timm.models.beit import Beit
 
     return Beit
