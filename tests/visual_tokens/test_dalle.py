@@ -34,7 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 
 @pytest.fixture
 def openai(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """OpenAI's encoder and decoder, with random values in every tensor. Their package wants requests to download."""
+    """OpenAI's encoder and decoder, with random values in every tensor."""
+    # The package imports requests, to download with.
     if importlib.util.find_spec("requests") is None:
         monkeypatch.setitem(sys.modules, "requests", types.ModuleType("requests"))
     package: Any = pytest.importorskip("dall_e", reason="pip install --no-deps DALL-E")
