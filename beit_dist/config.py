@@ -413,8 +413,9 @@ class DVAEConfig(Section):
     hidden: int = Field(256, ge=4)
     """Channels of the first group; the later three have 2, 4 and 8 times as many."""
     blocks_per_group: int = Field(2, ge=1)
-    decoder_input: int = Field(128, ge=1)
-    """Channels the decoder's first convolution makes of the one-hot tokens: the codebook's width."""
+    decoder_input: int = Field(128, ge=0)
+    """Channels the decoder's first convolution makes of the one-hot tokens: the codebook's width. 0: no decoder,
+    which makes tokens but no pictures of them."""
 
     @model_validator(mode="after")
     def _check(self) -> DVAEConfig:
@@ -469,6 +470,8 @@ class TokenizerRecipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerRecipe:
+        if not self.model.decoder_input:
+            raise ConfigError("model.decoder_input", 0, "1 or more: a dVAE is trained with its decoder")
         for field, size in (("image_size", self.image_size), ("view_size", self.view_size)):
             if size % 8:
                 raise ConfigError(field, size, "a multiple of 8, the encoder's stride")

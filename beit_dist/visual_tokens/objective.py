@@ -73,7 +73,7 @@ def elbo(
     """
     mapped = map_pixels(images.float() / 255).contiguous(memory_format=torch.channels_last)
     logits: Tensor = model.encoder(mapped)
-    parameters = model.decoder(relax(logits, noise, temperature))
+    parameters = model.whole_decoder()(relax(logits, noise, temperature))
     log_q = torch.log_softmax(logits.float(), dim=1)
     kl = kl_to_uniform(log_q, dim=1)
     negative_log_likelihood = logit_laplace_nll(mapped, parameters).mean()

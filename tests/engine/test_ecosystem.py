@@ -14,7 +14,8 @@ import torch
 from beit_dist.config import HALF, IMAGENET_MEAN, IMAGENET_STD, ModelConfig, TrainConfig
 from beit_dist.engine.checkpoint.layout import committed
 from beit_dist.engine.checkpoint.weights import load_weights, open_weights
-from beit_dist.engine.ecosystem import FORMS, export_elsewhere, is_foreign, read_foreign
+from beit_dist.engine.ecosystem import FORMS, export_elsewhere
+from beit_dist.engine.foreign import is_foreign, read_foreign
 from beit_dist.engine.initialisation import check_foreign
 from beit_dist.errors import ConfigError, WeightsError
 from beit_dist.models.mim import MaskedImageModel
