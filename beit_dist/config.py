@@ -243,7 +243,7 @@ class ValidationConfig(Section):
     """Loss on samples that are not trained on."""
 
     data: str | None = None
-    """Shards of held-out images, made with the same tokenizer; null measures nothing."""
+    """Folder or URL of shards of held-out images, made with the same tokenizer; null measures nothing."""
     every_steps: int = Field(1000, ge=1)
     """Steps between measurements; there is one after the last step too."""
     samples: int = Field(2048, ge=1)
@@ -361,8 +361,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        for field in ("run", "init_from"):
+        for field in ("run", "data", "init_from"):
             check_place(field, getattr(self, field) or "")
+        check_place("validation.data", self.validation.data or "")
         patches, masking = self.model.patches, self.masking
         budget = masking.budget(patches)
         if budget >= patches:

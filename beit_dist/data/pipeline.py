@@ -26,7 +26,7 @@ from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.plan import Picks, Plan
 from beit_dist.data.sample import NPY_HEADER, SampleLayout, decode_head, parse_key, sample_crc
 from beit_dist.data.storage import ShardReader
-from beit_dist.errors import DataError, SampleError
+from beit_dist.errors import DataError, SampleError, UserError
 
 _ALIGNMENT = 64  # bytes; a cache line, and more than any dtype needs
 
@@ -104,7 +104,7 @@ class Part:
 class Failure:
     """An error a user can act on, sent in place of a part: an exception would arrive wrapped in tracebacks."""
 
-    kind: type[DataError]
+    kind: type[UserError]
     text: str
 
 
@@ -181,7 +181,7 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
             for part in super().__iter__():
                 yield replace(part, memory=None) if part.slot in sent else part
                 sent.add(part.slot)
-        except DataError as error:
+        except UserError as error:
             yield Failure(type(error), str(error))
 
     # -------------------------------------------------------------------------------------------- the stages

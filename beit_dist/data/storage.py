@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from beit_dist.errors import DataError, SampleError
+from beit_dist.errors import SampleError, StorageError
+from beit_dist.storage.access import Access
+from beit_dist.storage.opening import as_place
+from beit_dist.storage.place import Place
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _OPEN_FILES = 64
 
 
@@ -22,21 +23,21 @@ class ShardReader(Protocol):
 
         Raises:
             SampleError: the bytes are not all there, or cannot be read.
+            StorageError: a store does not answer, or refuses.
         """
 
     def close(self) -> None:
         """Let go of what is open; reading opens it again."""
 
 
-def open_reader(root: str) -> ShardReader:
-    """A reader of the data set in ``root``.
+def open_reader(where: str | os.PathLike[str] | Place, access: Access | None = None) -> ShardReader:
+    """A reader of the data set in a folder: a path, a URL, or the place itself.
 
     Raises:
-        DataError: nothing here can read from such a place.
+        ConfigError: it is no place, or holds credentials.
     """
-    if _SCHEME.match(root):
-        raise DataError(f"data: got {root!r}, expected a local folder. Copy the shards to a local disk first.")
-    return LocalReader(root)
+    place = as_place(where, access)
+    return LocalReader(str(place.path)) if place.is_local else RemoteReader(place)
 
 
 class LocalReader:
@@ -99,6 +100,31 @@ class LocalReader:
 
     def _path(self, shard: str) -> str:
         return os.path.join(self.root, shard)
+
+
+class RemoteReader:
+    """Shards at a URL, read range by range."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """See :meth:`ShardReader.read_into`."""
+        whole = memoryview(bytearray(sum(buffer.nbytes for buffer in buffers)))
+        try:
+            self.place.read_into(shard, offset, whole)
+        except StorageError:
+            raise
+        except EOFError as error:
+            raise SampleError(f"{error}; the file is cut short") from None
+        except OSError as error:
+            raise SampleError(f"{self.place}/{shard}: byte {offset}: cannot be read ({error})") from None
+        for buffer in buffers:
+            buffer[:] = whole[: buffer.nbytes]
+            whole = whole[buffer.nbytes :]
+
+    def close(self) -> None:
+        """Nothing to close: the process's clients serve others, too."""
 
 
 def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:

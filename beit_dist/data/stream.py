@@ -29,6 +29,7 @@ from beit_dist.data.sample import SampleLayout
 from beit_dist.data.storage import open_reader
 from beit_dist.data.workers import WorkerStart, start_method
 from beit_dist.errors import ConfigError, SampleError, UserError
+from beit_dist.storage.access import Access
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class RankBatches(Iterator[RankBatch]):
     """This rank's batches from a position on, for ever.
 
     Args:
-        root: the data set's folder.
+        root: the data set's folder, or its URL.
         manifest: of that data set.
         plan: the order of samples; its seed keys drop path.
         masks: makes the masked positions.
@@ -105,11 +106,11 @@ class RankBatches(Iterator[RankBatch]):
         loader: workers, prefetch, budget of damaged samples, time limit.
         pin: put batches into page-locked memory, for asynchronous copies to a GPU.
         ranks_on_node: ranks that share this node's /dev/shm.
+        access: how a URL is reached.
 
     Raises:
         ConfigError: the global batch does not divide.
         SpaceError: /dev/shm is too small.
-        DataError: no reader for such a place.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class RankBatches(Iterator[RankBatch]):
         loader: LoaderConfig,
         pin: bool = False,
         ranks_on_node: int = 1,
+        access: Access | None = None,
     ) -> None:
         _check_division(global_batch, plan.lanes, world)
         self.root, self.loader, self.consumed = root, loader, consumed
@@ -139,7 +141,7 @@ class RankBatches(Iterator[RankBatch]):
         )
         self.prefetch = self._prefetch(layout.nbytes, ranks_on_node)
         self._pipeline = PartPipeline(
-            reader=open_reader(root),
+            reader=open_reader(root, access),
             manifest=manifest,
             plan=plan,
             masks=masks,

@@ -66,7 +66,7 @@ class Validation:
         rank, self._batch = agreement.ranks.rank, rows * agreement.ranks.world
         self._rows = range(rank * rows, (rank + 1) * rows)
         sizes = [shard.samples for shard in manifest.view_shards(0)]
-        self._reader = open_reader(str(settings.data))
+        self._reader = open_reader(str(settings.data), config.storage.access)
         self._pipeline = PartPipeline(
             reader=self._reader,
             manifest=manifest,

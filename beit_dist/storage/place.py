@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
@@ -73,6 +73,10 @@ class Place(ABC):
     @abstractmethod
     def size(self, name: str) -> int:
         """Bytes of a file."""
+
+    @abstractmethod
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Bytes of each of these files that is there; many at once, with as few requests as there need be."""
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""

@@ -22,7 +22,7 @@ from support.stream_data import FIELDS, DataSet, advance, assert_equal, copied
 from beit_dist.data import stream
 from beit_dist.data.shards import Manifest
 from beit_dist.data.storage import LocalReader
-from beit_dist.errors import DataError, SampleError
+from beit_dist.errors import SampleError
 
 # ----------------------------------------------------------------------------------------------- bad samples
 
@@ -143,12 +143,6 @@ def test_a_shard_cut_short_or_gone_while_running_is_named(own_data: DataSet, wor
     path.unlink()
     with pytest.raises(SampleError, match=r"shard-000001\.tar, .*No such file"):
         own_data.take(3, workers=workers)
-
-
-def test_a_url_is_refused_before_anything_starts(data: DataSet) -> None:
-    other = DataSet(Path("s3:/bucket"), data.manifest)
-    with pytest.raises(DataError, match="expected a local folder"):
-        other.batches()
 
 
 def test_a_loader_that_lost_its_position_is_noticed(data: DataSet) -> None:
