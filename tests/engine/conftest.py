@@ -77,7 +77,7 @@ class Run:
 
     def numbers(self) -> list[tuple[Any, ...]]:
         """What must be equal to the last bit between two runs, one tuple a step."""
-        names = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped")
+        names = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped", "batch")
         return [tuple(line[name] for name in names) for line in self.lines()]
 
     def signal_at(self, step: int, number: signal.Signals, rank: int = 0) -> tuple[int, str]:
