@@ -21,6 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from beit_dist.config import LoaderConfig, near_divisors
 from beit_dist.data import shared_memory
+from beit_dist.data.digest import rows_digest
 from beit_dist.data.manifest import Manifest
 from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.pipeline import Failure, Part, PartPipeline, RowLayout, drop_path_depth, split_rows
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _BUFFERS = 3  # one with the trainer, one it may still copy from, one being filled
 _PATIENCE = 5.0  # seconds that close() gives workers to end by themselves
+_MADE_OF = ("sample_ids", "epochs", "positions", "keeps")  # what of a row its digest is of
 _LOOK = 0.5  # seconds without a batch between two looks whether to go on waiting
 
 
@@ -60,6 +62,8 @@ class RankBatch:
     """Number of positions >= 0."""
     bad: int
     """Damaged samples among the rows."""
+    digest: int
+    """Of the rows' samples, epochs, masks and drop-path keeps: 64 bits, those of all ranks add up (mod 2⁶⁴)."""
     wait_seconds: float
     """How long ``__next__`` had to wait for this batch."""
 
@@ -281,11 +285,13 @@ class RankBatches(Iterator[RankBatch]):
             faults += part.faults
         self._count_bad(faults)
         tensors = buffer.tensors
+        made_of = [tensors[name].numpy() for name in _MADE_OF if name in tensors]
         return RankBatch(
             consumed=consumed,
             keeps=tensors.get("keeps"),
             masked=int((tensors["positions"].numpy() >= 0).sum()),
             bad=len(faults),
+            digest=rows_digest(self.rows.start, *made_of),
             wait_seconds=0.0,
             **{name: tensors[name] for name in ("patches", "tokens", "positions", "sample_ids", "epochs")},
         )

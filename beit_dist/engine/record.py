@@ -39,6 +39,8 @@ class StepFacts:
     """False: the gradients were not finite and nothing was updated."""
     wait_seconds: float
     """How long this rank waited for the step's data."""
+    batch: str = ""
+    """Digest of the global batch: its samples, epochs, masks and drop-path keeps, in hexadecimal."""
 
 
 class Recorder:
@@ -188,6 +190,7 @@ class Recorder:
             "masked": fact.masked,
             "bad": fact.bad,
             "skipped": not fact.applied,
+            "batch": fact.batch,
             "attempt": self._attempt,
         }
 

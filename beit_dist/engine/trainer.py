@@ -117,7 +117,7 @@ class Trainer:
         left = progress.step < parts.total_steps
         batch = self._fetch() if left else None
         while left:
-            masked, bad, stop, save, written, alarm = parts.agreement.result()
+            masked, bad, stop, save, written, alarm, *halves = parts.agreement.result()
             if alarm:
                 parts.guard.stop_for_spike()
             if stop:
@@ -129,7 +129,8 @@ class Trainer:
                 self._finish_save()
             self._count_bad(bad)
             assert batch is not None  # a rank without one has posted a stop; for the type checker
-            batch = self._train_step(batch, masked, bad)
+            digest = (halves[0] + (halves[1] << 32)) % 2**64
+            batch = self._train_step(batch, masked, bad, digest)
             left = progress.step < parts.total_steps
             if parts.validation is not None and parts.validation.is_due(progress.step, parts.total_steps):
                 self._validate(parts.validation)
@@ -138,7 +139,7 @@ class Trainer:
         self._save_and_wait()
         return DONE
 
-    def _train_step(self, batch: RankBatch, masked: int, bad: int) -> RankBatch | None:
+    def _train_step(self, batch: RankBatch, masked: int, bad: int, digest: int) -> RankBatch | None:
         """One optimizer step on this rank's rows of the global batch; the next batch, if there is a next step.
 
         The loss is the sum over the masked patches divided by their number in the *global* batch. DeepSpeed
@@ -182,6 +183,7 @@ class Trainer:
             bad=bad,
             applied=applied,
             wait_seconds=batch.wait_seconds,
+            batch=f"{digest:016x}",
         )
         parts.guard.note(progress.step, losses, batch.sample_ids)
         parts.stragglers.step_ended(batch.wait_seconds)
@@ -224,7 +226,9 @@ class Trainer:
         save = rank_0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
         written = parts.store.has_written
         masked, bad, stop = (batch.masked, batch.bad, parts.stop.requested) if batch else (0, 0, True)
-        parts.agreement.post([masked, bad, stop, save, written, parts.guard.alarm])
+        # 64 bits in halves, so that sums over any number of ranks stay below 2⁶³.
+        halves = (batch.digest % 2**32, batch.digest >> 32) if batch else (0, 0)
+        parts.agreement.post([masked, bad, stop, save, written, parts.guard.alarm, *halves])
         return batch
 
     def _validate(self, validation: Validation) -> None:

@@ -24,7 +24,7 @@ from beit_dist.storage.place import Place
 pytestmark = pytest.mark.slow
 
 SETTINGS = ["loader.workers=0", "steps=20", "checkpoint.every_steps=3"]
-NUMBERS = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped")
+NUMBERS = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped", "batch")
 FAULTS = [
     Fault("slow_down", chance=0.08),
     Fault("server_error", chance=0.05),
