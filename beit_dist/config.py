@@ -170,6 +170,9 @@ class LoaderConfig(Section):
     """Consecutive samples of a shard read together; by default min(64, samples // (16 · lanes))."""
     window_blocks: int = Field(1, ge=1)
     """Blocks whose samples are shuffled together."""
+    memory_gib: float = Field(4.0, gt=0)
+    """What each rank may hold of blocks that are fetched ahead where ``data`` is a URL; above it, single samples
+    are fetched, which is slower. ``--dry-run`` tells the need."""
     bad_samples: int = Field(0, ge=0)
     """How many damaged samples a run may train around, each with loss weight 0."""
     timeout_seconds: float = Field(600.0, gt=0)

@@ -7,7 +7,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from beit_dist.errors import SampleError, StorageError
+from beit_dist.data.counts import bytes_read
+from beit_dist.data.fetching import RemoteReader
+from beit_dist.errors import SampleError
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import as_place
 from beit_dist.storage.place import Place
@@ -18,8 +20,14 @@ _OPEN_FILES = 64
 class ShardReader(Protocol):
     """Reads byte ranges of shards. Can be pickled; whatever it opens, it opens in the process that reads."""
 
-    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview], *, fresh: bool = False) -> None:
         """Fill ``buffers`` one after another with the bytes of ``shard`` from ``offset`` on.
+
+        Args:
+            shard: its name in the data set.
+            offset: in bytes.
+            buffers: to be filled.
+            fresh: take nothing that was read before, as it turned out to be damaged.
 
         Raises:
             SampleError: the bytes are not all there, or cannot be read.
@@ -57,12 +65,14 @@ class LocalReader:
     def __del__(self) -> None:
         self.close()
 
-    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview], *, fresh: bool = False) -> None:
         """See :meth:`ShardReader.read_into`; at most 1,024 buffers (IOV_MAX)."""
         expected = sum(buffer.nbytes for buffer in buffers)
         got = 0
         try:
             descriptor = self._descriptor(shard)
+            if fresh:  # have the system read the disk again, where it can
+                os.posix_fadvise(descriptor, offset, expected, os.POSIX_FADV_DONTNEED)
             got = os.preadv(descriptor, buffers, offset)
             while got < expected:  # a short read is legal; only an empty one means the end
                 more = os.preadv(descriptor, _after(buffers, got), offset + got)
@@ -77,6 +87,7 @@ class LocalReader:
             raise SampleError(
                 f"{self._path(shard)}: byte {offset}: got {got} bytes, expected {expected}; the file is cut short"
             )
+        bytes_read.add("disk", expected)
 
     def close(self) -> None:
         """Close every open shard."""
@@ -100,31 +111,6 @@ class LocalReader:
 
     def _path(self, shard: str) -> str:
         return os.path.join(self.root, shard)
-
-
-class RemoteReader:
-    """Shards at a URL, read range by range."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        """See :meth:`ShardReader.read_into`."""
-        whole = memoryview(bytearray(sum(buffer.nbytes for buffer in buffers)))
-        try:
-            self.place.read_into(shard, offset, whole)
-        except StorageError:
-            raise
-        except EOFError as error:
-            raise SampleError(f"{error}; the file is cut short") from None
-        except OSError as error:
-            raise SampleError(f"{self.place}/{shard}: byte {offset}: cannot be read ({error})") from None
-        for buffer in buffers:
-            buffer[:] = whole[: buffer.nbytes]
-            whole = whole[buffer.nbytes :]
-
-    def close(self) -> None:
-        """Nothing to close: the process's clients serve others, too."""
 
 
 def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from beit_dist.config import TrainConfig, ValidationConfig
+from beit_dist.data.lookahead import SamplesAhead
 from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.pipeline import Failure, PartPipeline
 from beit_dist.data.plan import Plan
@@ -78,6 +79,7 @@ class Validation:
             consumed=0,
             slots=1,
             tolerant=False,
+            ahead=SamplesAhead,
         )
         layout = self._pipeline.layout(rows)
         self._pipeline.memory = torch.empty(layout.nbytes, dtype=torch.uint8)

@@ -20,6 +20,9 @@ from beit_dist.errors import ConfigError
 READ_CHUNK = 8 << 20
 """Bytes of one request when a whole file is read; AWS advises ranges of 8 to 16 MiB."""
 
+Buffer = bytes | bytearray
+"""What a file's content comes in."""
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[a-z0-9]+::|pipe:")
 
 
@@ -97,6 +100,16 @@ class Place(ABC):
         Raises:
             EOFError: the file ends before that.
         """
+
+    def read_range(self, name: str, offset: int, size: int) -> Buffer:
+        """``size`` bytes of the file from ``offset`` on.
+
+        Raises:
+            EOFError: the file ends before that.
+        """
+        content = bytearray(size)
+        self.read_into(name, offset, memoryview(content))
+        return content
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The whole file, in pieces of 8 MiB that are valid until the next one is asked for."""

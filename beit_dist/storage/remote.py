@@ -18,7 +18,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from beit_dist.errors import AccessError, ConfigError, StorageError
 from beit_dist.storage.access import Access
-from beit_dist.storage.place import Place, shown
+from beit_dist.storage.place import Buffer, Place, shown
 from beit_dist.storage.retries import ShortReadError, retrying
 
 _Result = TypeVar("_Result")
@@ -112,26 +112,28 @@ class RemotePlace(Place):
         return content
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.read_range(name, offset, len(buffer))
+
+    def read_range(self, name: str, offset: int, size: int) -> Buffer:
         key = self._key(name)
 
         def read(fs: Any) -> bytes:
             # By name: the second position of s3fs's cat_file is a version id.
-            content: bytes = fs.cat_file(key, start=offset, end=offset + len(buffer))
-            if len(content) == len(buffer):
+            content: bytes = fs.cat_file(key, start=offset, end=offset + size)
+            if len(content) == size:
                 return content
             # A range past the end comes back short, and a server that ignores ranges sends the whole file.
-            size = int(fs.info(key)["size"] or 0)
-            if offset + len(buffer) > size:
-                raise _TooFarError(
-                    f"{shown(key)}: byte {offset}: expected {len(buffer)} bytes, the file has {size}"
-                )
-            raise ShortReadError(f"got {len(content)} bytes, expected {len(buffer)}")
+            length = int(fs.info(key)["size"] or 0)
+            if offset + size > length:
+                raise _TooFarError(f"{shown(key)}: byte {offset}: expected {size} bytes, the file has {length}")
+            raise ShortReadError(f"got {len(content)} bytes, expected {size}")
 
-        if len(buffer):
-            try:
-                buffer[:] = self._try(read, key)
-            except _TooFarError as error:
-                raise EOFError(str(error)) from None
+        if not size:
+            return b""
+        try:
+            return self._try(read, key)
+        except _TooFarError as error:
+            raise EOFError(str(error)) from None
 
     def write(self, name: str, content: bytes) -> None:
         key = self._key(name)

@@ -121,8 +121,8 @@ def test_damaged_samples_within_the_budget_have_no_weight_and_are_counted(
 def test_a_sample_that_is_whole_when_read_again_is_used(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     read, calls = LocalReader.read_into, Counter[tuple[str, int]]()
 
-    def flaky(self: LocalReader, shard: str, offset: int, buffers: Any) -> None:
-        read(self, shard, offset, buffers)
+    def flaky(self: LocalReader, shard: str, offset: int, buffers: Any, fresh: bool) -> None:
+        read(self, shard, offset, buffers, fresh=fresh)
         calls[shard, offset] += 1
         if calls[shard, offset] == 1:
             buffers[1][0] ^= 1
