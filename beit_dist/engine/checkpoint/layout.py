@@ -18,6 +18,8 @@ from beit_dist.storage.place import Place
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+GIVEN_UP = "given_up_for"
+"""In a manifest that commits nothing: a newer attempt, of this number, has taken the name before the older one."""
 BAD = "BAD"
 """Marks a damaged checkpoint in a store, where a folder cannot be renamed."""
 WEIGHT = "weight"
@@ -138,7 +140,9 @@ def committed(folder: Place) -> list[Saved]:
         if name:
             files = folder.list(entry)
             if MANIFEST in files and BAD not in files:
-                found.append(Saved(folder / entry, *name, read_manifest(folder / entry)))
+                manifest = read_manifest(folder / entry)
+                if GIVEN_UP not in manifest:
+                    found.append(Saved(folder / entry, *name, manifest))
     return sorted(found, key=lambda saved: (saved.attempt, saved.step), reverse=True)
 
 

@@ -31,6 +31,7 @@ from beit_dist.engine.checkpoint.layout import (
     AVERAGE,
     BAD,
     FORMAT_VERSION,
+    GIVEN_UP,
     MANIFEST,
     Fragment,
     Saved,
@@ -38,6 +39,7 @@ from beit_dist.engine.checkpoint.layout import (
     folder_name,
     parse_folder_name,
     rank_records,
+    read_manifest,
     role_digests,
     sealed,
     summed,
@@ -125,8 +127,21 @@ class CheckpointStore:
                     "a store that refuses to create what exists (If-None-Match: *), but it did so",
                     "Without that, two starts of a run could both believe to be the only one.",
                 )
+            self._give_up_unfinished()
         self.attempt = self._agreement.from_rank_0(self.attempt)
         return self.attempt
+
+    def _give_up_unfinished(self) -> None:
+        """What older attempts have not committed by now they never will: this attempt goes on without it.
+
+        An older rank may be about to do it, having seen no newer attempt. A manifest is created only once, so
+        either it was there before, and is found, or it never will be.
+        """
+        for entry in self.folder.list():
+            name = parse_folder_name(entry)
+            if name and name[1] < self.attempt and not (self.folder / entry).exists(MANIFEST):
+                with contextlib.suppress(FileNotFoundError):  # its attempt has just removed it
+                    (self.folder / entry).create(MANIFEST, sealed({GIVEN_UP: self.attempt}))
 
     def newest_whole(self) -> Saved | None:
         """The newest checkpoint whose files are all whole; damaged ones are reported and renamed ``.bad``.
@@ -275,6 +290,7 @@ class CheckpointStore:
         self.refuse_if_superseded()
         manifest = {**manifest, "saved_at": time.time(), "state_digests": summed(digests), "files": files}
         if not folder.create(MANIFEST, sealed(manifest)):
+            self.refuse_if_superseded()
             raise FileExistsError(f"{folder} is committed already")
         if self.folder.is_local:
             sync_folder(self.folder.path)
@@ -320,9 +336,13 @@ class CheckpointStore:
         whole = {saved.folder.name for saved in found}
         for entry in self.folder.list():
             name = parse_folder_name(entry)
-            unfinished = name and name[1] < self.attempt and entry not in whole
-            if unfinished and not (self.folder / entry).exists(MANIFEST):  # what is damaged has one, and stays
+            if name and name[1] < self.attempt and entry not in whole and not self._is_damaged(entry):
                 self._remove(entry)
+
+    def _is_damaged(self, entry: str) -> bool:
+        """Whether a checkpoint was committed but cannot be used; it stays, for somebody to look at."""
+        folder = self.folder / entry
+        return folder.exists(MANIFEST) and GIVEN_UP not in read_manifest(folder)
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(OSError):

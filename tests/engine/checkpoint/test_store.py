@@ -199,6 +199,40 @@ def test_what_an_older_attempt_still_commits_is_not_continued(
     assert (newest(three).step, newest(three).attempt) == (4, 3)
 
 
+@pytest.mark.parametrize("newer_saves", [False, True])
+def test_what_the_newer_attempt_has_not_found_is_never_committed(
+    three: Path, monkeypatch: pytest.MonkeyPatch, newer_saves: bool
+) -> None:
+    """The newer one begins while the older is between its check and its commit, and may die before it saves.
+
+    Were the older one's step 4 there afterwards, a third attempt would continue it: without the lines of numbers
+    that the second has removed, and whatever settings the second was started with.
+    """
+    older = store(three)
+    check = older.refuse_if_superseded
+    newer: list[CheckpointStore] = []
+
+    def late() -> None:
+        check()
+        if not newer:
+            newer.append(store(three))
+            found = newer[0].newest_whole()
+            assert found is not None
+            assert (found.step, found.attempt) == (3, 1)
+
+    monkeypatch.setattr(older, "refuse_if_superseded", late)
+    with pytest.raises(SupersededError, match="superseded by attempt 3"):
+        save(older, 4, State(4))
+    if newer_saves:
+        assert save(newer[0], 5, State(5))
+        assert names(three) == ["step-00000002.a0001", "step-00000003.a0001", "step-00000005.a0003"]
+    third = store(three)
+    found = third.newest_whole()
+    assert found is not None
+    assert (found.step, found.attempt) == ((5, 3) if newer_saves else (3, 1))
+    assert third.passed_over == 0
+
+
 def test_training_goes_on_while_a_copy_is_written(tmp_path: Path) -> None:
     writer, state = store(tmp_path), State(1)
     writer.begin_save(1, state, {})
