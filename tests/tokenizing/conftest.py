@@ -36,12 +36,13 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         self.root, self.images = root, root / "images"
+        self.source = str(self.images)
         self.encoder: Callable[[NDArray[np.uint8]], NDArray[np.int16]] = block_means
         self.seen_shapes: set[tuple[int, ...]] = set()
 
-    def job(self, out: Path, **changes: Any) -> tuple[Job, SourceList]:
+    def job(self, out: Path | str, **changes: Any) -> tuple[Job, SourceList]:
         """The recorded job of ``out``; its list is frozen if it is not yet."""
-        source = changes.pop("source", str(self.images))
+        source = changes.pop("source", self.source)
         seed = changes.get("seed", 0)
         place = open_place(out)
         freeze([source], place, seed)
@@ -53,7 +54,13 @@ class Bench:
         return job, sources
 
     def work(
-        self, out: Path, index: int = 0, count: int = 1, decoders: int = 0, max_rejected: int = 99, **changes: Any
+        self,
+        out: Path | str,
+        index: int = 0,
+        count: int = 1,
+        decoders: int = 0,
+        max_rejected: int = 99,
+        **changes: Any,
     ) -> WorkerReport:
         """Be one worker."""
         job, sources = self.job(out, **changes)
@@ -74,7 +81,9 @@ class Bench:
         )
         return worker.run()
 
-    def finish(self, out: Path, settings: Mapping[str, Any] | None = None, max_rejected: str = "100%") -> Any:
+    def finish(
+        self, out: Path | str, settings: Mapping[str, Any] | None = None, max_rejected: str = "100%"
+    ) -> Any:
         return finish(open_place(out), settings or {}, max_rejected)
 
     def run(self, name: str, **changes: Any) -> Path:
@@ -101,6 +110,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def pack(folder: Path, tar: Path) -> None:
+    tar.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(tar, "w") as archive:
         archive.add(folder, arcname=".")
 
