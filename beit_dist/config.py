@@ -170,6 +170,9 @@ class LoaderConfig(Section):
     """Consecutive samples of a shard read together; by default min(64, samples // (16 · lanes))."""
     window_blocks: int = Field(1, ge=1)
     """Blocks whose samples are shuffled together."""
+    memory_gib: float = Field(4.0, gt=0)
+    """What each rank may hold of blocks that are fetched ahead where ``data`` is a URL; above it, single samples
+    are fetched, which is slower. ``--dry-run`` tells the need."""
     bad_samples: int = Field(0, ge=0)
     """How many damaged samples a run may train around, each with loss weight 0."""
     timeout_seconds: float = Field(600.0, gt=0)
@@ -243,7 +246,7 @@ class ValidationConfig(Section):
     """Loss on samples that are not trained on."""
 
     data: str | None = None
-    """Shards of held-out images, made with the same tokenizer; null measures nothing."""
+    """Folder or URL of shards of held-out images, made with the same tokenizer; null measures nothing."""
     every_steps: int = Field(1000, ge=1)
     """Steps between measurements; there is one after the last step too."""
     samples: int = Field(2048, ge=1)
@@ -361,8 +364,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        for field in ("run", "init_from"):
+        for field in ("run", "data", "init_from"):
             check_place(field, getattr(self, field) or "")
+        check_place("validation.data", self.validation.data or "")
         patches, masking = self.model.patches, self.masking
         budget = masking.budget(patches)
         if budget >= patches:

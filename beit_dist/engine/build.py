@@ -190,6 +190,7 @@ def build(
             loader=config.loader,
             pin=device.type == "cuda",
             ranks_on_node=sum(other["host"] == process["host"] for other in everyone),
+            access=config.storage.access,
         ),
         agreement=agreement,
         store=store,

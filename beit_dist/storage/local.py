@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,13 @@ class LocalPlace(Place):
 
     def size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        found = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found[name] = self.size(name)
+        return found
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from beit_dist.config import LoggingConfig
+from beit_dist.data import counts
 from beit_dist.engine.metrics import METRICS, Metrics
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
@@ -113,6 +114,21 @@ def test_the_endpoint_serves_every_metric_of_the_table(tmp_path: Path) -> None:
     assert "beit_train_steps_total 5.0" in text
     assert 'beit_checkpoint_saves_total{result="ok"} 1.0' in text
     assert 'run="r"' in text
+
+
+def test_what_reading_took_is_exported_with_the_steps(tmp_path: Path) -> None:
+    counts.take()
+    counts.give({"beit_data_read_bytes": {"store": 500}, "beit_storage_retries": {"cut": 2}})
+    counts.bytes_read.add("store", 20)
+    writer = recorder(RunFolder(tmp_path), every=1)
+    metrics = writer._metrics
+    assert metrics is not None
+    writer.add(facts(1), torch.tensor(1.0), torch.tensor(1.0), 0.5)
+    writer.close()
+    value = metrics.registry.get_sample_value
+    assert value("beit_data_read_bytes_total", {"source": "store"}) == 520
+    assert value("beit_storage_retries_total", {"cause": "cut"}) == 2
+    assert counts.take() == {}
 
 
 def test_a_port_in_use_does_not_stop_a_run(caplog: pytest.LogCaptureFixture) -> None:
