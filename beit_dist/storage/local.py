@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,13 @@ class LocalPlace(Place):
             return sorted(os.listdir(self.folder / name))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    yield path.relative_to(self.folder).as_posix(), path.stat().st_size
 
     def size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
