@@ -69,5 +69,5 @@ def test_the_last_epochs_mean_rate_is_that_of_the_authors_log() -> None:
     assert (end, epoch) == (187_671, 625)
     rates = [schedule.lr(t) for t in range(end - epoch, end)]
     assert sum(rates) / epoch == pytest.approx(1.0015e-5, rel=5e-5)
-    assert max(schedule.lr(t) for t in range(0, end, 5)) == pytest.approx(1.5e-3, rel=1e-6)
+    assert max(schedule.lr(t) for t in range(end)) == 1.5e-3  # though the warm-up takes 6255.7 steps
     assert schedule.lr(0) == 0.0
