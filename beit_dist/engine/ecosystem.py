@@ -20,7 +20,6 @@ from beit_dist.models.vit import NORM_EPS
 from beit_dist.models.weights import to_hf, to_timm, to_unilm
 
 FORMS = ("hf", "timm", "unilm")
-_TIMM_NAMES = {"tiny": "beit_tiny", "small": "beit_small", "base": "beit_base", "large": "beit_large"}
 
 
 def export_elsewhere(stored: StoredWeights, out: str | Path, form: str, dtype: str = "fp32") -> Exported:
@@ -106,11 +105,13 @@ def _hf_processor(model: ModelConfig) -> dict[str, Any]:
 def _timm_config(model: ModelConfig) -> dict[str, Any]:
     size = model.image_size
     return {
-        "architecture": f"{_TIMM_NAMES[model.size]}_patch{model.patch_size}_{size}",
+        # One that timm knows; where the model is another, the arguments say how.
+        "architecture": "beit_large_patch16_224" if model.size == "large" else "beit_base_patch16_224",
         "num_classes": 0,
         "num_features": model.width,
         "global_pool": "token",
         "model_args": {
+            "global_pool": "token",  # mean pooling would drop the last norm
             "img_size": size,
             "patch_size": model.patch_size,
             "embed_dim": model.width,

@@ -118,7 +118,7 @@ def is_hf(names: Iterable[str]) -> bool:
 
 def without_extras(tensors: Mapping[str, Tensor]) -> tuple[Weights, list[str]]:
     """What may belong to the model of masked images, and the names of what fine-tuning has added to it."""
-    extras = [name for name in tensors if _EXTRA.match(name)]
+    extras = sorted(name for name in tensors if _EXTRA.match(name))
     return {name: tensor for name, tensor in tensors.items() if name not in extras}, extras
 
 
@@ -195,11 +195,12 @@ def from_unilm(tensors: Mapping[str, Tensor], config: ModelConfig) -> Weights:
 
 def _share_table(found: Weights) -> None:
     """The one table that all blocks have, in place of theirs."""
-    tables = {name: found.pop(name) for name in list(found) if _BLOCK_TABLE.fullmatch(name)}
+    names = sorted(filter(_BLOCK_TABLE.fullmatch, found), key=lambda name: int(name.split(".")[1]))
+    tables = {name: found.pop(name) for name in names}
     if not tables:
         return
     blocks = {name.split(".")[1] for name in found if name.startswith("blocks.")}
-    first = next(iter(tables))
+    first = names[0]
     different = [name for name, table in tables.items() if not torch.equal(table, tables[first])]
     if different or TABLE in found or len(tables) != len(blocks):
         what = f"{different[0]} is not {first}" if different else f"there are {first} and blocks that have none"

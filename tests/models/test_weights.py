@@ -118,26 +118,55 @@ def timm_beit(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Beit
 
 
+def timm_model(kind: Any, config: ModelConfig, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "num_classes": 0,
+        "global_pool": "token",
+        "init_values": config.layer_scale or None,
+        "use_abs_pos_emb": config.absolute_positions,
+        "use_rel_pos_bias": config.relative_positions,
+    }
+    return kind(**settings | changes)
+
+
 @BOTH
 def test_timms_features_equal_ours_after_export(config: ModelConfig, timm_beit: Any) -> None:
     model = a_model(config).eval()
-    peer = timm_beit(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        num_classes=0,
-        global_pool="token",
-        init_values=config.layer_scale or None,
-        use_abs_pos_emb=config.absolute_positions,
-        use_rel_pos_bias=config.relative_positions,
-        norm_layer=lambda width, **options: torch.nn.LayerNorm(width, eps=1e-6, **options),
-    ).eval()
+    peer = timm_model(timm_beit, config).eval()
     peer.load_state_dict(to_timm(weights_of(model), config), strict=True)
     patches, pixels = images(config)
     with torch.no_grad():
         torch.testing.assert_close(model.encode(patches), peer.forward_features(pixels), rtol=1e-4, atol=2e-5)
+
+
+@BOTH
+def test_stochastic_depth_is_timms_for_the_same_draws(config: ModelConfig, timm_beit: Any) -> None:
+    """timm draws; what it dropped is read off its modules and given to ours."""
+    config = config.model_copy(update={"drop_path": 0.5})
+    model = a_model(config)
+    peer = timm_model(timm_beit, config, drop_path_rate=0.5).train()
+    peer.load_state_dict(to_timm(weights_of(model), config), strict=True)
+    patches, pixels = images(config, batch=8)
+    keeps = torch.ones(8, config.depth, 2)
+    for index, block in enumerate(peer.blocks):
+        for branch, module in enumerate((block.drop_path1, block.drop_path2)):
+
+            def record(_: Any, __: Any, out: Tensor, index: int = index, branch: int = branch) -> None:
+                keeps[:, index, branch] = (out != 0).flatten(1).any(1).float()
+
+            module.register_forward_hook(record)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = peer.forward_features(pixels)
+        assert 0 < keeps[:, 1:].mean() < 1
+        assert keeps[:, 0].all()
+        torch.testing.assert_close(model.encode(patches, keeps=keeps), expected, rtol=1e-4, atol=2e-5)
+    assert config.drop_path_rates == pytest.approx([0.0, 0.25, 0.5])
 
 
 @BOTH
