@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from beit_dist.storage.place import Place
 from beit_dist.tokenizing.rejected import Rejected
 
 _READ_AT_ONCE = 32
-_VIEW = re.compile(r"v\d{2}")
+_VIEW, _SHARD = re.compile(r"v\d{2}"), re.compile(r"[^.].*\.tar")
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,10 @@ class Commit:
                 f"{self.job[:12]}, expected {job[:12]}). Start over in another --out, or remove the folder"
             )
 
-    def damage(self, out: Place, sizes: Mapping[str, int]) -> str:
-        """What is wrong with the committed files by their sizes (see :func:`shard_sizes`); empty if nothing."""
+    def damage(self, sizes: Mapping[str, int]) -> str:
+        """What is wrong with the committed files by their sizes (see :func:`sizes_of`); empty if nothing."""
         for info in self.files:
             size = sizes.get(info.name)
-            if size != info.bytes and not out.is_local:
-                size = out.size(info.name) if out.exists(info.name) else None  # a store's listings may lag behind
             if size != info.bytes:
                 found = "no such file" if size is None else f"{size} bytes"
                 return f"{info.name}: got {found}, expected {info.bytes} bytes"
@@ -105,16 +103,15 @@ def read_commit(out: Place, shard: int) -> Commit | None:
         raise DataError(f"{path}: cannot be read ({error!r}). Remove it: its shard is then made again") from None
 
 
-def shard_sizes(out: Place) -> dict[str, int]:
-    """Bytes of every shard file of the folder by its name, whether committed or not."""
-    found: dict[str, int] = {}
-    for view in filter(_VIEW.fullmatch, out.list()):
-        found |= {f"{view}/{name}": size for name, size in (out / view).files() if _is_shard(name)}
-    return found
+def sizes_of(out: Place, commits: Iterable[Commit]) -> dict[str, int]:
+    """Bytes of the committed files by name, as far as they are there."""
+    return out.sizes([info.name for commit in commits for info in commit.files])
 
 
-def _is_shard(name: str) -> bool:
-    return name.endswith(".tar") and "/" not in name and not name.startswith(".")
+def shard_files(out: Place) -> set[str]:
+    """Every shard file of the folder, whether committed or not."""
+    views = filter(_VIEW.fullmatch, out.list())
+    return {f"{view}/{name}" for view in views for name in out.list(view) if _SHARD.fullmatch(name)}
 
 
 def _name(shard: int) -> str:

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from beit_dist.data.shards import MANIFEST_NAME, Manifest, shard_name
+from beit_dist.data.shards import MANIFEST_NAME, Manifest, check_shard_files, load_manifest, shard_name
 from beit_dist.durable import leftovers
 from beit_dist.errors import DataError
 from beit_dist.storage.place import Place
-from beit_dist.tokenizing.commits import Commit, read_commits, shard_sizes
+from beit_dist.tokenizing.commits import Commit, read_commits, shard_files, sizes_of
 from beit_dist.tokenizing.job import JOB_NAME, Job, check_same_job, read_job
 from beit_dist.tokenizing.rejected import REJECTED_NAME, Rejected, check_rejected, rejection_limit
 from beit_dist.tokenizing.sources import SourceList
@@ -36,9 +36,8 @@ def finish(out: Place, settings: Mapping[str, Any], max_rejected: str) -> Manife
     sources = SourceList(out, job.shard_samples)
     if sources.sha256 != job.images:
         raise DataError(f"{sources.path}: changed since the job began. Put the old file back, or start over")
-    sizes = shard_sizes(out)
-    commits = _whole_commits(out, job, sources.shards, sizes)
-    _check_foreign(out, commits, sizes)
+    commits = _whole_commits(out, job, sources.shards)
+    _check_foreign(out, commits)
     rejected = [entry for commit in commits for entry in commit.rejected]
     check_rejected(len(rejected), rejection_limit(max_rejected, sources.header.entries), rejected)
     if not any(commit.samples for commit in commits):
@@ -75,19 +74,23 @@ def finished(out: Place, settings: Mapping[str, Any]) -> Manifest | None:
         return None
     if not out.exists(JOB_NAME):
         raise DataError(f"{out}: holds a finished data set, but no {JOB_NAME}. Use another --out")
-    manifest = Manifest.from_bytes(out.read(MANIFEST_NAME), str(out / MANIFEST_NAME))
+    manifest = load_manifest(out)
     check_same_job(out, read_job(out), settings)
-    whole = Commit(0, "", manifest.shards, ())
-    return None if whole.damage(out, shard_sizes(out)) else manifest
+    try:
+        check_shard_files(out, manifest)
+    except DataError:
+        return None
+    return manifest
 
 
-def _whole_commits(out: Place, job: Job, shards: int, sizes: Mapping[str, int]) -> list[Commit]:
+def _whole_commits(out: Place, job: Job, shards: int) -> list[Commit]:
     found = read_commits(out, range(shards))
     commits = [commit for commit in found if commit is not None]
     missing = [shard for shard, commit in enumerate(found) if commit is None]
     for commit in commits:
         commit.check_job(out, job.digest)
-    damaged = list(filter(None, (commit.damage(out, sizes) for commit in commits)))
+    sizes = sizes_of(out, commits)
+    damaged = list(filter(None, (commit.damage(sizes) for commit in commits)))
     if missing:
         raise DataError(
             f"{out}: {len(missing)} of {shards} shards are not committed: {_some(missing)}. Worker i of N makes "
@@ -98,10 +101,10 @@ def _whole_commits(out: Place, job: Job, shards: int, sizes: Mapping[str, int]) 
     return commits
 
 
-def _check_foreign(out: Place, commits: Sequence[Commit], sizes: Mapping[str, int]) -> None:
+def _check_foreign(out: Place, commits: Sequence[Commit]) -> None:
     """Shard files that no commit of the list accounts for would be read by everything but us."""
     known = {info.name for commit in commits for info in commit.files}
-    foreign = sorted(sizes.keys() - known)
+    foreign = sorted(shard_files(out) - known)
     if foreign:
         raise DataError(f"{out}: holds shards of no list: {_some(foreign)}. Move them elsewhere, or remove them")
 

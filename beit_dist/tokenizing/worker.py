@@ -26,7 +26,7 @@ from beit_dist.storage.access import Access
 from beit_dist.storage.place import Place
 from beit_dist.storage.retries import counts
 from beit_dist.tokenizing.ahead import ahead
-from beit_dist.tokenizing.commits import Commit, read_commits, shard_sizes, write_commit
+from beit_dist.tokenizing.commits import Commit, read_commits, sizes_of, write_commit
 from beit_dist.tokenizing.decoding import Decoded, Decoders, Recipe
 from beit_dist.tokenizing.encoder import Encoder
 from beit_dist.tokenizing.job import Job
@@ -200,8 +200,8 @@ class Worker:
     def _trusted_commits(self) -> dict[int, Commit]:
         """What an earlier start has committed, and is there."""
         found = {commit.shard: commit for commit in read_commits(self._out, self._shards) if commit is not None}
-        sizes = shard_sizes(self._out) if found else {}
-        trusted = {shard: commit for shard, commit in found.items() if not commit.damage(self._out, sizes)}
+        sizes = sizes_of(self._out, found.values())
+        trusted = {shard: commit for shard, commit in found.items() if not commit.damage(sizes)}
         for commit in trusted.values():
             commit.check_job(self._out, self._job.digest)
         return trusted

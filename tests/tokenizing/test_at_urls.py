@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,9 @@ def memory() -> Place:
 
 
 @pytest.fixture
-def bucket(object_store: ObjectStore, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def bucket(object_store: ObjectStore, failing_store: FaultProxy) -> Place:
     """An empty folder of the store, reached through the proxy by what the environment says."""
-    for name, value in object_store.environment(fault_proxy.url).items():
-        monkeypatch.setenv(name, value)
-    yield open_place(f"s3://{object_store.new_bucket()}/some/place")
-    fault_proxy.inject()
+    return open_place(f"s3://{object_store.new_bucket()}/some/place")
 
 
 def upload(local: Path, place: Place) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from beit_dist.errors import ConfigError, DataError
+from beit_dist.errors import ConfigError, DataError, SampleError
 from beit_dist.storage.local import LocalPlace
 from beit_dist.tokenizing.freeze import expand_sources, freeze
 from beit_dist.tokenizing.sources import SourceList, read_source
@@ -216,3 +216,38 @@ def test_a_damaged_list_is_refused(tmp_path: Path, bench: Any) -> None:
         SourceList(LocalPlace(tmp_path), 4)
     with pytest.raises(DataError, match="--index-only"):
         SourceList(LocalPlace(tmp_path / "empty"), 4)
+
+
+def test_folders_and_links_named_like_images(tmp_path: Path) -> None:
+    touch(tmp_path / "in/x.jpg/inner.png")
+    touch(tmp_path / "in/empty.jpg", b"")
+    (tmp_path / "in/dead.txt").symlink_to("nowhere")
+    freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
+    assert sorted(names(tmp_path / "out")) == ["empty.jpg", "x.jpg/inner.png"]
+
+
+@pytest.mark.parametrize("kind", ["loop", "dead link", "pipe"])
+def test_what_is_named_like_an_image_and_is_none_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "in/odd.jpg"
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name if kind == "loop" else "nowhere")
+    with pytest.raises(DataError, match=r"in/odd\.jpg: .*[Rr]emove it"):
+        freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
+
+
+def test_an_image_that_may_not_be_read_ends_the_worker_with_its_name(
+    tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no reject: on another machine, or after a chmod, it would be one of the samples."""
+    freeze([str(bench.images)], LocalPlace(tmp_path), 0)
+    entry = SourceList(LocalPlace(tmp_path), 99).read(0)[0]
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(SampleError, match=r"\.png cannot be read \(Permission denied\)"):
+        read_source(entry)
