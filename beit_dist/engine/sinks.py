@@ -12,9 +12,13 @@ from typing import Any, Protocol
 
 from beit_dist.config import TrainConfig
 from beit_dist.errors import ConfigError
+from beit_dist.tokenizer_config import TokenizerRecipe
 
 _log = logging.getLogger(__name__)
-_SHOWN = ("model", "masking", "optimizer", "ema", "global_batch", "micro_batch", "epochs", "steps", "seed")
+_SHOWN = (
+    *("model", "masking", "optimizer", "ema", "global_batch", "micro_batch", "epochs", "steps", "seed"),
+    *("batch", "lr", "temperature", "kl_weight", "usage_weight", "image_size"),
+)
 """Sections of the recipe that are sent. Places of files are not: an address may hold a password."""
 
 
@@ -53,7 +57,7 @@ class Sinks:
                 self._sinks.remove(sink)
 
 
-def open_sinks(config: TrainConfig, run: Path, step: int) -> Sinks:
+def open_sinks(config: TrainConfig | TokenizerRecipe, run: Path, step: int) -> Sinks:
     """Open what the recipe asks for.
 
     Args:
@@ -77,7 +81,7 @@ def open_sinks(config: TrainConfig, run: Path, step: int) -> Sinks:
     return Sinks(sinks)
 
 
-def check_packages(config: TrainConfig) -> None:
+def check_packages(config: TrainConfig | TokenizerRecipe) -> None:
     """Refuse a recipe whose sinks are not installed, before anything starts.
 
     Raises:
@@ -112,7 +116,7 @@ class WandbSink:
     here; neither the code, the command line nor the environment is sent.
     """
 
-    def __init__(self, config: TrainConfig, run: Path) -> None:
+    def __init__(self, config: TrainConfig | TokenizerRecipe, run: Path) -> None:
         wandb = _wandb()
         path = run.resolve()
         self._run = wandb.init(

@@ -16,7 +16,7 @@ from support.servers import unavailable
 
 from beit_dist.config import LoggingConfig
 from beit_dist.data import counts
-from beit_dist.engine.metrics import METRICS, Metrics
+from beit_dist.engine.metrics import METRICS, TOKENIZER_METRICS, Metric, Metrics
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
 
@@ -167,9 +167,10 @@ def test_the_endpoint_can_be_turned_off() -> None:
     assert Metrics().serve(LoggingConfig(metrics_port=None)) is None
 
 
-def test_names_follow_prometheus_conventions() -> None:
-    for metric in METRICS:
+@pytest.mark.parametrize("table", [METRICS, TOKENIZER_METRICS], ids=["pre-training", "tokenizer"])
+def test_names_follow_prometheus_conventions(table: tuple[Metric, ...]) -> None:
+    for metric in table:
         assert metric.name.startswith("beit_")
         assert not metric.name.endswith(("_total", "_info"))
         assert metric.help.endswith(".")
-    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    assert len({metric.name for metric in table}) == len(table)
