@@ -75,6 +75,9 @@ def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:
             raise WeightsError(f"{file}: got {min(twice)}, which another file of {path} has too")
         tensors |= found
         known |= said
+    room = sum(file.stat().st_size for file in _files(path))
+    if sum(tensor.numel() for tensor in tensors.values()) > room:
+        raise WeightsError(f"{path}: got tensors that share their values, and are more than the files hold")
     try:
         if path.is_dir():
             known |= _settings(path, notes)
@@ -128,11 +131,9 @@ def _read(path: Path, digest: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _state(path: Path, found: Any) -> dict[str, Tensor]:
     """The state dict in what a file held: by itself, or under ``model``, ``module`` or ``state_dict``."""
-    while isinstance(found, dict):
-        inner = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)), None)
-        if inner is None:
-            break
-        found = inner
+    for _ in _WRAPPERS:
+        if isinstance(found, dict):
+            found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)), found)
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise WeightsError(f"{path}: got no state of a model, expected tensors by name")
     return {str(name): tensor for name, tensor in found.items()}

@@ -32,8 +32,8 @@ _CLASSES = {"dall_e.encoder": {"Encoder", "EncoderBlock"}, "dall_e.decoder": {"D
             "dall_e.utils": {"Conv2d"}, "torch.nn.modules.container": {"Sequential"},
             "torch.nn.modules.activation": {"ReLU"}, "torch.nn.modules.linear": {"Identity"},
             "torch.nn.modules.pooling": {"MaxPool2d"}, "torch.nn.modules.upsampling": {"Upsample"}}  # fmt: skip
-_STEM = re.compile(r"(.*?)blocks\.input\.w(?:eight)?")
 _DEEPEST = 8
+_STEM = re.compile(r"(.*?)blocks\.input\.w(?:eight)?")
 
 
 def convert(encoder: str | Path, decoder: str | Path | None, out: str | Path, any_size: bool = False) -> DVAE:
@@ -89,7 +89,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             "download with `curl -fLo FILE URL` or `wget -O FILE URL`"
         )
     found = _safetensors(path) if start[8:9] == b"{" else read_torch_file(path, admit=_admit)
-    named = dict(_collect(found)) if isinstance(found, Inert) else _state(found)
+    named = dict(_collect(found, set())) if isinstance(found, Inert) else _state(found)
     renamed = {_openai_name(name): tensor for name, tensor in named.items()}
     if not renamed or len(renamed) != len(named) or not all(name.startswith("blocks.") for name in renamed):
         raise TokenizerError(
@@ -109,11 +109,12 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise TokenizerError(f"{path}: got damaged safetensors ({' '.join(str(error).split())})") from None
 
 
-def _collect(shell: Inert, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors below a shell, as ``state_dict`` would have them. A cycle is ended by the depth."""
+def _collect(shell: Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors below a shell, as ``state_dict`` would have them. No module is in another twice."""
     state = shell.state
-    if depth > _DEEPEST or not isinstance(state, dict):
+    if id(shell) in seen or prefix.count(".") > _DEEPEST or not isinstance(state, dict):
         raise TokenizerError(f"{prefix or 'the file'}: got no module of DALL-E's")
+    seen.add(id(shell))
     for kind in ("_parameters", "_modules"):
         members = state.get(kind) or {}
         if not isinstance(members, dict):
@@ -122,7 +123,7 @@ def _collect(shell: Inert, prefix: str = "", depth: int = 0) -> Iterator[tuple[s
             if isinstance(member, Tensor) and kind == "_parameters":
                 yield f"{prefix}{name}", member
             elif isinstance(member, Inert) and kind == "_modules":
-                yield from _collect(member, f"{prefix}{name}.", depth + 1)
+                yield from _collect(member, seen, f"{prefix}{name}.")
 
 
 def _state(found: Any) -> dict[str, Tensor]:
