@@ -139,6 +139,13 @@ class Recorder:
             text = f"step {step}  held-out loss {result.loss:.4f}  accuracy {100 * result.accuracy:.1f} %"
             print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
+    def has_validation(self, step: int) -> bool:
+        """Rank 0: whether the held-out result of ``step`` is on the disk."""
+        if self._results is None:
+            return False
+        with self._results.path.open("rb") as lines:
+            return any(json.loads(line)["step"] == step for line in lines)
+
     def pause(self) -> None:
         """What happened since the last flush, a save for instance, does not count as training time."""
         if not self._facts:

@@ -114,6 +114,8 @@ class Trainer:
             TrainingError: too many steps without an update, or the last checkpoint could not be saved.
         """
         parts, progress = self.parts, self.progress
+        if not self._validate_if_due(again=True):  # a stop may have cut this step's measurement short
+            return self._stop()
         left = progress.step < parts.total_steps
         batch = self._fetch() if left else None
         while left:
@@ -121,10 +123,7 @@ class Trainer:
             if alarm:
                 parts.guard.stop_for_spike()
             if stop:
-                asked = [name for name in parts.agreement.gather(parts.stop.name) if name]
-                self.reason = asked[0] if asked else None
-                self._save_and_wait()
-                return PREEMPTED
+                return self._stop()
             if written == parts.resolved.ranks:
                 self._finish_save()
             self._count_bad(bad)
@@ -132,12 +131,21 @@ class Trainer:
             digest = (halves[0] + (halves[1] << 32)) % 2**64
             batch = self._train_step(batch, masked, bad, digest)
             left = progress.step < parts.total_steps
-            if parts.validation is not None and parts.validation.is_due(progress.step, parts.total_steps):
-                self._validate(parts.validation)
+            if not self._validate_if_due():
+                if left:
+                    parts.agreement.result()  # of a batch that is not trained on any more
+                return self._stop()
             if left and (save or self._save_is_due()):
                 self._begin_save()
         self._save_and_wait()
         return DONE
+
+    def _stop(self) -> str:
+        """Save, as asked to. Collective."""
+        asked = [name for name in self.parts.agreement.gather(self.parts.stop.name) if name]
+        self.reason = asked[0] if asked else None
+        self._save_and_wait()
+        return PREEMPTED
 
     def _train_step(self, batch: RankBatch, masked: int, bad: int, digest: int) -> RankBatch | None:
         """One optimizer step on this rank's rows of the global batch; the next batch, if there is a next step.
@@ -231,15 +239,28 @@ class Trainer:
         parts.agreement.post([masked, bad, stop, save, written, parts.guard.alarm, *halves])
         return batch
 
-    def _validate(self, validation: Validation) -> None:
-        """Measure the held-out loss; before a save of the same step, so that no result is missing behind it."""
+    def _validate_if_due(self, again: bool = False) -> bool:
+        """Measure the held-out loss; before a save of the same step, so that no result is missing behind it.
+
+        Args:
+            again: the run goes on behind this step: only if its result is missing.
+
+        Returns:
+            False: it is due, but a rank was asked to stop meanwhile, which all ranks know.
+        """
         parts, progress = self.parts, self.progress
+        validation = parts.validation
+        if validation is None or not progress.step or not validation.is_due(progress.step, parts.total_steps):
+            return True
+        if again and parts.agreement.from_rank_0(parts.recorder.has_validation(progress.step)):
+            return True
         parts.recorder.flush()
         result = validation.measure(parts.engine.module, parts.stop, parts.watchdog.beat)
         if result is not None:
             parts.recorder.add_validation(progress.step, progress.samples, result)
         parts.recorder.pause()
         parts.watchdog.beat()
+        return result is not None
 
     def _save_is_due(self) -> bool:
         every = self.parts.config.checkpoint.every_steps

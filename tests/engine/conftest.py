@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
@@ -53,16 +53,16 @@ class Run:
         train += ["--config", str(self.recipe), f"run={self.folder}", f"data={self.data}"]
         return [*launcher, *train, *self.overrides, *overrides]
 
-    def start(self, *overrides: str, stdout: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
-        """Start training and return at once."""
+    def start(self, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+        """Start training and return at once; ``options`` are those of ``Popen``."""
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             self.command(*overrides),
-            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
             cwd=self.folder.parent,
+            **{"stdout": subprocess.PIPE, **options},
         )
 
     def finish(self, *overrides: str, seconds: float = 180) -> tuple[int, str]:
