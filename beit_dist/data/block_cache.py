@@ -2,7 +2,7 @@
 
 The ranks of a host share one folder. A file holds one run of samples and behind it a mark of which one it is: a
 file that was cut, or lies under another's name, is not taken. The bytes before the mark are not summed again here:
-every sample's own crc32 is checked whenever it is read. One that fails it is read from the store, and the file goes.
+every sample's own crc32 is checked whenever it is read. Where one fails, the store is read, and the file goes.
 """
 
 from __future__ import annotations

@@ -105,6 +105,8 @@ class RemoteReader:
 
     def close(self) -> None:
         """Let go of what is held, and of the threads; the process's clients serve others, too."""
+        for held in self._held.values():
+            held.content.cancel()
         self._threads.close()
         self._begin()
 
