@@ -74,6 +74,10 @@ class Place(ABC):
         """Sorted names of what is directly in this folder, or in its folder ``name``; none is no error."""
 
     @abstractmethod
+    def files(self) -> Iterator[tuple[str, int]]:
+        """(path in this folder, bytes) of every file in it and below, in no particular order; none is no error."""
+
+    @abstractmethod
     def size(self, name: str) -> int:
         """Bytes of a file."""
 

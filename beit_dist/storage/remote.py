@@ -18,6 +18,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from beit_dist.errors import AccessError, ConfigError, StorageError
 from beit_dist.storage.access import Access
+from beit_dist.storage.listings import folder_files, s3_files
 from beit_dist.storage.place import Buffer, Place, shown
 from beit_dist.storage.retries import ShortReadError, retrying
 
@@ -71,6 +72,20 @@ class RemotePlace(Place):
             return []
         names = {PurePosixPath(str(path)).name for path in found}
         return sorted(names - {"", PurePosixPath(urlsplit(folder).path).name})
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        if urlsplit(self._url).scheme in _S3:
+            bucket, _, key = self._url.partition("://")[2].partition("/")
+            yield from s3_files(self.system(), bucket, f"{key}/" if key else "")
+            return
+        root: str = self.system()._strip_protocol(self._url)
+
+        def ls(folder: str) -> list[dict[str, Any]]:
+            entries: list[dict[str, Any]] = self._try(lambda fs: fs.ls(folder, detail=True), folder)
+            return entries
+
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            yield from folder_files(ls, root.rstrip("/"))
 
     def size(self, name: str) -> int:
         key = self._key(name)
