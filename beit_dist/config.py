@@ -20,7 +20,7 @@ from beit_dist.settings import load_recipe as load_recipe
 from beit_dist.settings import near_divisors as near_divisors
 from beit_dist.settings import validate as validate
 from beit_dist.storage.access import Access
-from beit_dist.storage.place import check_place
+from beit_dist.storage.place import check_place, is_url
 
 Unit = tuple[float, float, float]
 
@@ -173,10 +173,20 @@ class LoaderConfig(Section):
     memory_gib: float = Field(4.0, gt=0)
     """What each rank may hold of blocks that are fetched ahead where ``data`` is a URL; above it, single samples
     are fetched, which is slower. ``--dry-run`` tells the need."""
+    cache_dir: str | None = None
+    """Folder on a local disk, shared by the ranks of a host, in which blocks fetched from a URL are kept."""
+    cache_gib: float = Field(100.0, gt=0)
+    """How much is kept there; what was not used for longest goes first."""
     bad_samples: int = Field(0, ge=0)
     """How many damaged samples a run may train around, each with loss weight 0."""
     timeout_seconds: float = Field(600.0, gt=0)
     """How long the trainer waits for a batch before it gives up."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoaderConfig:
+        if self.cache_dir is not None and is_url(self.cache_dir):
+            raise ConfigError("loader.cache_dir", self.cache_dir, "a folder on a local disk")
+        return self
 
 
 class CheckpointConfig(Section):

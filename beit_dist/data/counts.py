@@ -9,11 +9,14 @@ from beit_dist.storage.counts import Counts
 
 bytes_read = Counts()
 """Bytes of shards by source: ``disk`` (a folder), ``store`` (a URL) or ``cache`` (blocks kept on a local disk)."""
+cache_lookups = Counts()
+"""Blocks asked of the cache on the local disk: ``hit``, ``miss``, ``damaged``, or ``failed`` for a faulty disk."""
 read_again = Counts()
 """Samples that were damaged when first read, by how the second attempt ended: ``whole`` or ``damaged``."""
 
 COUNTERS: dict[str, tuple[Counts, str]] = {
     "beit_data_read_bytes": (bytes_read, "source"),
+    "beit_data_cache_lookups": (cache_lookups, "result"),
     "beit_data_samples_read_again": (read_again, "result"),
     "beit_storage_retries": (retries.counts, "cause"),
 }

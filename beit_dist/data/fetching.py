@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from beit_dist.data.block_cache import BlockCache
 from beit_dist.data.counts import bytes_read
 from beit_dist.errors import SampleError, StorageError
 from beit_dist.storage.place import Buffer, Place
@@ -27,6 +28,11 @@ class Extent(NamedTuple):
     stride: int
     """Bytes of each."""
 
+    @property
+    def range(self) -> tuple[str, int, int]:
+        """Shard, offset and number of bytes."""
+        return self.shard, self.offset, self.samples * self.stride
+
 
 class RemoteReader:
     """Reads shards at a place, and holds what it is told will be read; not for use by two threads at once.
@@ -38,6 +44,8 @@ class RemoteReader:
 
     def __init__(self, place: Place, in_flight: int = IN_FLIGHT) -> None:
         self.place, self.in_flight = place, in_flight
+        self.cache: BlockCache | None = None
+        """Where what is held is looked for first, and kept."""
         self._begin()
 
     def _begin(self) -> None:
@@ -46,7 +54,7 @@ class RemoteReader:
         self._threads = _Threads(self.in_flight)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place, "in_flight": self.in_flight}
+        return {"place": self.place, "in_flight": self.in_flight, "cache": self.cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -63,8 +71,10 @@ class RemoteReader:
             self._samples[extent.shard, extent.offset + sample * extent.stride] = extent
 
     def release(self, extent: Extent) -> None:
-        """Forget these samples."""
-        held = self._held[extent]
+        """Forget these samples; harmless where :meth:`close` has done so."""
+        held = self._held.get(extent)
+        if held is None:
+            return
         held.users -= 1
         if held.users:
             return
@@ -78,7 +88,11 @@ class RemoteReader:
     def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview], *, fresh: bool = False) -> None:
         """See :meth:`beit_dist.data.storage.ShardReader.read_into`."""
         size = sum(buffer.nbytes for buffer in buffers)
-        extent = None if fresh else self._samples.get((shard, offset))
+        extent = self._samples.get((shard, offset))
+        if fresh and extent is not None:
+            if self.cache is not None:
+                self.cache.drop(*extent.range)
+            extent = None
         content = None if extent is None else self._content(extent)
         if extent is None or content is None or offset + size > extent.offset + extent.samples * extent.stride:
             content, start = self._read(shard, offset, size), 0
@@ -91,6 +105,8 @@ class RemoteReader:
 
     def close(self) -> None:
         """Let go of what is held, and of the threads; the process's clients serve others, too."""
+        for held in self._held.values():
+            held.content.cancel()
         self._threads.close()
         self._begin()
 
@@ -104,7 +120,15 @@ class RemoteReader:
             return None
 
     def _fetch(self, extent: Extent) -> Buffer:
-        return self._read(extent.shard, extent.offset, extent.samples * extent.stride)
+        if self.cache is None:
+            return self._read(*extent.range)
+        content = self.cache.get(*extent.range)
+        if content is not None:
+            bytes_read.add("cache", len(content))
+            return content
+        content = self._read(*extent.range)
+        self.cache.put(extent.shard, extent.offset, content)
+        return content
 
     def _read(self, shard: str, offset: int, size: int) -> Buffer:
         try:

@@ -7,6 +7,7 @@ in memory laid out once. Nothing here depends on how many workers or ranks there
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from beit_dist.data.fetching import Extent, RemoteReader
 from beit_dist.data.lookahead import Lookahead, MakeLookahead
 from beit_dist.data.manifest import Manifest
 from beit_dist.data.masking import MaskGenerator
-from beit_dist.data.plan import Picks, Piece, Plan
+from beit_dist.data.plan import Piece, Plan
 from beit_dist.data.sample import NPY_HEADER, SampleLayout, decode_head, parse_key, sample_crc
 from beit_dist.data.storage import ShardReader
 from beit_dist.errors import DataError, SampleError, UserError
@@ -69,19 +70,19 @@ class RowLayout:
         placed, offset = {}, 0
         for name, (dtype, shape) in shapes.items():
             placed[name] = (offset, dtype, shape)
-            offset += -(-dtype.itemsize * int(np.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
+            offset += -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
         return placed
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole, padding included."""
         offset, dtype, shape = list(self.fields.values())[-1]
-        return offset + -(-dtype.itemsize * int(np.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
+        return offset + -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
 
     def tensors(self, memory: Tensor) -> dict[str, Tensor]:
         """The arrays as views of ``memory``, a uint8 tensor of at least ``nbytes``."""
         return {
-            name: memory[offset : offset + dtype.itemsize * int(np.prod(shape))].view(dtype).view(shape)
+            name: memory[offset : offset + dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
             for name, (offset, dtype, shape) in self.fields.items()
         }
 
@@ -169,12 +170,15 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         self.shard_names = [[shard.name for shard in manifest.view_shards(v)] for v in range(manifest.views)]
         self.sample = manifest.layout
         self.ahead = ahead
+        self._layouts: dict[int, RowLayout] = {}
         self.memory: Tensor | None = None
         """Memory for the next part, in place of the slots: used without workers."""
 
     def layout(self, rows: int) -> RowLayout:
         """How a part of so many rows lies in memory."""
-        return RowLayout(self.sample, self.masks.positions_per_image, self.depth, rows)
+        if rows not in self._layouts:
+            self._layouts[rows] = RowLayout(self.sample, self.masks.positions_per_image, self.depth, rows)
+        return self._layouts[rows]
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed}
@@ -232,17 +236,19 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         picks = self.plan.picks(part.consumed, self.per_lane, part.rows)
         arrays = self._arrays(part)
         arrays["epochs"][:] = picks.epochs
-        reading = _Reading(self.reader, self.sample)
-        ahead = self._ahead
+        reading, ahead = _Reading(self.reader, self.sample), self._ahead
+        memory, size = arrays["patches"].data.cast("B"), self.sample.patches_nbytes
+        places = zip(picks.views.tolist(), picks.shards.tolist(), picks.rows.tolist(), strict=True)
         if ahead is not None:
             ahead.begin(part.consumed)
-        for row, number in enumerate(part.rows):
+        for row, (view, shard, stored) in enumerate(places):
             if ahead is not None:
-                ahead.reach(number // self.per_lane, part.consumed + number % self.per_lane)
-            patches, tokens = arrays["patches"][row].data.cast("B"), arrays["tokens"][row]
-            place = self._place(picks, row)
+                lane, number = divmod(part.rows[row], self.per_lane)
+                ahead.reach(lane, part.consumed + number)
+            patches, tokens = memory[row * size : (row + 1) * size], arrays["tokens"][row]
             try:
-                arrays["sample_ids"][row] = reading.sample(*place, patches, tokens)
+                name = self.shard_names[view][shard]
+                arrays["sample_ids"][row] = reading.sample(name, stored, view, patches, tokens)
             except DataError as error:
                 if not self.tolerant:
                     raise
@@ -273,11 +279,6 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         assert part.memory is not None  # only what is sent away loses it
         tensors = self.layout(len(part.rows)).tensors(part.memory)
         return {name: tensor.numpy() for name, tensor in tensors.items()}
-
-    def _place(self, picks: Picks, row: int) -> tuple[str, int, int]:
-        """(shard name, row in the shard, view) of a row."""
-        view = int(picks.views[row])
-        return self.shard_names[view][picks.shards[row]], int(picks.rows[row]), view
 
     def _extent(self, piece: Piece) -> Extent:
         """Where the samples of a piece lie."""

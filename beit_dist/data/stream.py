@@ -21,6 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from beit_dist.config import LoaderConfig, near_divisors
 from beit_dist.data import counts, shared_memory
+from beit_dist.data.block_cache import BlockCache
 from beit_dist.data.fetching import RemoteReader
 from beit_dist.data.lookahead import BlocksAhead, MakeLookahead, SamplesAhead, lanes_of, ring_bytes
 from beit_dist.data.manifest import Manifest
@@ -171,6 +172,9 @@ class RankBatches(Iterator[RankBatch]):
         self.prefetch = self._prefetch(layout.nbytes, ranks_on_node)
         reader = open_reader(root, access)
         ahead = look_ahead(reader, plan, manifest.layout, self.rows, self.per_lane, loader)
+        if loader.cache_dir is not None and isinstance(reader, RemoteReader) and ahead is BlocksAhead:
+            reader.cache = BlockCache(loader.cache_dir, int(loader.cache_gib * 2**30), manifest.digest)
+            reader.cache.remove_leftovers()
         self._pipeline = PartPipeline(
             reader=reader,
             manifest=manifest,
@@ -277,6 +281,8 @@ class RankBatches(Iterator[RankBatch]):
                 self._ready.put((batch, buffer))
         except BaseException as error:
             self._ready.put(_explained(error))
+        finally:
+            self._pipeline.reader.close()  # without workers, this thread has read
 
     def _open_loader(self) -> Any:
         # Always a fresh loader at an integer: one path for starting and for resuming, on any number of workers.

@@ -65,6 +65,12 @@ METRICS = (
         "beit_data_read_bytes", "counter", "Bytes of shards read for rank 0: disk, store or cache.", ("source",)
     ),
     Metric(
+        "beit_data_cache_lookups",
+        "counter",
+        "Blocks asked of loader.cache_dir for rank 0: hit, miss, damaged or failed.",
+        ("result",),
+    ),
+    Metric(
         "beit_data_samples_read_again",
         "counter",
         "Samples of rank 0 that were damaged when first read: whole or damaged when read again.",

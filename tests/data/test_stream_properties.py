@@ -30,7 +30,7 @@ class Start:
     workers: int
     steps: int
     reader: str = "folder"
-    """``folder``, or ``blocks`` or ``samples`` that are fetched from a web server."""
+    """``folder``; ``blocks`` or ``samples`` fetched from a web server; ``cached``: blocks kept on a disk."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def streams(draw: st.DrawFn) -> Stream:
         per_lane = draw(st.integers(1, 4))
         batch = lanes * per_lane
         world = draw(st.sampled_from([world for world in range(1, 5) if batch % world == 0]))
-        reader = draw(st.sampled_from(["folder", "blocks", "samples"]))
+        reader = draw(st.sampled_from(["folder", "blocks", "cached", "samples"]))
         starts.append(Start(per_lane, world, draw(st.integers(0, 2)), draw(st.integers(1, 4)), reader))
     shards = draw(st.lists(st.integers(1, 11), min_size=1, max_size=4))
     views, gaps, window = draw(st.integers(1, 2)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
@@ -71,7 +71,7 @@ TINY = Stream(
     block=1,
     window=1,
     consumed=0,
-    starts=(Start(2, 2, 2, 3, "blocks"), Start(1, 4, 1, 2), Start(3, 3, 0, 2, "samples")),
+    starts=(Start(2, 2, 2, 3, "blocks"), Start(1, 4, 1, 2, "cached"), Start(3, 3, 0, 2, "samples")),
 )
 """A set smaller than the first global batch; then other batches, ranks, workers and readers."""
 
@@ -107,7 +107,9 @@ def read(data: DataSet, start: Start, position: int) -> list[Rows]:
             consumed=position,
             batch=data.plan.lanes * start.per_lane,
             workers=start.workers,
-            memory_gib=4 if start.reader == "blocks" else 1e-9,
+            memory_gib=1e-9 if start.reader == "samples" else 4,
+            cache_dir=str(data.root / "cache") if start.reader == "cached" else None,
+            cache_gib=50_000 / 2**30,  # a few blocks
         )
         for rank in range(start.world)
     ]
