@@ -1,6 +1,6 @@
 """A real SLURM for tests: a controller and two nodes on one machine, on loopback, in one folder.
 
-Debian builds slurmd with ``--enable-multiple-slurmd``, so two of them run side by side, each with a name of its own.
+Debian builds slurmd with ``--enable-multiple-slurmd``, so two of them run side by side, each under its own name.
 """
 
 from __future__ import annotations
