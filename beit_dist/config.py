@@ -20,7 +20,7 @@ from beit_dist.settings import load_recipe as load_recipe
 from beit_dist.settings import near_divisors as near_divisors
 from beit_dist.settings import validate as validate
 from beit_dist.storage.access import Access
-from beit_dist.storage.place import check_place
+from beit_dist.storage.place import check_place, is_url
 
 Unit = tuple[float, float, float]
 
@@ -170,10 +170,23 @@ class LoaderConfig(Section):
     """Consecutive samples of a shard read together; by default min(64, samples // (16 · lanes))."""
     window_blocks: int = Field(1, ge=1)
     """Blocks whose samples are shuffled together."""
+    memory_gib: float = Field(4.0, gt=0)
+    """What each rank may hold of blocks that are fetched ahead where ``data`` is a URL; above it, single samples
+    are fetched, which is slower. ``--dry-run`` tells the need."""
+    cache_dir: str | None = None
+    """Folder on a local disk, shared by the ranks of a host, in which blocks fetched from a URL are kept."""
+    cache_gib: float = Field(100.0, gt=0)
+    """How much is kept there; what was not used for longest goes first."""
     bad_samples: int = Field(0, ge=0)
     """How many damaged samples a run may train around, each with loss weight 0."""
     timeout_seconds: float = Field(600.0, gt=0)
     """How long the trainer waits for a batch before it gives up."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoaderConfig:
+        if self.cache_dir is not None and is_url(self.cache_dir):
+            raise ConfigError("loader.cache_dir", self.cache_dir, "a folder on a local disk")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -243,7 +256,7 @@ class ValidationConfig(Section):
     """Loss on samples that are not trained on."""
 
     data: str | None = None
-    """Shards of held-out images, made with the same tokenizer; null measures nothing."""
+    """Folder or URL of shards of held-out images, made with the same tokenizer; null measures nothing."""
     every_steps: int = Field(1000, ge=1)
     """Steps between measurements; there is one after the last step too."""
     samples: int = Field(2048, ge=1)
@@ -361,8 +374,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        for field in ("run", "init_from"):
+        for field in ("run", "data", "init_from"):
             check_place(field, getattr(self, field) or "")
+        check_place("validation.data", self.validation.data or "")
         patches, masking = self.model.patches, self.masking
         budget = masking.budget(patches)
         if budget >= patches:
@@ -413,8 +427,9 @@ class DVAEConfig(Section):
     hidden: int = Field(256, ge=4)
     """Channels of the first group; the later three have 2, 4 and 8 times as many."""
     blocks_per_group: int = Field(2, ge=1)
-    decoder_input: int = Field(128, ge=1)
-    """Channels the decoder's first convolution makes of the one-hot tokens: the codebook's width."""
+    decoder_input: int = Field(128, ge=0)
+    """Channels the decoder's first convolution makes of the one-hot tokens: the codebook's width. 0: no decoder,
+    which makes tokens but no pictures of them."""
 
     @model_validator(mode="after")
     def _check(self) -> DVAEConfig:

@@ -103,6 +103,8 @@ class TokenizerRecipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerRecipe:
+        if not self.model.decoder_input:
+            raise ConfigError("model.decoder_input", 0, "1 or more: a dVAE is trained with its decoder")
         check_place("run", self.run or "")
         for field, size in (("image_size", self.image_size), ("view_size", self.view_size)):
             if size % 8:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from beit_dist.data.draws import Purpose, below, permutation, uniforms, words
 from beit_dist.data.images import ImageRejectedError, decode
 from beit_dist.data.listing import IMAGE_SUFFIXES, expand_sources, list_images
-from beit_dist.errors import DataError
+from beit_dist.errors import ConfigError, DataError
+from beit_dist.storage.place import is_url
 
 Pixels = NDArray[np.uint8]
 
@@ -40,6 +41,9 @@ def find_images(images: str) -> list[ImageFile]:
         ConfigError, DataError: the source cannot be used, or holds no image.
     """
     sources = expand_sources([images])
+    for _, path in sources:
+        if is_url(path):
+            raise ConfigError("--images", path, "a folder or tars of this machine", "Copy a sample of the images.")
     files = []
     for entry in sorted(list_images(sources)):
         kind, path = sources[entry.source]

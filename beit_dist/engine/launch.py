@@ -32,6 +32,7 @@ from beit_dist.engine.sinks import check_packages
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.trainer import Trainer
 from beit_dist.engine.watchdog import Watchdog, record_collectives
+from beit_dist.storage.place import is_url
 
 
 def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
@@ -43,9 +44,9 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     since = time.time()
     quieten()
     check_precision(resolved.precision)
-    manifest = open_data(config, check_files=ranks.local_rank == 0)
+    manifest = open_data(config, check_files=_checks(config.data, ranks))
     check_packages(config)
-    held_out = open_validation(config, manifest, check_files=ranks.local_rank == 0)
+    held_out = open_validation(config, manifest, check_files=_checks(config.validation.data, ranks))
     RunFolder(config.run, config.storage.access).check_writable()
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
     stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()
@@ -106,6 +107,11 @@ def _train(
         print(f"\n{ended}: step {step} of {total}, run folder {config.run}", flush=True)
     parts.close()  # not after a failure: the others shall not wait for this rank's loader to end
     close_process_groups()
+
+
+def _checks(where: str | None, ranks: Ranks) -> bool:
+    """Whether this rank looks for the shards: one on each host in a folder, which may be the host's own."""
+    return (ranks.rank if where and is_url(where) else ranks.local_rank) == 0
 
 
 def quieten() -> None:

@@ -61,6 +61,21 @@ METRICS = (
     Metric("beit_validation_duration_seconds", "histogram", "Time that a measurement held up training."),
     Metric("beit_data_wait_ratio", "gauge", "Share of the last interval in which rank 0 waited for data."),
     Metric("beit_data_bad_samples", "counter", "Damaged samples trained around with weight 0."),
+    Metric(
+        "beit_data_read_bytes", "counter", "Bytes of shards read for rank 0: disk, store or cache.", ("source",)
+    ),
+    Metric(
+        "beit_data_cache_lookups",
+        "counter",
+        "Blocks asked of loader.cache_dir for rank 0: hit, miss, damaged or failed.",
+        ("result",),
+    ),
+    Metric(
+        "beit_data_samples_read_again",
+        "counter",
+        "Samples of rank 0 that were damaged when first read: whole or damaged when read again.",
+        ("result",),
+    ),
     Metric("beit_checkpoint_saves", "counter", "Checkpoints by result: ok or failed.", ("result",)),
     Metric("beit_checkpoint_damaged", "counter", "Damaged checkpoints passed over at the start."),
     Metric("beit_checkpoint_stall_seconds", "histogram", "Time that a save held up training."),
@@ -68,7 +83,12 @@ METRICS = (
     Metric(
         "beit_checkpoint_last_success_timestamp_seconds", "gauge", "Unix time of the last committed checkpoint."
     ),
-    Metric("beit_storage_retries", "counter", "Requests to a store tried again, by rank 0, by cause.", ("cause",)),
+    Metric(
+        "beit_storage_retries",
+        "counter",
+        "Requests to a store tried again, by rank 0 and its loaders.",
+        ("cause",),
+    ),
 )
 
 _SHARED = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,7 +127,9 @@ class WandbSink:
             dir=str(run),
             mode=config.logging.wandb,
             config=config.model_dump(mode="json", include=set(_SHOWN)),
-            settings=wandb.Settings(disable_git=True, disable_code=True, x_disable_meta=True, console="off"),
+            settings=wandb.Settings(
+                disable_git=True, disable_code=True, x_disable_meta=True, x_save_requirements=False, console="off"
+            ),
         )
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -149,6 +152,8 @@ def _summary_writer() -> Any:
 
 
 def _wandb() -> Any:
+    # Without this wandb 0.31 sends reports about itself to its makers, offline too; it looks when it is imported.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except ImportError:

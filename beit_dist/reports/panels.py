@@ -20,6 +20,7 @@ from beit_dist.data.storage import ShardReader
 from beit_dist.errors import ConfigError, SampleError, TokenizerError
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.visual_tokens.dvae import DVAE
+from beit_dist.visual_tokens.weights import digests_of
 
 Pixels = NDArray[np.uint8]
 
@@ -80,8 +81,9 @@ def check_fit(model: MaskedImageModel, dvae: DVAE, manifest: Manifest) -> None:
 
     Raises:
         ConfigError: the shards have another shape than the model's images.
-        TokenizerError: the shards' tokens come from another tokenizer.
+        TokenizerError: the shards' tokens come from another tokenizer, or it has no decoder.
     """
+    dvae.whole_decoder()
     for name in ("image_size", "patch_size", "vocabulary"):
         got, expected = getattr(manifest.layout, name), getattr(model.config, name)
         if got != expected:
@@ -91,7 +93,16 @@ def check_fit(model: MaskedImageModel, dvae: DVAE, manifest: Manifest) -> None:
                 f"the run's {expected}",
                 "Name the shards the run was trained on with --data.",
             )
-    if dvae.digest != manifest.tokenizer:
+    check_tokenizer(dvae, manifest)
+
+
+def check_tokenizer(dvae: DVAE, manifest: Manifest) -> None:
+    """Refuse a tokenizer that did not make the shards.
+
+    Raises:
+        TokenizerError: it is another one.
+    """
+    if manifest.tokenizer not in digests_of(dvae):
         raise TokenizerError(
             f"tokenizer: got digest {dvae.digest[:12]}, expected {manifest.tokenizer[:12]}, the one that made the "
             "shards. Name that file with --tokenizer."
@@ -190,6 +201,12 @@ def _outline(axes: Axes, hidden: NDArray[np.bool_], side: int) -> None:
     cell = side // len(hidden)
     area = np.kron(hidden, np.ones((cell, cell)))
     axes.contour(area, levels=[0.5], colors="white", linewidths=0.8)
+
+
+def decode_tokens(dvae: DVAE, tokens: Sequence[NDArray[np.int16]]) -> Pixels:
+    """What the tokenizer makes of grids of tokens: (B, height, width, 3)."""
+    with torch.no_grad():
+        return _decode(dvae, torch.from_numpy(np.stack(tokens)).long().flatten(1))
 
 
 def _decode(dvae: DVAE, tokens: torch.Tensor) -> Pixels:

@@ -193,7 +193,7 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """Encoder and decoder.
+    """Encoder and, unless ``config.decoder_input`` is 0, decoder.
 
     Args:
         config: the sizes.
@@ -204,7 +204,7 @@ class DVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config) if config.decoder_input else None
         self.digest = ""
         """Of the file the weights were loaded from; empty for any other model."""
         generator = torch.Generator().manual_seed(seed)
@@ -233,7 +233,7 @@ class DVAE(nn.Module):
         """
         with torch.autocast(mapped.device.type, low) if low is not None else contextlib.nullcontext():
             logits: Tensor = self.encoder(mapped)
-            return logits, None if noise is None else self.decoder(relax(logits, noise, temperature))
+            return logits, None if noise is None else self.whole_decoder()(relax(logits, noise, temperature))
 
     @torch.no_grad()
     def tokens(self, images: Tensor, precision: Precision = "fp32") -> Tensor:
@@ -259,11 +259,29 @@ class DVAE(nn.Module):
             )
         return tokens
 
+    def whole_decoder(self) -> Decoder:
+        """The decoder.
+
+        Raises:
+            TokenizerError: this tokenizer has none.
+        """
+        if self.decoder is None:
+            raise TokenizerError(
+                "tokenizer: got one without a decoder, which makes tokens only, expected one that can draw them. "
+                "Convert the encoder again with its decoder: tools/convert_dalle.py encoder.pkl decoder.pkl"
+            )
+        return self.decoder
+
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """The images of tokens, int ``(B, h, w)``: float32 ``(B, 3, 8h, 8w)`` in [0, 1]."""
+        """The images of tokens, int ``(B, h, w)``: float32 ``(B, 3, 8h, 8w)`` in [0, 1].
+
+        Raises:
+            TokenizerError: there is no decoder.
+        """
+        decoder = self.whole_decoder()
         with inference_arithmetic(tokens.device):
-            location = self.decoder.from_tokens(tokens)[:, :3]
+            location = decoder.from_tokens(tokens)[:, :3]
         return unmap_pixels(torch.sigmoid(location))
 
 

@@ -153,6 +153,7 @@ def build(
     if average is not None and not (saved and AVERAGE in saved.manifest["state_digests"]):
         average.restart()
     refuse_if_superseded(store, agreement)
+    store.prepare(state, device)
     if ranks.rank == 0:
         if run.place.is_local:
             check_space(run.path, (BYTES_OF_STATE + BYTES_OF_AVERAGE) * parameters, recipe.checkpoint.keep)
