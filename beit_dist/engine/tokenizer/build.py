@@ -329,6 +329,7 @@ def _metrics(recipe: TokenizerRecipe, resolved: Resolved, progress: Progress, st
             "beit_train_target_steps": recipe.steps,
             "beit_train_world_size": resolved.ranks,
             "beit_tokenizer_vocabulary": recipe.model.vocabulary,
+            **{metric.name: math.nan for metric in TOKENIZER_METRICS if "held_out" in metric.name},  # not yet
         }
     )
     return metrics
