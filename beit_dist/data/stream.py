@@ -20,16 +20,19 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from beit_dist.config import LoaderConfig, near_divisors
-from beit_dist.data import shared_memory
+from beit_dist.data import counts, shared_memory
 from beit_dist.data.digest import rows_digest
+from beit_dist.data.fetching import RemoteReader
+from beit_dist.data.lookahead import BlocksAhead, MakeLookahead, SamplesAhead, lanes_of, ring_bytes
 from beit_dist.data.manifest import Manifest
 from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.pipeline import Failure, Part, PartPipeline, RowLayout, drop_path_depth, split_rows
 from beit_dist.data.plan import Plan
 from beit_dist.data.sample import SampleLayout
-from beit_dist.data.storage import open_reader
+from beit_dist.data.storage import ShardReader, open_reader
 from beit_dist.data.workers import WorkerStart, start_method
 from beit_dist.errors import ConfigError, SampleError, UserError
+from beit_dist.storage.access import Access
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,33 @@ def shared_memory_bytes(
     return shared_memory.held_bytes(step, loader.prefetch)
 
 
+def ring_of(plan: Plan, layout: SampleLayout, rows: range, per_lane: int) -> int:
+    """Bytes of the blocks that a rank holds which reads a URL.
+
+    Args:
+        plan: the order of samples.
+        layout: shapes of a sample.
+        rows: of the global batch, the rank's.
+        per_lane: samples of each lane in a batch.
+    """
+    return ring_bytes(
+        lanes=len(lanes_of(rows, per_lane)),
+        window_blocks=plan.window_blocks,
+        block_samples=plan.block_samples,
+        stride=layout.stride,
+    )
+
+
+def look_ahead(
+    reader: ShardReader, plan: Plan, layout: SampleLayout, rows: range, per_lane: int, loader: LoaderConfig
+) -> MakeLookahead | None:
+    """How far the reader of a rank's rows looks ahead: by blocks if they fit into ``loader.memory_gib``."""
+    if not isinstance(reader, RemoteReader):
+        return None  # the system's own cache holds what is read of files
+    fits = ring_of(plan, layout, rows, per_lane) <= loader.memory_gib * 2**30
+    return BlocksAhead if fits else SamplesAhead
+
+
 @dataclass
 class _Buffer:
     """Memory of one rank batch, used again and again: faulting in fresh pages costs more than reading."""
@@ -97,7 +127,7 @@ class RankBatches(Iterator[RankBatch]):
     """This rank's batches from a position on, for ever.
 
     Args:
-        root: the data set's folder.
+        root: the data set's folder, or its URL.
         manifest: of that data set.
         plan: the order of samples; its seed keys drop path.
         masks: makes the masked positions.
@@ -109,11 +139,11 @@ class RankBatches(Iterator[RankBatch]):
         loader: workers, prefetch, budget of damaged samples, time limit.
         pin: put batches into page-locked memory, for asynchronous copies to a GPU.
         ranks_on_node: ranks that share this node's /dev/shm.
+        access: how a URL is reached.
 
     Raises:
         ConfigError: the global batch does not divide.
         SpaceError: /dev/shm is too small.
-        DataError: no reader for such a place.
     """
 
     def __init__(
@@ -131,6 +161,7 @@ class RankBatches(Iterator[RankBatch]):
         loader: LoaderConfig,
         pin: bool = False,
         ranks_on_node: int = 1,
+        access: Access | None = None,
     ) -> None:
         _check_division(global_batch, plan.lanes, world)
         self.root, self.loader, self.consumed = root, loader, consumed
@@ -142,8 +173,10 @@ class RankBatches(Iterator[RankBatch]):
             manifest.layout, masks.positions_per_image, drop_path_depth(drop_path_rates), len(self.rows)
         )
         self.prefetch = self._prefetch(layout.nbytes, ranks_on_node)
+        reader = open_reader(root, access)
+        ahead = look_ahead(reader, plan, manifest.layout, self.rows, self.per_lane, loader)
         self._pipeline = PartPipeline(
-            reader=open_reader(root),
+            reader=reader,
             manifest=manifest,
             plan=plan,
             masks=masks,
@@ -155,10 +188,11 @@ class RankBatches(Iterator[RankBatch]):
             # that has been copied by then.
             slots=self.prefetch + 1,
             tolerant=loader.bad_samples > 0,
+            ahead=ahead,
         )
         self._slots: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
         if rank == 0:
-            self._give_notice(plan.lanes, world)
+            self._give_notice(plan.lanes, world, by_sample=ahead is SamplesAhead)
         self.bad = 0
         self._held: deque[_Buffer] = deque()
         self._free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
@@ -280,6 +314,7 @@ class RankBatches(Iterator[RankBatch]):
                 raise part.kind(part.text)
             if self.workers:
                 self._copy(part, buffer)
+            counts.give(part.counts)
             faults += part.faults
         self._count_bad(faults)
         tensors = buffer.tensors
@@ -333,7 +368,7 @@ class RankBatches(Iterator[RankBatch]):
             return self.loader.prefetch
         return shared_memory.fit_prefetch(self.loader.prefetch, step_bytes, available)
 
-    def _give_notice(self, lanes: int, world: int) -> None:
+    def _give_notice(self, lanes: int, world: int, by_sample: bool) -> None:
         if self.workers < self.loader.workers:
             logger.warning(
                 "loader.workers: %d reduced to %d, as a rank has no more lanes", self.loader.workers, self.workers
@@ -348,6 +383,13 @@ class RankBatches(Iterator[RankBatch]):
         if lanes % world:
             logger.warning(
                 "%d ranks do not divide %d lanes: exact, but ranks read some blocks twice", world, lanes
+            )
+        if by_sample:
+            logger.warning(
+                "loader.memory_gib: %g is too little for the blocks of this rank's lanes; %s is read by sample,"
+                " which is slower. Raise it, or lower loader.window_blocks",
+                self.loader.memory_gib,
+                self.root,
             )
 
 

@@ -99,6 +99,7 @@ def build(
         if saved and ranks.rank == 0:
             print("ema: the run had no average; it begins with the weights of this checkpoint", flush=True)
     _refuse_if_superseded(store, agreement)
+    store.prepare(state, device)
     if ranks.rank == 0:
         size = BYTES_OF_STATE + (BYTES_OF_AVERAGE if average else 0)
         if run.place.is_local:
@@ -190,6 +191,7 @@ def build(
             loader=config.loader,
             pin=device.type == "cuda",
             ranks_on_node=sum(other["host"] == process["host"] for other in everyone),
+            access=config.storage.access,
         ),
         agreement=agreement,
         store=store,

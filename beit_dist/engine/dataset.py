@@ -10,7 +10,7 @@ from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.plan import Plan
 from beit_dist.data.shards import Manifest, check_shard_files, load_manifest
 from beit_dist.errors import ConfigError, DataError
-from beit_dist.visual_tokens.weights import tokenizer_digest
+from beit_dist.visual_tokens.weights import tokenizer_digests
 
 
 def open_data(config: TrainConfig, *, check_files: bool) -> Manifest:
@@ -25,8 +25,8 @@ def open_data(config: TrainConfig, *, check_files: bool) -> Manifest:
         DataError: the data set is missing or damaged, or was made by another tokenizer.
     """
     if config.data is None:
-        raise ConfigError("data", None, "the folder that tools/shard_tokens.py wrote", "Add data=DIR.")
-    manifest = load_manifest(config.data)
+        raise ConfigError("data", None, "the folder or URL that tools/shard_tokens.py wrote to", "Add data=DIR.")
+    manifest = load_manifest(config.data, config.storage.access)
     layout = manifest.layout
     for name in ("image_size", "patch_size", "vocabulary"):
         ours, theirs = getattr(config.model, name), getattr(layout, name)
@@ -38,14 +38,15 @@ def open_data(config: TrainConfig, *, check_files: bool) -> Manifest:
                 f"Set model.{name}={theirs}, or make shards for {ours}.",
             )
     if config.tokenizer is not None:
-        digest = tokenizer_digest(config.tokenizer)
-        if digest != manifest.tokenizer:
+        digests = tokenizer_digests(config.tokenizer)
+        if manifest.tokenizer not in digests:
             raise DataError(
-                f"tokenizer: got {config.tokenizer} with digest {digest[:12]}, expected {manifest.tokenizer[:12]} "
-                f"that made the shards in {config.data}. Use that file, or make the shards again with this one."
+                f"tokenizer: got {config.tokenizer} with digest {digests[0][:12]}, expected "
+                f"{manifest.tokenizer[:12]} that made the shards in {config.data}. Use that file, or make "
+                "the shards again with this one."
             )
     if check_files:
-        check_shard_files(config.data, manifest)
+        check_shard_files(config.data, manifest, config.storage.access)
     return manifest
 
 
@@ -63,7 +64,7 @@ def open_validation(config: TrainConfig, manifest: Manifest, *, check_files: boo
     data = config.validation.data
     if data is None:
         return None
-    held_out = load_manifest(data)
+    held_out = load_manifest(data, config.storage.access)
     for name, got, expected in (
         ("layout", held_out.layout, manifest.layout),
         ("tokenizer", held_out.tokenizer, manifest.tokenizer),
@@ -76,7 +77,7 @@ def open_validation(config: TrainConfig, manifest: Manifest, *, check_files: boo
     if held_out.digest == manifest.digest:
         raise ConfigError("validation.data", data, "images that are not trained on, but it is the training set")
     if check_files:
-        check_shard_files(data, held_out)
+        check_shard_files(data, held_out, config.storage.access)
     return held_out
 
 

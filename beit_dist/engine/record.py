@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from beit_dist.data.counts import COUNTERS
 from beit_dist.engine.lines import Lines
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.run_folder import RunFolder
 from beit_dist.engine.sinks import Sinks
 from beit_dist.engine.validation import Validated, line_of
-from beit_dist.storage.retries import counts as retries
 
 
 @dataclass
@@ -210,8 +210,9 @@ class Recorder:
         self._metrics.add("beit_train_samples", len(facts) * self._global_batch)
         self._metrics.add("beit_train_masked_patches", sum(fact.masked for fact in facts))
         self._metrics.add("beit_data_bad_samples", sum(fact.bad for fact in facts))
-        for cause, count in retries.take().items():
-            self._metrics.add("beit_storage_retries", count, cause=cause)
+        for name, (counts, label) in COUNTERS.items():
+            for value, count in counts.take().items():
+                self._metrics.add(name, count, **{label: value})
         self._metrics.set(
             {
                 "beit_train_epoch": line["epoch"],

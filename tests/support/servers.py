@@ -15,6 +15,8 @@ from support.fault_proxy import FaultProxy
 from support.http_files import HttpFiles
 from support.object_store import ObjectStore, Unavailable, running
 
+from beit_dist.storage import remote
+
 _NEED_A_SERVER = {"object_store", "slurm"}
 
 
@@ -58,6 +60,18 @@ def fault_proxy(object_store: ObjectStore) -> Iterator[FaultProxy]:
     """A proxy before the object store; give its ``url`` to the client."""
     with FaultProxy(object_store.endpoint_url, whole=object_store.whole) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def failing_store(
+    object_store: ObjectStore, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """The proxy before the object store, by which everything finds it: environment variables say so."""
+    for name, value in object_store.environment(fault_proxy.url).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "_systems", {})  # clients of this process that know another proxy
+    yield fault_proxy
+    fault_proxy.inject()
 
 
 @pytest.fixture

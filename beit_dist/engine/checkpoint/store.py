@@ -21,19 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from beit_dist.config import CheckpointConfig
 from beit_dist.durable import sync_folder
 from beit_dist.engine.checkpoint.files import file_fault, write_copy, write_fragments
 from beit_dist.engine.checkpoint.fragments import EngineState
+from beit_dist.engine.checkpoint.image import FileImage
 from beit_dist.engine.checkpoint.layout import (
     AVERAGE,
     BAD,
     FORMAT_VERSION,
     GIVEN_UP,
     MANIFEST,
-    Fragment,
     Saved,
     committed,
     folder_name,
@@ -51,6 +51,7 @@ from beit_dist.storage.place import Place
 
 _log = logging.getLogger(__name__)
 FAILED = ".failed"
+_NICE = 10  # a tenth of the training's share of a core that both want: a save gets on, and is hardly felt
 _POLL = 0.02  # seconds between looks for the other ranks' files; the first looks only, later ones are rarer
 
 
@@ -93,7 +94,8 @@ class CheckpointStore:
         self.attempt = 0
         self._mark = b""  # what this attempt's file says, unlike any other's
         self.passed_over = 0  # damaged checkpoints met while looking for a whole one
-        self._memory: dict[str, Tensor] = {}  # of the copies of the last save, by fragment
+        self._image: FileImage | None = None  # memory for the copies, kept between saves
+        self._preparing: threading.Thread | None = None
         self._writing: _Writing | None = None
         self._whole_step: int | None = None  # the last step of this run that is known to be whole
         self._resumed_from: str | None = None
@@ -191,6 +193,24 @@ class CheckpointStore:
         state.loss_scale = saved.manifest["loss_scale"]
         self._whole_step, self._resumed_from = saved.step, saved.folder.name
 
+    def prepare(self, state: EngineState, device: torch.device) -> None:
+        """Have the system find the memory for the copies, in a thread: the first save then need not wait for it.
+
+        Args:
+            state: what will be saved.
+            device: where it lies.
+        """
+        image = self._image = FileImage(state.saved_fragments())
+
+        def find() -> None:
+            yield_to_others()
+            image.find_memory()
+            if device.type == "cuda":
+                image.pin(device)
+
+        self._preparing = threading.Thread(target=find, name="checkpoint-memory", daemon=True)
+        self._preparing.start()
+
     def begin_save(
         self,
         step: int,
@@ -223,11 +243,15 @@ class CheckpointStore:
             "loss_scale": state.loss_scale,
             **facts,
         }
-        # Memory that the system has yet to find takes longer to fill than to copy: it is kept between saves.
-        fragments = [fragment.on_host(self._memory.get(fragment.key)) for fragment in state.saved_fragments()]
-        self._memory = {fragment.key: fragment.data for fragment in fragments}
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+        fragments = state.saved_fragments()
+        if self._image is None or not self._image.fits(fragments):
+            self._image = FileImage(fragments)
+        self._image.take(fragments)
         folder = self.folder / folder_name(step, self.attempt)
-        self._writing = _Writing(self, folder, step, fragments, manifest, copies or {})
+        self._writing = _Writing(self, folder, step, self._image, manifest, copies or {})
         self._writing.start()
 
     @property
@@ -378,6 +402,13 @@ def _set_aside(folder: Place) -> None:
         folder.write(BAD, b"")
 
 
+def yield_to_others() -> None:
+    """Let this thread, and those that it starts, run when the training does not want the core (Linux only)."""
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
+
+
 class _Writing(threading.Thread):
     """One rank's part of a save; on rank 0 also the wait for the others, and the commit.
 
@@ -390,7 +421,7 @@ class _Writing(threading.Thread):
         store: CheckpointStore,
         folder: Place,
         step: int,
-        fragments: Sequence[Fragment],
+        image: FileImage,
         manifest: dict[str, Any],
         copies: Mapping[str, Path],
     ) -> None:
@@ -399,16 +430,16 @@ class _Writing(threading.Thread):
         self.fault = ""
         self.superseded = ""
         self.seconds = 0.0
-        self._store, self._fragments, self._manifest, self._copies = store, fragments, manifest, copies
+        self._store, self._image, self._manifest, self._copies = store, image, manifest, copies
         self._began = time.monotonic()
 
     def run(self) -> None:
         """Write, then on rank 0 commit; whatever goes wrong is kept for ``finish_save``."""
         store = self._store
         try:
+            yield_to_others()
             self.folder.make()
-            write_fragments(self.folder, store.rank, self._fragments)
-            self._fragments = ()
+            write_fragments(self.folder, store.rank, self._image)
             if store.rank == 0:
                 self._wait_for_others()
                 store.commit(self.folder, self._manifest, self._copies)
