@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -337,6 +337,22 @@ class CheckpointStore:
         if failed := sorted(name for name in names if name.endswith(FAILED)):
             raise OSError(f"{failed[0].removesuffix(FAILED)} could not write")
         return [rank for rank in range(self._world) if f"rank-{rank:05d}.json" not in names]
+
+    @contextlib.contextmanager
+    def unless_superseded(self) -> Iterator[None]:
+        """What fails inside while a newer attempt runs fails because of that: it is no failure of the run.
+
+        The others of this attempt may be gone, or a checkpoint that is being read.
+
+        Raises:
+            SupersededError: in place of any other.
+        """
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):
+                self.refuse_if_superseded()
+            raise
 
     def refuse_if_superseded(self) -> None:
         """Raise SupersededError when a newer attempt has begun."""

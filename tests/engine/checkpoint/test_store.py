@@ -190,6 +190,16 @@ def test_the_older_of_two_attempts_stops_and_harms_nothing(three: Path) -> None:
     assert SupersededError.exit_code == 1
 
 
+def test_what_fails_beside_a_newer_attempt_is_no_failure_of_the_run(three: Path) -> None:
+    """A slow start may be reading a checkpoint that the newer one has just replaced."""
+    older = store(three)
+    with pytest.raises(FileNotFoundError), older.unless_superseded():
+        raise FileNotFoundError("rank-00000.safetensors")
+    store(three)
+    with pytest.raises(SupersededError, match="superseded by attempt 3"), older.unless_superseded():
+        raise FileNotFoundError("rank-00000.safetensors")
+
+
 def test_what_an_older_attempt_still_commits_is_not_continued(
     three: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
