@@ -203,7 +203,6 @@ class CheckpointStore:
         image = self._image = FileImage(state.saved_fragments())
 
         def find() -> None:
-            yield_to_others()
             image.find_memory()
             if device.type == "cuda":
                 image.pin(device)
@@ -217,6 +216,8 @@ class CheckpointStore:
         state: EngineState,
         facts: dict[str, Any],
         copies: Mapping[str, Path] | None = None,
+        *,
+        urgent: bool = False,
     ) -> None:
         """Copy the state to host memory and write it in a thread; training goes on meanwhile.
 
@@ -225,6 +226,7 @@ class CheckpointStore:
             state: the engine's state.
             facts: what the manifest shall say besides: position, plan, configuration, versions.
             copies: local files that rank 0 saves with the state, by their name in the checkpoint.
+            urgent: nothing goes on meanwhile, so the writing need not give way to anything.
 
         Raises:
             RuntimeError: the save before was not waited for.
@@ -251,7 +253,7 @@ class CheckpointStore:
             self._image = FileImage(fragments)
         self._image.take(fragments)
         folder = self.folder / folder_name(step, self.attempt)
-        self._writing = _Writing(self, folder, step, self._image, manifest, copies or {})
+        self._writing = _Writing(self, folder, step, self._image, manifest, copies or {}, urgent)
         self._writing.start()
 
     @property
@@ -418,7 +420,7 @@ def _set_aside(folder: Place) -> None:
         folder.write(BAD, b"")
 
 
-def yield_to_others() -> None:
+def _yield_to_others() -> None:
     """Let this thread, and those that it starts, run when the training does not want the core (Linux only)."""
     thread = threading.get_native_id()
     with contextlib.suppress(OSError):
@@ -440,6 +442,7 @@ class _Writing(threading.Thread):
         image: FileImage,
         manifest: dict[str, Any],
         copies: Mapping[str, Path],
+        urgent: bool,
     ) -> None:
         super().__init__(name=f"checkpoint-{step}", daemon=True)
         self.folder, self.step = folder, step
@@ -447,13 +450,15 @@ class _Writing(threading.Thread):
         self.superseded = ""
         self.seconds = 0.0
         self._store, self._image, self._manifest, self._copies = store, image, manifest, copies
+        self._urgent = urgent
         self._began = time.monotonic()
 
     def run(self) -> None:
         """Write, then on rank 0 commit; whatever goes wrong is kept for ``finish_save``."""
         store = self._store
         try:
-            yield_to_others()
+            if not self._urgent:
+                _yield_to_others()
             self.folder.make()
             write_fragments(self.folder, store.rank, self._image)
             if store.rank == 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -325,3 +327,25 @@ def test_the_copy_is_laid_out_as_the_file_and_its_memory_is_found_once_and_befor
     restored.tensors = [Fragment(f.parameter, f.role, f.start, torch.zeros(f.length)) for f in state.tensors]
     store(tmp_path).restore(newest(tmp_path), restored)
     assert torch.equal(restored.tensors[0].data, state.tensors[0].data)
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_writing_gives_way_to_training_unless_nothing_goes_on_beside(
+    tmp_path: Path, urgent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    seen = []
+    write = write_fragments
+
+    def watched(*arguments: Any) -> None:
+        seen.append(nice())
+        write(*arguments)
+
+    monkeypatch.setattr("beit_dist.engine.checkpoint.store.write_fragments", watched)
+    before, writer = nice(), store(tmp_path)
+    writer.begin_save(1, State(1), {}, urgent=urgent)  # type: ignore[arg-type]
+    writer.finish_save()
+    assert seen == [before if urgent else min(19, before + 10)]
+    assert nice() == before
