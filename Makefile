@@ -28,9 +28,9 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test ## all tests; those that need a server skip with the reason
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
-servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the tests that want one, in .venv-swift
-	@for program in memcached; do \
-	  command -v $$program >/dev/null || echo "still missing, from Debian: apt-get install $$program" >&2; \
+servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the tests, in .venv-swift; names what else they want
+	@for wanted in memcached promtool:prometheus srun:slurm-wlm munge; do \
+	  command -v $${wanted%:*} >/dev/null || echo "still missing, from Debian: apt-get install $${wanted#*:}" >&2; \
 	done
 
 soak: export BEIT_KILLS ?= 100

@@ -14,12 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from beit_dist.errors import exit_cleanly
 from benches.measuring import Row
 
-BENCHES = ("loader", "plan", "masks", "step", "checkpoint")
+BENCHES = ("loader", "plan", "masks", "step", "checkpoint", "tokenize")
 EXAMPLES = """\
 examples:
   python tools/bench.py plan masks
@@ -32,6 +30,8 @@ docs/performance.md holds figures and what they mean.
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
+    import torch  # not at the top: processes that benchmarks start import this file, too
+
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

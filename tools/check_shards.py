@@ -9,9 +9,12 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from beit_dist.config import StorageConfig
 from beit_dist.data.shards import load_manifest
 from beit_dist.data.verification import verify
 from beit_dist.errors import ConfigError, exit_cleanly
+from beit_dist.settings import load_recipe
+from beit_dist.storage.opening import open_place
 
 DESCRIPTION = """\
 Read every shard of a data set and compare it with the manifest: sha256, tar headers, json, npy headers, keys and
@@ -22,6 +25,7 @@ Exit code 0: whole; 1: something is wrong; 2: there is no data set to check.
 EXAMPLES = """\
 examples:
   python tools/check_shards.py shards/
+  python tools/check_shards.py s3://shards/photos --threads 32
   python tools/check_shards.py shards/ --threads 16 --limit 1000
 """
 
@@ -29,11 +33,15 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check a data set; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    if arguments.threads < 1:
+    if arguments.threads is not None and arguments.threads < 1:
         raise ConfigError("--threads", arguments.threads, "1 or more")
     if arguments.limit < 1:
         raise ConfigError("--limit", arguments.limit, "1 or more")
-    manifest = load_manifest(arguments.data)
+    access = load_recipe(StorageConfig, None, arguments.storage).access
+    place = open_place(arguments.data, access)
+    manifest = load_manifest(place)
+    cores = min(16, len(os.sched_getaffinity(0)))
+    threads = arguments.threads or (cores if place.is_local else 16)
     total = sum(shard.bytes for shard in manifest.shards)
     faults, lock = 0, threading.Lock()
     with tqdm(total=total, desc="checking", unit="B", unit_scale=True, disable=None) as bar:
@@ -42,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with lock:
                 bar.update(size)
 
-        for fault in verify(arguments.data, manifest, arguments.threads, advance):
+        for fault in verify(place, manifest, threads, advance):
             faults += 1
             if faults <= arguments.limit:
                 tqdm.write(str(fault))
@@ -52,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(manifest.shards)} shards, {manifest.samples} samples × {manifest.views} views, {total / 1e9:.2f} GB"
     )
     if faults:
-        print(f"{arguments.data}: {faults} faults in {about}")
+        print(f"{place}: {faults} faults in {about}")
         return 1
-    print(f"{arguments.data}: whole: {about}, digest {manifest.digest}")
+    print(f"{place}: whole: {about}, digest {manifest.digest}")
     return 0
 
 
@@ -62,10 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", metavar="DIR", help="folder that holds manifest.json")
-    cores = min(16, len(os.sched_getaffinity(0)))
-    parser.add_argument("--threads", type=int, default=cores, help="shards read at once (default: %(default)s)")
+    parser.add_argument("data", metavar="DIR", help="folder that holds manifest.json, here or at a URL")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="shards read at once (default: one for each core; 16 for a store, which is far)",
+    )
     parser.add_argument("--limit", type=int, default=100, help="faults to print (default: %(default)s)")
+    parser.add_argument(
+        "--storage",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="how a URL is reached: retry_seconds, connections, options.s3.anon=true and others of fsspec; "
+        "credentials come from the environment only",
+    )
     return parser
 
 

@@ -14,6 +14,8 @@ from beit_dist.errors import ConfigError, exit_cleanly
 # Imports of the work itself stay inside functions: decoding processes import this file too, and need no torch.
 if TYPE_CHECKING:
     from beit_dist.data.shards import Manifest
+    from beit_dist.storage.access import Access
+    from beit_dist.storage.place import Place
 
 DESCRIPTION = """\
 Turn images into shards that training reads without decoding anything: augment, tokenize, write.
@@ -31,6 +33,13 @@ examples:
     BEIT_WORKERS=16 python tools/shard_tokens.py --images 'train-{000..099}.tar' --out shards/ \\
         --tokenizer dvae.safetensors --views 4                                                  (in each task)
     python tools/shard_tokens.py --out shards/ --finish                                         (once, after)
+
+  from a bucket into a bucket, with what node_exporter can show of each worker; credentials are in the environment:
+    python tools/shard_tokens.py --images s3://photos/2024/ --out s3://shards/photos --index-only
+    python tools/shard_tokens.py --images s3://photos/2024/ --out s3://shards/photos \\
+        --tokenizer s3://models/dvae.safetensors --index 3 --count 16 \\
+        --metrics-textfile /var/lib/node_exporter/textfile/tokenize-3.prom
+    python tools/shard_tokens.py --out s3://shards/photos --finish
 """
 
 SETTINGS: dict[str, Any] = {
@@ -49,80 +58,94 @@ SETTINGS: dict[str, Any] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one step of the job, or all of them; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    if "://" in arguments.out:
-        raise ConfigError("--out", arguments.out, "a local folder", "Write there, then copy the folder.")
     if not (arguments.finish or arguments.images):
         raise ConfigError("--images", None, "folders or tars of images")
+    from beit_dist.config import StorageConfig
+    from beit_dist.settings import load_recipe
+    from beit_dist.storage.opening import open_place
     from beit_dist.tokenizing.storage_errors import storage_errors
 
-    with storage_errors(Path(arguments.out)):
+    access = load_recipe(StorageConfig, None, arguments.storage).access
+    out = open_place(arguments.out, access)
+    with storage_errors(out):
         if arguments.finish:
-            return _finish(arguments)
-        return _freeze(arguments) if arguments.index_only else _work(arguments)
+            return _finish(arguments, out, access)
+        return _freeze(arguments, out, access) if arguments.index_only else _work(arguments, out, access)
 
 
-def _freeze(arguments: argparse.Namespace) -> int:
+def _freeze(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     from beit_dist.tokenizing.freeze import freeze
 
-    header = freeze(arguments.images, Path(arguments.out), arguments.seed or SETTINGS["seed"])
-    print(f"{arguments.out}: {header.entries} images {'with' if header.labels else 'without'} labels are frozen")
+    header = freeze(arguments.images, out, arguments.seed or SETTINGS["seed"], access)
+    print(f"{out}: {header.entries} images {'with' if header.labels else 'without'} labels are frozen")
     return 0
 
 
-def _work(arguments: argparse.Namespace) -> int:
+def _work(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     if arguments.tokenizer is None:
         raise ConfigError("--tokenizer", None, "a tokenizer's file", "tools/train_tokenizer.py trains one.")
+    from beit_dist.tokenizing.rejected import summary
     from beit_dist.tokenizing.run import Options, work
 
     given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
     options = Options(
         images=tuple(arguments.images),
-        out=Path(arguments.out),
-        tokenizer=Path(arguments.tokenizer),
+        out=out,
+        tokenizer=arguments.tokenizer,
         device=arguments.device,
         decoders=arguments.decoders,
         index=arguments.index,
         count=arguments.count,
         max_rejected=arguments.max_rejected,
         finish=not arguments.no_finish,
+        access=access,
+        metrics_port=arguments.metrics_port,
+        metrics_textfile=arguments.metrics_textfile,
         **(SETTINGS | given),
     )
     outcome = work(options, os.environ)
     if outcome.manifest is not None and outcome.made == 0 and outcome.images == 0:
         print("already complete: ", end="")
     if outcome.manifest is not None:
-        _report(arguments.out, outcome.manifest)
+        _report(out, outcome.manifest)
         return 0
+    print("\n".join(summary(outcome.rejected)), end="\n" if outcome.rejected else "")
     print(
         f"worker {outcome.index} of {outcome.count}: {outcome.made} shards made, {outcome.kept} kept, "
-        f"{outcome.images} images, {outcome.rejected} rejected. When all workers are done: "
-        f"{os.path.basename(sys.argv[0])} --out {arguments.out} --finish"
+        f"{outcome.images} images, {len(outcome.rejected)} rejected. When all workers are done: "
+        f"{os.path.basename(sys.argv[0])} --out {out} --finish"
     )
     return 0
 
 
-def _finish(arguments: argparse.Namespace) -> int:
+def _finish(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     from beit_dist.tokenizing.finish import finish, finished
 
-    out = Path(arguments.out)
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     if arguments.tokenizer is not None:
+        from beit_dist.tokenizing.tokenizer_file import tokenizer_at
         from beit_dist.visual_tokens.weights import tokenizer_digest
 
-        settings["tokenizer"] = tokenizer_digest(arguments.tokenizer)
+        with tokenizer_at(arguments.tokenizer, access) as path:
+            settings["tokenizer"] = tokenizer_digest(path)
     manifest = finished(out, settings)
     if manifest is not None:
         print("already complete: ", end="")
-    _report(arguments.out, manifest or finish(out, settings, arguments.max_rejected))
+    _report(out, manifest or finish(out, settings, arguments.max_rejected))
     return 0
 
 
-def _report(out: str, manifest: Manifest) -> None:
+def _report(out: Place, manifest: Manifest) -> None:
+    from beit_dist.tokenizing.finish import read_rejected
+    from beit_dist.tokenizing.rejected import summary
+
     total = sum(shard.bytes for shard in manifest.shards)
     print(
         f"{out}: {manifest.samples} samples × {manifest.views} views in {len(manifest.shards)} shards "
         f"({total / 1e9:.2f} GB), {manifest.rejected} images rejected, digest {manifest.digest}"
     )
+    for line in summary(read_rejected(out)):
+        print(line)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,10 +157,16 @@ def _parser() -> argparse.ArgumentParser:
         "--images",
         nargs="+",
         metavar="SRC",
-        help="folders (with what is below) or tars; {000..009} expands",
+        help="folders (with what is below) or tars, here or at URLs; {000..009} expands; a URL ending in .tar is "
+        "a tar, any other a folder",
     )
-    add("--out", required=True, metavar="DIR", help="folder of the data set")
-    add("--tokenizer", metavar="FILE", help="the dVAE that makes the tokens (.safetensors)")
+    add(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder of the data set, here or at a URL such as s3://bucket/x",
+    )
+    add("--tokenizer", metavar="FILE", help="the dVAE that makes the tokens (.safetensors), here or at a URL")
 
     bytes_ = parser.add_argument_group("what the shards hold (the same for all workers of a job)")
     add = bytes_.add_argument
@@ -178,6 +207,29 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-rejected", default="1%", metavar="N|P%", help="fail when more images cannot be used (default 1%%)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--decoders", type=int, help="decoding processes (default: one for each core, at most 16)")
+
+    beside = parser.add_argument_group("beside the work")
+    add = beside.add_argument
+    add(
+        "--metrics-port",
+        type=int,
+        metavar="PORT",
+        help="serve Prometheus metrics of this worker; 0: any free port",
+    )
+    add(
+        "--metrics-textfile",
+        type=Path,
+        metavar="FILE.prom",
+        help="write them to a file of node_exporter's textfile folder, every 15 s; one file for each worker",
+    )
+    add(
+        "--storage",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="how URLs are reached: retry_seconds, connect_seconds, read_seconds, connections, "
+        "options.s3.anon=true and others of fsspec. Credentials come from the environment only",
+    )
     return parser
 
 

@@ -7,6 +7,7 @@ the tokenizer. Order and ranges are torchvision's; the draws are ours, keyed by 
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from typing import Literal, NamedTuple
@@ -23,6 +24,8 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 89_478_485
 """Pillow's own limit for a warning (a quarter gigabyte of RGB); larger files are likelier bombs than pictures."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Formats that are read, whatever a file is called. Pillow knows more, and runs Ghostscript for EPS."""
 MIN_SIDE = 8
 """Shortest side in pixels: below the 8 pixels of one visual token there is nothing to predict."""
 
@@ -46,8 +49,19 @@ _UPRIGHT = {
 """EXIF orientation to the operation that undoes it (EXIF 2.32, tag 274)."""
 
 
+RejectKind = Literal["not_an_image", "damaged", "too_large", "too_small", "value_range"]
+"""Classes of reasons, few enough to count by."""
+
+
 class ImageRejectedError(Exception):
     """An image cannot be used; the message is the reason, the same in every run."""
+
+    def __init__(self, reason: str, kind: RejectKind) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[ImageRejectedError], tuple[str, RejectKind]]:
+        return type(self), (str(self), self.kind)
 
 
 class View(NamedTuple):
@@ -70,20 +84,31 @@ def decode(raw: bytes) -> Image.Image:
 
     Raises:
         ImageRejectedError: not an image, damaged, cut short, too large or too small.
+        MemoryError: this machine cannot hold the image.
     """
     try:
-        with Image.open(io.BytesIO(raw)) as image:
+        with Image.open(io.BytesIO(raw), formats=_formats()) as image:
             _check_size(*image.size)
             image.load()
             return _upright(image, _to_rgb(image))
     except ImageRejectedError:
         raise
     except UnidentifiedImageError:  # its message holds a memory address
-        raise ImageRejectedError("not an image that Pillow reads") from None
+        raise ImageRejectedError("not an image that Pillow reads", "not_an_image") from None
     except Image.DecompressionBombError:
-        raise ImageRejectedError(f"more than {MAX_PIXELS:,} pixels") from None
+        raise ImageRejectedError(f"more than {MAX_PIXELS:,} pixels", "too_large") from None
+    except MemoryError:
+        raise  # of this machine, not of the image: elsewhere it would not be rejected
     except Exception as error:  # Pillow's readers let errors of any type through for damaged files
-        raise ImageRejectedError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ImageRejectedError(reason, "damaged") from None
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """What of :data:`FORMATS` this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def make_view(
@@ -157,9 +182,9 @@ def unpatchify(patches: Pixels, patch_size: int) -> Pixels:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ImageRejectedError(f"{width}×{height} px: more than {MAX_PIXELS:,} pixels")
+        raise ImageRejectedError(f"{width}×{height} px: more than {MAX_PIXELS:,} pixels", "too_large")
     if min(width, height) < MIN_SIDE:
-        raise ImageRejectedError(f"{width}×{height} px: a side shorter than {MIN_SIDE} px")
+        raise ImageRejectedError(f"{width}×{height} px: a side shorter than {MIN_SIDE} px", "too_small")
 
 
 def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
@@ -177,7 +202,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_grey16(np.asarray(image))
     if image.mode == "F":
-        raise ImageRejectedError("floating-point pixels, whose range is not known; convert to 8 bit")
+        raise ImageRejectedError(
+            "floating-point pixels, whose range is not known; convert to 8 bit", "value_range"
+        )
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
         opaque.alpha_composite(image.convert("RGBA"))
@@ -189,7 +216,8 @@ def _from_grey16(values: NDArray[np.generic]) -> Image.Image:
     """16-bit grey to RGB; Pillow's own conversion clips at 255 and leaves white."""
     wide = values.astype(np.int64)
     if wide.min() < 0 or wide.max() > 65535:
-        raise ImageRejectedError(f"grey values {wide.min()} to {wide.max()}: beyond 16 bit; convert to 8 bit")
+        reason = f"grey values {wide.min()} to {wide.max()}: beyond 16 bit; convert to 8 bit"
+        raise ImageRejectedError(reason, "value_range")
     return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
 
 

@@ -11,7 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from beit_dist.data.sample import MAX_VIEWS, SampleLayout
-from beit_dist.errors import DataError, UserError
+from beit_dist.errors import DataError, StorageError, UserError
+from beit_dist.storage.access import Access
+from beit_dist.storage.opening import as_place
+from beit_dist.storage.place import Place
 
 FORMAT = "beit_dist token shards"
 FORMAT_VERSION = 1
@@ -176,48 +179,66 @@ class Manifest:
         )
 
 
-def load_manifest(root: str) -> Manifest:
-    """The manifest of the data set in folder ``root``.
+def load_manifest(where: str | os.PathLike[str] | Place, access: Access | None = None) -> Manifest:
+    """The manifest of a data set.
+
+    Args:
+        where: the data set's folder: a path, a URL, or the place itself.
+        access: how a URL is reached.
 
     Raises:
         DataError: there is none, or it is not valid.
+        StorageError: the store does not answer, or refuses.
     """
-    if "://" in root:
-        raise DataError(f"data: got {root!r}, expected a local folder. Copy the shards to a local disk first.")
-    path = os.path.join(root, MANIFEST_NAME)
+    place = as_place(where, access)
     try:
-        with open(path, "rb") as file:
-            raw = file.read()
+        raw = place.read(MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{path}: not found, so the data set is missing or not complete. Name the folder that shard_tokens.py "
-            "wrote to; if its workers are done, run shard_tokens.py --finish"
+            f"{place}/{MANIFEST_NAME}: not found, so the data set is missing or not complete. Name the folder "
+            "that shard_tokens.py wrote to; if its workers are done, run shard_tokens.py --finish"
         ) from None
+    except StorageError:
+        raise
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    return Manifest.from_bytes(raw, path)
+        raise DataError(f"{place}/{MANIFEST_NAME}: cannot be read ({error.strerror or error})") from None
+    return Manifest.from_bytes(raw, f"{place}/{MANIFEST_NAME}")
 
 
-def check_shard_files(root: str, manifest: Manifest) -> None:
+def check_shard_files(
+    where: str | os.PathLike[str] | Place, manifest: Manifest, access: Access | None = None
+) -> None:
     """Compare the size of every shard file with the manifest: fast enough for every start of a run.
+
+    In a store the sizes come from its lists of files.
+
+    Args:
+        where: the data set's folder: a path, a URL, or the place itself.
+        access: how a URL is reached.
 
     Raises:
         DataError: names each missing or wrongly sized file (the first 20).
+        StorageError: the store does not answer, or refuses.
     """
-    faults: list[str] = []
+    place = as_place(where, access)
+    try:
+        sizes = place.sizes([shard.name for shard in manifest.shards])
+    except StorageError:
+        raise
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read ({error})") from None
+    faults = []
     for shard in manifest.shards:
-        try:
-            size = os.stat(os.path.join(root, shard.name)).st_size
-        except OSError as error:
-            faults.append(f"{shard.name}: {error.strerror}")
-            continue
-        if size != shard.bytes:
+        size = sizes.get(shard.name)
+        if size is None:
+            faults.append(f"{shard.name}: not found")
+        elif size != shard.bytes:
             faults.append(f"{shard.name}: got {size} bytes, expected {shard.bytes}")
     if faults:
         more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
         listed = "\n  ".join([*faults[:20], *more])
         raise DataError(
-            f"{root}: {len(faults)} of {len(manifest.shards)} shards are missing or damaged:\n  {listed}\n"
+            f"{place}: {len(faults)} of {len(manifest.shards)} shards are missing or damaged:\n  {listed}\n"
             "Copy them again, or make them again with shard_tokens.py; check_shards.py tells more."
         )
 

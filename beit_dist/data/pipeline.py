@@ -7,6 +7,7 @@ in memory laid out once. Nothing here depends on how many workers or ranks there
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,14 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from beit_dist.data import shared_memory
+from beit_dist.data import counts, shared_memory
 from beit_dist.data.draws import Purpose, uniforms, words
+from beit_dist.data.fetching import Extent, RemoteReader
+from beit_dist.data.lookahead import Lookahead, MakeLookahead
 from beit_dist.data.manifest import Manifest
 from beit_dist.data.masking import MaskGenerator
-from beit_dist.data.plan import Picks, Plan
+from beit_dist.data.plan import Piece, Plan
 from beit_dist.data.sample import NPY_HEADER, SampleLayout, decode_head, parse_key, sample_crc
 from beit_dist.data.storage import ShardReader
-from beit_dist.errors import DataError, SampleError
+from beit_dist.errors import DataError, SampleError, UserError
 
 _ALIGNMENT = 64  # bytes; a cache line, and more than any dtype needs
 
@@ -67,19 +70,19 @@ class RowLayout:
         placed, offset = {}, 0
         for name, (dtype, shape) in shapes.items():
             placed[name] = (offset, dtype, shape)
-            offset += -(-dtype.itemsize * int(np.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
+            offset += -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
         return placed
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole, padding included."""
         offset, dtype, shape = list(self.fields.values())[-1]
-        return offset + -(-dtype.itemsize * int(np.prod(shape)) // _ALIGNMENT) * _ALIGNMENT
+        return offset + -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
 
     def tensors(self, memory: Tensor) -> dict[str, Tensor]:
         """The arrays as views of ``memory``, a uint8 tensor of at least ``nbytes``."""
         return {
-            name: memory[offset : offset + dtype.itemsize * int(np.prod(shape))].view(dtype).view(shape)
+            name: memory[offset : offset + dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
             for name, (offset, dtype, shape) in self.fields.items()
         }
 
@@ -98,13 +101,15 @@ class Part:
     """uint8, laid out by a :class:`RowLayout` of as many rows; None if the receiver has this slot already."""
     faults: list[str] = field(default_factory=list)
     """What was wrong with each damaged sample; their rows have positions of -1 only."""
+    counts: counts.Taken = field(default_factory=dict)
+    """What the worker has counted since the part before, for its rank to count."""
 
 
 @dataclass(frozen=True)
 class Failure:
     """An error a user can act on, sent in place of a part: an exception would arrive wrapped in tracebacks."""
 
-    kind: type[DataError]
+    kind: type[UserError]
     text: str
 
 
@@ -139,6 +144,7 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         slots: pieces of memory that each worker fills in turn. A part must have been copied by the time its worker
             is asked for the part ``slots`` later.
         tolerant: carry damaged samples with weight 0, and report them, instead of failing at the first.
+        ahead: what a reader that can hold samples is told to hold.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         consumed: int,
         slots: int,
         tolerant: bool,
+        ahead: MakeLookahead | None = None,
     ) -> None:
         super().__init__(self._work, wds.map(self._read), wds.map(self._mask), wds.map(self._keep))
         self.reader, self.plan, self.masks, self.tolerant = reader, plan, masks, tolerant
@@ -162,12 +169,16 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         self.depth = drop_path_depth(drop_path_rates)
         self.shard_names = [[shard.name for shard in manifest.view_shards(v)] for v in range(manifest.views)]
         self.sample = manifest.layout
+        self.ahead = ahead
+        self._layouts: dict[int, RowLayout] = {}
         self.memory: Tensor | None = None
         """Memory for the next part, in place of the slots: used without workers."""
 
     def layout(self, rows: int) -> RowLayout:
         """How a part of so many rows lies in memory."""
-        return RowLayout(self.sample, self.masks.positions_per_image, self.depth, rows)
+        if rows not in self._layouts:
+            self._layouts[rows] = RowLayout(self.sample, self.masks.positions_per_image, self.depth, rows)
+        return self._layouts[rows]
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed}
@@ -177,19 +188,35 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
 
     def __iter__(self) -> Iterator[Part | Failure]:
         sent: set[int] = set()
+        in_worker = get_worker_info() is not None
+        self._look_ahead()
         try:
             for part in super().__iter__():
+                part.counts = counts.take() if in_worker else {}
                 yield replace(part, memory=None) if part.slot in sent else part
                 sent.add(part.slot)
-        except DataError as error:
+        except UserError as error:
             yield Failure(type(error), str(error))
+        finally:
+            if self._ahead is not None:
+                self._ahead.close()
+
+    def _look_ahead(self) -> None:
+        """Begin anew to say what is read next, if the reader listens and this process reads at all."""
+        self._ahead: Lookahead | None = None
+        if self.ahead is not None and isinstance(self.reader, RemoteReader):
+            self._ahead = self.ahead(self.reader, self.plan, self._extent, self._rows(), self.per_lane)
+
+    def _rows(self) -> range:
+        """Rows of the global batch that this process fills."""
+        worker = get_worker_info()
+        return self.parts[0 if worker is None else worker.id]
 
     # -------------------------------------------------------------------------------------------- the stages
 
     def _work(self) -> Iterator[Part]:
         """Stage 0: this worker's part of one batch after the other."""
-        worker = get_worker_info()
-        rows = self.parts[0 if worker is None else worker.id]
+        rows = self._rows()
         kept: dict[int, Tensor] = {}
         for slot in itertools.cycle(range(self.slots)):
             if self.memory is not None:
@@ -209,12 +236,19 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         picks = self.plan.picks(part.consumed, self.per_lane, part.rows)
         arrays = self._arrays(part)
         arrays["epochs"][:] = picks.epochs
-        reading = _Reading(self.reader, self.sample)
-        for row in range(len(part.rows)):
-            patches, tokens = arrays["patches"][row].data.cast("B"), arrays["tokens"][row]
-            place = self._place(picks, row)
+        reading, ahead = _Reading(self.reader, self.sample), self._ahead
+        memory, size = arrays["patches"].data.cast("B"), self.sample.patches_nbytes
+        places = zip(picks.views.tolist(), picks.shards.tolist(), picks.rows.tolist(), strict=True)
+        if ahead is not None:
+            ahead.begin(part.consumed)
+        for row, (view, shard, stored) in enumerate(places):
+            if ahead is not None:
+                lane, number = divmod(part.rows[row], self.per_lane)
+                ahead.reach(lane, part.consumed + number)
+            patches, tokens = memory[row * size : (row + 1) * size], arrays["tokens"][row]
             try:
-                arrays["sample_ids"][row] = reading.sample(*place, patches, tokens)
+                name = self.shard_names[view][shard]
+                arrays["sample_ids"][row] = reading.sample(name, stored, view, patches, tokens)
             except DataError as error:
                 if not self.tolerant:
                     raise
@@ -246,10 +280,10 @@ class PartPipeline(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no
         tensors = self.layout(len(part.rows)).tensors(part.memory)
         return {name: tensor.numpy() for name, tensor in tensors.items()}
 
-    def _place(self, picks: Picks, row: int) -> tuple[str, int, int]:
-        """(shard name, row in the shard, view) of a row."""
-        view = int(picks.views[row])
-        return self.shard_names[view][picks.shards[row]], int(picks.rows[row]), view
+    def _extent(self, piece: Piece) -> Extent:
+        """Where the samples of a piece lie."""
+        stride = self.sample.stride
+        return Extent(self.shard_names[piece.view][piece.shard], piece.row * stride, piece.rows, stride)
 
 
 class _Reading:
@@ -273,18 +307,29 @@ class _Reading:
         except DataError:
             pass  # bytes can be damaged on their way, too
         try:
-            return self._attempt(shard, row, view, patches, tokens)
+            sample_id = self._attempt(shard, row, view, patches, tokens, fresh=True)
         except DataError as error:
+            counts.read_again.add("damaged")
             raise SampleError(
                 f"{shard}, sample {row}, byte {row * self.layout.stride}: damaged, also when read again: {error}. "
                 "check_shards.py tells how much is; loader.bad_samples=N trains around up to N such samples."
             ) from None
+        counts.read_again.add("whole")
+        return sample_id
 
-    def _attempt(self, shard: str, row: int, view: int, patches: memoryview, tokens: NDArray[np.int16]) -> int:
+    def _attempt(
+        self,
+        shard: str,
+        row: int,
+        view: int,
+        patches: memoryview,
+        tokens: NDArray[np.int16],
+        fresh: bool = False,
+    ) -> int:
         layout = self.layout
         token_bytes = tokens.data.cast("B")
         buffers = (self.head, patches, self.between, token_bytes)
-        self.reader.read_into(shard, row * layout.stride, buffers)
+        self.reader.read_into(shard, row * layout.stride, buffers, fresh=fresh)
         stored, key = decode_head(layout, self.head)
         crc = sample_crc(key, patches, token_bytes)
         if crc != stored:

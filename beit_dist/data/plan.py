@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,35 @@ class Picks:
     """Index of the shard within its view."""
     rows: Int32s
     """Index of the sample within its shard."""
+
+
+class Piece(NamedTuple):
+    """Consecutive samples of a shard."""
+
+    view: int
+    shard: int
+    """Index within its view."""
+    row: int
+    """Of the first sample, within the shard."""
+    rows: int
+
+
+class Window(NamedTuple):
+    """The pieces of blocks that are shuffled together, which a lane reads from ``begin`` up to ``end``."""
+
+    begin: int
+    end: int
+    pieces: tuple[Piece, ...]
+
+
+class _Span(NamedTuple):
+    """Where positions of lanes lie in an epoch's stream, and the windows that they lie in; arrays of one shape."""
+
+    place: Int64s
+    window: Int64s  # number within the lane's run
+    begin: Int64s  # the window's first place
+    end: Int64s  # the one behind its last
+    piece: Int64s  # its first block, in the epoch's order
 
 
 @dataclass(frozen=True)
@@ -146,8 +175,20 @@ class Plan:
             shards[chosen], shard_rows[chosen] = self._locate(epoch, stream)
         return Picks(epochs.astype(np.int32), (epochs % self.views).astype(np.int32), shards, shard_rows)
 
-    def _shuffled(self, epoch: int, lanes: Int64s, positions: Int64s) -> Int64s:
-        """Positions of lanes that lie in ``epoch`` to places in its stream of permuted blocks."""
+    def window(self, lane: int, position: int) -> Window:
+        """What a lane reads around ``position``; the window after it lies around its ``end``."""
+        epoch = (self.lanes * (position + 1) - lane - 1) // self.samples
+        span = self._span(epoch, np.array([lane]), np.array([position]))
+        place, begin, end, first = (int(array[0]) for array in (span.place, span.begin, span.end, span.piece))
+        edges = self._order(epoch).bounds[first : first + self.window_blocks + 1]
+        low, high = np.maximum(edges[:-1], begin), np.minimum(edges[1:], end)
+        filled = low < high
+        shards, rows = self._locate(epoch, low[filled])
+        numbers = zip(shards.tolist(), rows.tolist(), (high - low)[filled].tolist(), strict=True)
+        pieces = tuple(Piece(epoch % self.views, *piece) for piece in numbers)
+        return Window(position - place + begin, position - place + end, pieces)
+
+    def _span(self, epoch: int, lanes: Int64s, positions: Int64s) -> _Span:
         bounds = self._order(epoch).bounds
         start = self._runs_before(epoch, lanes)
         stop = self._runs_before(epoch, lanes + 1)
@@ -157,6 +198,11 @@ class Plan:
         piece = first_piece + windows * self.window_blocks
         begin = np.maximum(start, bounds[piece])
         end = np.minimum(stop, bounds[np.minimum(piece + self.window_blocks, self.blocks)])
+        return _Span(place, windows, begin, end, piece)
+
+    def _shuffled(self, epoch: int, lanes: Int64s, positions: Int64s) -> Int64s:
+        """Positions of lanes that lie in ``epoch`` to places in its stream of permuted blocks."""
+        place, windows, begin, end, _ = self._span(epoch, lanes, positions)
         # Rows of one window stand together, since rows are lane-major and positions rise within a lane.
         changes = np.flatnonzero((np.diff(lanes) != 0) | (np.diff(windows) != 0)) + 1
         edges = [0, *changes.tolist(), len(lanes)]

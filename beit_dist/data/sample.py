@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit_dist.errors import ConfigError, DataError
+
+try:
+    from isal.isal_zlib import crc32  # the same numbers, up to ten times as fast as what zlib 1.2 computes
+except ImportError:
+    from zlib import crc32
 
 JSON_BYTES = 512
 """Size of the json member; what does not fit is cut (see :func:`encode_notes`)."""
@@ -140,7 +144,7 @@ def parse_key(key: str) -> tuple[int, int]:
 
 def sample_crc(key: str, patches: Bytes, tokens: Bytes) -> int:
     """crc32 over the key, the patch array and the token array, without npy headers."""
-    return zlib.crc32(tokens, zlib.crc32(patches, zlib.crc32(key.encode("ascii"))))
+    return crc32(tokens, crc32(patches, crc32(key.encode("ascii"))))
 
 
 def decode_head(layout: SampleLayout, head: memoryview | bytes) -> tuple[int, str]:

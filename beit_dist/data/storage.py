@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from beit_dist.errors import DataError, SampleError
+from beit_dist.data.counts import bytes_read
+from beit_dist.data.fetching import RemoteReader
+from beit_dist.errors import SampleError
+from beit_dist.storage.access import Access
+from beit_dist.storage.opening import as_place
+from beit_dist.storage.place import Place
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _OPEN_FILES = 64
 
 
 class ShardReader(Protocol):
     """Reads byte ranges of shards. Can be pickled; whatever it opens, it opens in the process that reads."""
 
-    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview], *, fresh: bool = False) -> None:
         """Fill ``buffers`` one after another with the bytes of ``shard`` from ``offset`` on.
+
+        Args:
+            shard: its name in the data set.
+            offset: in bytes.
+            buffers: to be filled.
+            fresh: take nothing that was read before, as it turned out to be damaged.
 
         Raises:
             SampleError: the bytes are not all there, or cannot be read.
+            StorageError: a store does not answer, or refuses.
         """
 
     def close(self) -> None:
         """Let go of what is open; reading opens it again."""
 
 
-def open_reader(root: str) -> ShardReader:
-    """A reader of the data set in ``root``.
+def open_reader(where: str | os.PathLike[str] | Place, access: Access | None = None) -> ShardReader:
+    """A reader of the data set in a folder: a path, a URL, or the place itself.
 
     Raises:
-        DataError: nothing here can read from such a place.
+        ConfigError: it is no place, or holds credentials.
     """
-    if _SCHEME.match(root):
-        raise DataError(f"data: got {root!r}, expected a local folder. Copy the shards to a local disk first.")
-    return LocalReader(root)
+    place = as_place(where, access)
+    return LocalReader(str(place.path)) if place.is_local else RemoteReader(place)
 
 
 class LocalReader:
@@ -56,12 +65,14 @@ class LocalReader:
     def __del__(self) -> None:
         self.close()
 
-    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview], *, fresh: bool = False) -> None:
         """See :meth:`ShardReader.read_into`; at most 1,024 buffers (IOV_MAX)."""
         expected = sum(buffer.nbytes for buffer in buffers)
         got = 0
         try:
             descriptor = self._descriptor(shard)
+            if fresh:  # have the system read the disk again, where it can
+                os.posix_fadvise(descriptor, offset, expected, os.POSIX_FADV_DONTNEED)
             got = os.preadv(descriptor, buffers, offset)
             while got < expected:  # a short read is legal; only an empty one means the end
                 more = os.preadv(descriptor, _after(buffers, got), offset + got)
@@ -76,6 +87,7 @@ class LocalReader:
             raise SampleError(
                 f"{self._path(shard)}: byte {offset}: got {got} bytes, expected {expected}; the file is cut short"
             )
+        bytes_read.add("disk", expected)
 
     def close(self) -> None:
         """Close every open shard."""

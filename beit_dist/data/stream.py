@@ -20,20 +20,26 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from beit_dist.config import LoaderConfig, near_divisors
-from beit_dist.data import shared_memory
+from beit_dist.data import counts, shared_memory
+from beit_dist.data.block_cache import BlockCache
+from beit_dist.data.digest import rows_digest
+from beit_dist.data.fetching import RemoteReader
+from beit_dist.data.lookahead import BlocksAhead, MakeLookahead, SamplesAhead, lanes_of, ring_bytes
 from beit_dist.data.manifest import Manifest
 from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.pipeline import Failure, Part, PartPipeline, RowLayout, drop_path_depth, split_rows
 from beit_dist.data.plan import Plan
 from beit_dist.data.sample import SampleLayout
-from beit_dist.data.storage import open_reader
+from beit_dist.data.storage import ShardReader, open_reader
 from beit_dist.data.workers import WorkerStart, start_method
 from beit_dist.errors import ConfigError, SampleError, UserError
+from beit_dist.storage.access import Access
 
 logger = logging.getLogger(__name__)
 
 _BUFFERS = 3  # one with the trainer, one it may still copy from, one being filled
 _PATIENCE = 5.0  # seconds that close() gives workers to end by themselves
+_MADE_OF = ("sample_ids", "epochs", "positions", "keeps")  # what of a row its digest is of
 _LOOK = 0.5  # seconds without a batch between two looks whether to go on waiting
 
 
@@ -59,6 +65,8 @@ class RankBatch:
     """Number of positions >= 0."""
     bad: int
     """Damaged samples among the rows."""
+    digest: int
+    """Of the rows' samples, epochs, masks and drop-path keeps: 64 bits, those of all ranks add up (mod 2⁶⁴)."""
     wait_seconds: float
     """How long ``__next__`` had to wait for this batch."""
 
@@ -81,6 +89,33 @@ def shared_memory_bytes(
     return shared_memory.held_bytes(step, loader.prefetch)
 
 
+def ring_of(plan: Plan, layout: SampleLayout, rows: range, per_lane: int) -> int:
+    """Bytes of the blocks that a rank holds which reads a URL.
+
+    Args:
+        plan: the order of samples.
+        layout: shapes of a sample.
+        rows: of the global batch, the rank's.
+        per_lane: samples of each lane in a batch.
+    """
+    return ring_bytes(
+        lanes=len(lanes_of(rows, per_lane)),
+        window_blocks=plan.window_blocks,
+        block_samples=plan.block_samples,
+        stride=layout.stride,
+    )
+
+
+def look_ahead(
+    reader: ShardReader, plan: Plan, layout: SampleLayout, rows: range, per_lane: int, loader: LoaderConfig
+) -> MakeLookahead | None:
+    """How far the reader of a rank's rows looks ahead: by blocks if they fit into ``loader.memory_gib``."""
+    if not isinstance(reader, RemoteReader):
+        return None  # the system's own cache holds what is read of files
+    fits = ring_of(plan, layout, rows, per_lane) <= loader.memory_gib * 2**30
+    return BlocksAhead if fits else SamplesAhead
+
+
 @dataclass
 class _Buffer:
     """Memory of one rank batch, used again and again: faulting in fresh pages costs more than reading."""
@@ -93,7 +128,7 @@ class RankBatches(Iterator[RankBatch]):
     """This rank's batches from a position on, for ever.
 
     Args:
-        root: the data set's folder.
+        root: the data set's folder, or its URL.
         manifest: of that data set.
         plan: the order of samples; its seed keys drop path.
         masks: makes the masked positions.
@@ -105,11 +140,11 @@ class RankBatches(Iterator[RankBatch]):
         loader: workers, prefetch, budget of damaged samples, time limit.
         pin: put batches into page-locked memory, for asynchronous copies to a GPU.
         ranks_on_node: ranks that share this node's /dev/shm.
+        access: how a URL is reached.
 
     Raises:
         ConfigError: the global batch does not divide.
         SpaceError: /dev/shm is too small.
-        DataError: no reader for such a place.
     """
 
     def __init__(
@@ -127,6 +162,7 @@ class RankBatches(Iterator[RankBatch]):
         loader: LoaderConfig,
         pin: bool = False,
         ranks_on_node: int = 1,
+        access: Access | None = None,
     ) -> None:
         _check_division(global_batch, plan.lanes, world)
         self.root, self.loader, self.consumed = root, loader, consumed
@@ -138,8 +174,13 @@ class RankBatches(Iterator[RankBatch]):
             manifest.layout, masks.positions_per_image, drop_path_depth(drop_path_rates), len(self.rows)
         )
         self.prefetch = self._prefetch(layout.nbytes, ranks_on_node)
+        reader = open_reader(root, access)
+        ahead = look_ahead(reader, plan, manifest.layout, self.rows, self.per_lane, loader)
+        if loader.cache_dir is not None and isinstance(reader, RemoteReader) and ahead is BlocksAhead:
+            reader.cache = BlockCache(loader.cache_dir, int(loader.cache_gib * 2**30), manifest.digest)
+            reader.cache.remove_leftovers()
         self._pipeline = PartPipeline(
-            reader=open_reader(root),
+            reader=reader,
             manifest=manifest,
             plan=plan,
             masks=masks,
@@ -151,10 +192,11 @@ class RankBatches(Iterator[RankBatch]):
             # that has been copied by then.
             slots=self.prefetch + 1,
             tolerant=loader.bad_samples > 0,
+            ahead=ahead,
         )
         self._slots: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
         if rank == 0:
-            self._give_notice(plan.lanes, world)
+            self._give_notice(plan.lanes, world, by_sample=ahead is SamplesAhead)
         self.bad = 0
         self._held: deque[_Buffer] = deque()
         self._free: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
@@ -243,6 +285,8 @@ class RankBatches(Iterator[RankBatch]):
                 self._ready.put((batch, buffer))
         except BaseException as error:
             self._ready.put(_explained(error))
+        finally:
+            self._pipeline.reader.close()  # without workers, this thread has read
 
     def _open_loader(self) -> Any:
         # Always a fresh loader at an integer: one path for starting and for resuming, on any number of workers.
@@ -276,14 +320,17 @@ class RankBatches(Iterator[RankBatch]):
                 raise part.kind(part.text)
             if self.workers:
                 self._copy(part, buffer)
+            counts.give(part.counts)
             faults += part.faults
         self._count_bad(faults)
         tensors = buffer.tensors
+        made_of = [tensors[name].numpy() for name in _MADE_OF if name in tensors]
         return RankBatch(
             consumed=consumed,
             keeps=tensors.get("keeps"),
             masked=int((tensors["positions"].numpy() >= 0).sum()),
             bad=len(faults),
+            digest=rows_digest(self.rows.start, *made_of),
             wait_seconds=0.0,
             **{name: tensors[name] for name in ("patches", "tokens", "positions", "sample_ids", "epochs")},
         )
@@ -327,7 +374,7 @@ class RankBatches(Iterator[RankBatch]):
             return self.loader.prefetch
         return shared_memory.fit_prefetch(self.loader.prefetch, step_bytes, available)
 
-    def _give_notice(self, lanes: int, world: int) -> None:
+    def _give_notice(self, lanes: int, world: int, by_sample: bool) -> None:
         if self.workers < self.loader.workers:
             logger.warning(
                 "loader.workers: %d reduced to %d, as a rank has no more lanes", self.loader.workers, self.workers
@@ -342,6 +389,13 @@ class RankBatches(Iterator[RankBatch]):
         if lanes % world:
             logger.warning(
                 "%d ranks do not divide %d lanes: exact, but ranks read some blocks twice", world, lanes
+            )
+        if by_sample:
+            logger.warning(
+                "loader.memory_gib: %g is too little for the blocks of this rank's lanes; %s is read by sample,"
+                " which is slower. Raise it, or lower loader.window_blocks",
+                self.loader.memory_gib,
+                self.root,
             )
 
 

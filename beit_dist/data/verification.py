@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -26,10 +26,14 @@ from beit_dist.data.sample import (
     parse_key,
     sample_crc,
 )
-from beit_dist.errors import DataError
+from beit_dist.errors import DataError, StorageError
+from beit_dist.storage.opening import as_place
+from beit_dist.storage.place import Place
+from beit_dist.storage.streams import open_stream
 
 Progress = Callable[[int], None]
 _READ = 1 << 20
+_VIEW, _SHARD = re.compile(r"v\d{2}"), re.compile(r"[^.].*\.tar")
 
 
 class Fault(NamedTuple):
@@ -61,20 +65,27 @@ class _Checked(NamedTuple):
 
 
 def verify(
-    root: str, manifest: Manifest, threads: int = 1, progress: Progress = lambda _: None
+    where: str | os.PathLike[str] | Place,
+    manifest: Manifest,
+    threads: int = 1,
+    progress: Progress = lambda _: None,
 ) -> Iterator[Fault]:
     """Every fault of the data set, shard by shard.
 
     Args:
-        root: the data set's folder.
+        where: the data set's folder: a path, a URL, or the place itself.
         threads: shards that are read at once.
         progress: called with numbers of bytes read, from any thread.
+
+    Raises:
+        StorageError: the store does not answer, or refuses.
     """
-    yield from _unlisted(root, manifest)
+    place = as_place(where)
+    yield from _unlisted(place, manifest)
     groups = list(zip(*(manifest.view_shards(view) for view in range(manifest.views)), strict=True))
     highest = -1
     with ThreadPoolExecutor(threads) as pool:
-        results = pool.map(lambda shards: _verify_group(root, manifest.layout, shards, progress), groups)
+        results = pool.map(lambda shards: _verify_group(place, manifest.layout, shards, progress), groups)
         for shards, (faults, ids) in zip(groups, results, strict=True):
             yield from faults
             if ids and min(ids.values()) <= highest:
@@ -84,17 +95,18 @@ def verify(
             highest = max(highest, *ids.values()) if ids else highest
 
 
-def _unlisted(root: str, manifest: Manifest) -> Iterator[Fault]:
+def _unlisted(place: Place, manifest: Manifest) -> Iterator[Fault]:
     known = {shard.name for shard in manifest.shards}
-    for path in sorted(Path(root).glob("v[0-9][0-9]/*.tar")):
-        name = f"{path.parent.name}/{path.name}"
-        if name not in known:
-            yield Fault(name, "not in the manifest; readers that take all tars would read it")
+    for view in filter(_VIEW.fullmatch, place.list()):
+        for name in filter(_SHARD.fullmatch, place.list(view)):
+            if f"{view}/{name}" not in known:
+                problem = "not in the manifest; readers that take all tars would read it"
+                yield Fault(f"{view}/{name}", problem)
 
 
-def _verify_group(root: str, layout: SampleLayout, shards: Sequence[ShardInfo], progress: Progress) -> _Checked:
+def _verify_group(place: Place, layout: SampleLayout, shards: Sequence[ShardInfo], progress: Progress) -> _Checked:
     """The same shard of all views: each by itself, then their ids against view 0's."""
-    checked = [_verify_shard(root, layout, view, shard, progress) for view, shard in enumerate(shards)]
+    checked = [_verify_shard(place, layout, view, shard, progress) for view, shard in enumerate(shards)]
     faults = [fault for one in checked for fault in one.faults]
     first = checked[0].ids
     for shard, (_, ids) in zip(shards[1:], checked[1:], strict=True):
@@ -105,14 +117,15 @@ def _verify_group(root: str, layout: SampleLayout, shards: Sequence[ShardInfo], 
     return _Checked(faults, first)
 
 
-def _verify_shard(root: str, layout: SampleLayout, view: int, shard: ShardInfo, progress: Progress) -> _Checked:
-    path = os.path.join(root, shard.name)
+def _verify_shard(place: Place, layout: SampleLayout, view: int, shard: ShardInfo, progress: Progress) -> _Checked:
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        size = place.size(shard.name)
+        with open_stream(place, shard.name) as file:
             checked, digest = _read_shard(file, layout, view, shard, progress)
+    except StorageError:
+        raise
     except OSError as error:
-        return _Checked([Fault(shard.name, error.strerror or str(error))], {})
+        return _Checked([Fault(shard.name, error.strerror or "no such file")], {})
     faults = checked.faults
     if size != shard.bytes:
         faults.insert(0, Fault(shard.name, f"size: got {size} bytes, expected {shard.bytes}"))

@@ -25,8 +25,8 @@ def open_data(config: TrainConfig, *, check_files: bool) -> Manifest:
         DataError: the data set is missing or damaged, or was made by another tokenizer.
     """
     if config.data is None:
-        raise ConfigError("data", None, "the folder that tools/shard_tokens.py wrote", "Add data=DIR.")
-    manifest = load_manifest(config.data)
+        raise ConfigError("data", None, "the folder or URL that tools/shard_tokens.py wrote to", "Add data=DIR.")
+    manifest = load_manifest(config.data, config.storage.access)
     layout = manifest.layout
     for name in ("image_size", "patch_size", "vocabulary"):
         ours, theirs = getattr(config.model, name), getattr(layout, name)
@@ -46,7 +46,7 @@ def open_data(config: TrainConfig, *, check_files: bool) -> Manifest:
                 "the shards again with this one."
             )
     if check_files:
-        check_shard_files(config.data, manifest)
+        check_shard_files(config.data, manifest, config.storage.access)
     return manifest
 
 
@@ -64,7 +64,7 @@ def open_validation(config: TrainConfig, manifest: Manifest, *, check_files: boo
     data = config.validation.data
     if data is None:
         return None
-    held_out = load_manifest(data)
+    held_out = load_manifest(data, config.storage.access)
     for name, got, expected in (
         ("layout", held_out.layout, manifest.layout),
         ("tokenizer", held_out.tokenizer, manifest.tokenizer),
@@ -77,7 +77,7 @@ def open_validation(config: TrainConfig, manifest: Manifest, *, check_files: boo
     if held_out.digest == manifest.digest:
         raise ConfigError("validation.data", data, "images that are not trained on, but it is the training set")
     if check_files:
-        check_shard_files(data, held_out)
+        check_shard_files(data, held_out, config.storage.access)
     return held_out
 
 

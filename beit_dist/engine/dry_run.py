@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import torch
 
 from beit_dist.config import TrainConfig
+from beit_dist.data.lookahead import lanes_of
 from beit_dist.data.pipeline import drop_path_depth
 from beit_dist.data.shards import Manifest
-from beit_dist.data.stream import shared_memory_bytes
+from beit_dist.data.stream import ring_of, shared_memory_bytes
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.models.flops import multiply_adds
 from beit_dist.models.mim import MaskedImageModel
+from beit_dist.storage.place import is_url
 
 _STATE_BYTES = 12  # fp32 master weight and two moments
 
@@ -152,6 +154,13 @@ def _data_rows(config: TrainConfig, resolved: Resolved, manifest: Manifest) -> I
         depth=drop_path_depth(config.model.drop_path_rates),
     )
     yield "loader", f"{config.loader.workers} workers a rank, holding up to {_size(held)} of /dev/shm"
+    if is_url(str(config.data)):
+        per_lane = config.global_batch // plan.lanes
+        rows = range(resolved.rank_batch)
+        ring, limit = ring_of(plan, manifest.layout, rows, per_lane), config.loader.memory_gib
+        lanes = len(lanes_of(rows, per_lane))
+        how = "blocks are fetched ahead" if ring <= limit * 2**30 else "too much, so single samples are fetched"
+        yield "ring", f"{_size(ring)} a rank for two windows of {lanes} lanes, of {limit:g} GiB allowed: {how}"
 
 
 def _size(number: float) -> str:

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from beit_dist.data.counts import COUNTERS
 from beit_dist.engine.lines import Lines
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.run_folder import RunFolder
 from beit_dist.engine.sinks import Sinks
 from beit_dist.engine.validation import Validated, line_of
-from beit_dist.storage.retries import counts as retries
 
 
 @dataclass
@@ -39,6 +39,8 @@ class StepFacts:
     """False: the gradients were not finite and nothing was updated."""
     wait_seconds: float
     """How long this rank waited for the step's data."""
+    batch: str = ""
+    """Digest of the global batch: its samples, epochs, masks and drop-path keeps, in hexadecimal."""
 
 
 class Recorder:
@@ -137,6 +139,13 @@ class Recorder:
             text = f"step {step}  held-out loss {result.loss:.4f}  accuracy {100 * result.accuracy:.1f} %"
             print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
+    def has_validation(self, step: int) -> bool:
+        """Rank 0: whether the held-out result of ``step`` is on the disk."""
+        if self._results is None:
+            return False
+        with self._results.path.open("rb") as lines:
+            return any(json.loads(line)["step"] == step for line in lines)
+
     def pause(self) -> None:
         """What happened since the last flush, a save for instance, does not count as training time."""
         if not self._facts:
@@ -188,6 +197,7 @@ class Recorder:
             "masked": fact.masked,
             "bad": fact.bad,
             "skipped": not fact.applied,
+            "batch": fact.batch,
             "attempt": self._attempt,
         }
 
@@ -200,8 +210,9 @@ class Recorder:
         self._metrics.add("beit_train_samples", len(facts) * self._global_batch)
         self._metrics.add("beit_train_masked_patches", sum(fact.masked for fact in facts))
         self._metrics.add("beit_data_bad_samples", sum(fact.bad for fact in facts))
-        for cause, count in retries.take().items():
-            self._metrics.add("beit_storage_retries", count, cause=cause)
+        for name, (counts, label) in COUNTERS.items():
+            for value, count in counts.take().items():
+                self._metrics.add(name, count, **{label: value})
         self._metrics.set(
             {
                 "beit_train_epoch": line["epoch"],

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from beit_dist.config import TrainConfig, ValidationConfig
+from beit_dist.data.lookahead import SamplesAhead
 from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.pipeline import Failure, PartPipeline
 from beit_dist.data.plan import Plan
@@ -66,7 +67,7 @@ class Validation:
         rank, self._batch = agreement.ranks.rank, rows * agreement.ranks.world
         self._rows = range(rank * rows, (rank + 1) * rows)
         sizes = [shard.samples for shard in manifest.view_shards(0)]
-        self._reader = open_reader(str(settings.data))
+        self._reader = open_reader(str(settings.data), config.storage.access)
         self._pipeline = PartPipeline(
             reader=self._reader,
             manifest=manifest,
@@ -78,6 +79,7 @@ class Validation:
             consumed=0,
             slots=1,
             tolerant=False,
+            ahead=SamplesAhead,
         )
         layout = self._pipeline.layout(rows)
         self._pipeline.memory = torch.empty(layout.nbytes, dtype=torch.uint8)

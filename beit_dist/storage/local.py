@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from beit_dist.durable import write_once, write_whole, writing
+from beit_dist.storage.direct import DirectFile
 from beit_dist.storage.place import Place
 
 
@@ -51,8 +53,22 @@ class LocalPlace(Place):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def files(self) -> Iterator[tuple[str, int]]:
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    yield path.relative_to(self.folder).as_posix(), path.stat().st_size
+
     def size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
+
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        found = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found[name] = self.size(name)
+        return found
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
@@ -73,7 +89,7 @@ class LocalPlace(Place):
         return write_once(self.folder / name, content)
 
     def writing(self, name: str) -> AbstractContextManager[BinaryIO]:
-        return writing(self.folder / name)
+        return writing(self.folder / name, lambda path: cast(BinaryIO, DirectFile(path)))
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)

@@ -11,6 +11,11 @@ from beit_dist.storage.place import Place, check_place, is_url
 from beit_dist.storage.remote import RemotePlace
 
 
+def as_place(where: str | os.PathLike[str] | Place, access: Access | None = None) -> Place:
+    """``where`` itself if it is a place, else the place that it names."""
+    return where if isinstance(where, Place) else open_place(where, access)
+
+
 def open_place(where: str | os.PathLike[str], access: Access | None = None) -> Place:
     """The folder ``where``: a path, or a URL that fsspec knows.
 

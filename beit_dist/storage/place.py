@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,9 @@ from beit_dist.errors import ConfigError
 
 READ_CHUNK = 8 << 20
 """Bytes of one request when a whole file is read; AWS advises ranges of 8 to 16 MiB."""
+
+Buffer = bytes | bytearray
+"""What a file's content comes in."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|[a-z0-9]+::|pipe:")
 
@@ -71,8 +74,16 @@ class Place(ABC):
         """Sorted names of what is directly in this folder, or in its folder ``name``; none is no error."""
 
     @abstractmethod
+    def files(self) -> Iterator[tuple[str, int]]:
+        """(path in this folder, bytes) of every file in it and below, in no particular order; none is no error."""
+
+    @abstractmethod
     def size(self, name: str) -> int:
         """Bytes of a file."""
+
+    @abstractmethod
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """Bytes of each of these files that is there; many at once, with as few requests as there need be."""
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
@@ -93,6 +104,16 @@ class Place(ABC):
         Raises:
             EOFError: the file ends before that.
         """
+
+    def read_range(self, name: str, offset: int, size: int) -> Buffer:
+        """``size`` bytes of the file from ``offset`` on.
+
+        Raises:
+            EOFError: the file ends before that.
+        """
+        content = bytearray(size)
+        self.read_into(name, offset, memoryview(content))
+        return content
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The whole file, in pieces of 8 MiB that are valid until the next one is asked for."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePosixPath
@@ -15,13 +16,15 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.spec import AbstractBufferedFile
 
-from beit_dist.errors import ConfigError, StorageError
+from beit_dist.errors import AccessError, ConfigError, StorageError
 from beit_dist.storage.access import Access
-from beit_dist.storage.place import Place, shown
+from beit_dist.storage.listings import folder_files, s3_files
+from beit_dist.storage.place import Buffer, Place, shown
 from beit_dist.storage.retries import ShortReadError, retrying
 
 _Result = TypeVar("_Result")
 _S3 = ("s3", "s3a")
+_HTTP = ("http", "https")  # fsspec takes the links of a page for a list, which has no sizes
 _PART = 16 << 20
 """Bytes of one part of an upload; S3 takes 10,000 parts, so 156 GiB."""
 
@@ -70,6 +73,20 @@ class RemotePlace(Place):
         names = {PurePosixPath(str(path)).name for path in found}
         return sorted(names - {"", PurePosixPath(urlsplit(folder).path).name})
 
+    def files(self) -> Iterator[tuple[str, int]]:
+        if urlsplit(self._url).scheme in _S3:
+            bucket, _, key = self._url.partition("://")[2].partition("/")
+            yield from s3_files(self.system(), bucket, f"{key}/" if key else "")
+            return
+        root: str = self.system()._strip_protocol(self._url)
+
+        def ls(folder: str) -> list[dict[str, Any]]:
+            entries: list[dict[str, Any]] = self._try(lambda fs: fs.ls(folder, detail=True), folder)
+            return entries
+
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            yield from folder_files(ls, root.rstrip("/"))
+
     def size(self, name: str) -> int:
         key = self._key(name)
         size = self._try(lambda fs: fs.info(key), key)["size"]
@@ -77,32 +94,61 @@ class RemotePlace(Place):
             raise OSError(f"{shown(key)}: the server does not say how large it is")
         return int(size)
 
+    def sizes(self, names: Sequence[str]) -> dict[str, int]:
+        found = {} if urlsplit(self._url).scheme in _HTTP else self._listed({*map(_folder_of, names)})
+        found = {name: found[name] for name in names if name in found}
+        asked = [name for name in names if name not in found]
+
+        def ask(name: str) -> int | None:
+            try:
+                return self.size(name)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+        with ThreadPoolExecutor(self._access.connections, "sizes") as pool:
+            answers = zip(asked, pool.map(ask, asked), strict=True)
+            return found | {name: size for name, size in answers if size is not None}
+
+    def _listed(self, folders: set[str]) -> dict[str, int]:
+        """Sizes of all files directly in ``folders`` as far as the lists say: a request for each 1,000 of them."""
+        sizes: dict[str, int] = {}
+        for folder in sorted(folders):
+            key = self._key(folder)
+            # One may be allowed to read files and yet not to list them: then each is asked for.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, AccessError):
+                for entry in self._try(partial(_details, key), key):
+                    if entry.get("type") == "file" and entry.get("size") is not None:
+                        sizes[str(PurePosixPath(folder) / PurePosixPath(entry["name"]).name)] = int(entry["size"])
+        return sizes
+
     def read(self, name: str) -> bytes:
         key = self._key(name)
         content: bytes = self._try(lambda fs: fs.cat_file(key), key)
         return content
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.read_range(name, offset, len(buffer))
+
+    def read_range(self, name: str, offset: int, size: int) -> Buffer:
         key = self._key(name)
 
         def read(fs: Any) -> bytes:
             # By name: the second position of s3fs's cat_file is a version id.
-            content: bytes = fs.cat_file(key, start=offset, end=offset + len(buffer))
-            if len(content) == len(buffer):
+            content: bytes = fs.cat_file(key, start=offset, end=offset + size)
+            if len(content) == size:
                 return content
             # A range past the end comes back short, and a server that ignores ranges sends the whole file.
-            size = int(fs.info(key)["size"] or 0)
-            if offset + len(buffer) > size:
-                raise _TooFarError(
-                    f"{shown(key)}: byte {offset}: expected {len(buffer)} bytes, the file has {size}"
-                )
-            raise ShortReadError(f"got {len(content)} bytes, expected {len(buffer)}")
+            length = int(fs.info(key)["size"] or 0)
+            if offset + size > length:
+                raise _TooFarError(f"{shown(key)}: byte {offset}: expected {size} bytes, the file has {length}")
+            raise ShortReadError(f"got {len(content)} bytes, expected {size}")
 
-        if len(buffer):
-            try:
-                buffer[:] = self._try(read, key)
-            except _TooFarError as error:
-                raise EOFError(str(error)) from None
+        if not size:
+            return b""
+        try:
+            return self._try(read, key)
+        except _TooFarError as error:
+            raise EOFError(str(error)) from None
 
     def write(self, name: str, content: bytes) -> None:
         key = self._key(name)
@@ -175,6 +221,14 @@ class RemotePlace(Place):
             return _systems[mark]
 
 
+def _details(folder: str, fs: Any) -> Any:
+    return fs.ls(folder, detail=True)
+
+
+def _folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
 class _TooFarError(FileNotFoundError):
     """A range beyond the end of a file: no retry makes it longer."""
 
@@ -184,9 +238,19 @@ def _open(protocol: str, access: Access, where: str) -> Any:
         from beit_dist.storage.s3 import open_s3
 
         return open_s3(access)
+    options = dict(access.options.get(protocol, {}))
+    if protocol in _HTTP:
+        options["client_kwargs"] = {"timeout": _http_timeout(access), **options.get("client_kwargs", {})}
     try:
-        return fsspec.filesystem(protocol, use_listings_cache=False, **access.options.get(protocol, {}))
+        return fsspec.filesystem(protocol, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(
             "url", where, "a protocol that fsspec knows and whose package is installed", str(error)
         ) from None
+
+
+def _http_timeout(access: Access) -> Any:
+    """aiohttp's own limit is five minutes for a whole answer, however fast it comes in."""
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=access.connect_seconds, sock_read=access.read_seconds)

@@ -6,13 +6,12 @@ import asyncio
 import errno
 import logging
 import random
-import threading
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import NoReturn, TypeVar
 
 from beit_dist.errors import AccessError, StorageError
+from beit_dist.storage.counts import Counts
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -63,26 +62,8 @@ class ShortReadError(OSError):
     """An answer has another length than was asked for, though the file has the bytes."""
 
 
-class _Counts:
-    """Retries of this process by cause; any thread may add to them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-
-    def add(self, cause: str, count: int = 1) -> None:
-        """Count ``count`` more."""
-        with self._lock:
-            self._counts[cause] += count
-
-    def take(self) -> dict[str, int]:
-        """What came in since the last call."""
-        with self._lock:
-            taken, self._counts = dict(self._counts), Counter()
-        return taken
-
-
-counts = _Counts()
+counts = Counts()
+"""Retries of this process, and of its loader processes, by cause."""
 
 
 def cause_of(error: BaseException) -> str | None:

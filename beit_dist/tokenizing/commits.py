@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from beit_dist.data.manifest import ShardInfo
-from beit_dist.durable import writing
-from beit_dist.errors import ConfigError, DataError
+from beit_dist.errors import DataError, StorageError
+from beit_dist.storage.place import Place
+from beit_dist.tokenizing.rejected import Rejected
 
-
-class Rejected(NamedTuple):
-    """An image that is in no shard, and why."""
-
-    id: int
-    name: str
-    reason: str
+_READ_AT_ONCE = 32
+_VIEW, _SHARD = re.compile(r"v\d{2}"), re.compile(r"[^.].*\.tar")
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Commit:
         """Samples of one view."""
         return self.files[0].samples if self.files else 0
 
-    def check_job(self, out: Path, job: str) -> None:
+    def check_job(self, out: Place, job: str) -> None:
         """Refuse the commit if it is not of the job with this digest.
 
         Raises:
@@ -48,28 +45,21 @@ class Commit:
         """
         if self.job != job:
             raise DataError(
-                f"{commit_path(out, self.shard)}: made with other images, tokenizer or settings (job "
+                f"{out / _name(self.shard)}: made with other images, tokenizer or settings (job "
                 f"{self.job[:12]}, expected {job[:12]}). Start over in another --out, or remove the folder"
             )
 
-    def damage(self, out: Path) -> str:
-        """What is wrong with the committed files by their sizes; empty if nothing."""
+    def damage(self, sizes: Mapping[str, int]) -> str:
+        """What is wrong with the committed files by their sizes (see :func:`sizes_of`); empty if nothing."""
         for info in self.files:
-            try:
-                size = (out / info.name).stat().st_size
-            except OSError as error:
-                return f"{info.name}: {error.strerror}"
+            size = sizes.get(info.name)
             if size != info.bytes:
-                return f"{info.name}: got {size} bytes, expected {info.bytes}"
+                found = "no such file" if size is None else f"{size} bytes"
+                return f"{info.name}: got {found}, expected {info.bytes} bytes"
         return ""
 
 
-def commit_path(out: Path, shard: int) -> Path:
-    """Where the commit of a shard number lies."""
-    return out / "commits" / f"shard-{shard:06d}.json"
-
-
-def write_commit(out: Path, commit: Commit) -> None:
+def write_commit(out: Place, commit: Commit) -> None:
     """Write a commit, durably; its shard files must be durable already."""
     content = {
         "shard": commit.shard,
@@ -77,19 +67,27 @@ def write_commit(out: Path, commit: Commit) -> None:
         "files": [asdict(info) for info in commit.files],
         "rejected": [entry._asdict() for entry in commit.rejected],
     }
-    with writing(commit_path(out, commit.shard)) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    out.write(_name(commit.shard), (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_commit(out: Path, shard: int) -> Commit | None:
+def read_commits(out: Place, shards: Sequence[int]) -> list[Commit | None]:
+    """The commits of these shards, None where there is none.
+
+    Raises:
+        DataError: a file is none of ours.
+    """
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        return list(pool.map(lambda shard: read_commit(out, shard), shards))
+
+
+def read_commit(out: Place, shard: int) -> Commit | None:
     """The commit of a shard number, None if there is none.
 
     Raises:
         DataError: the file is none of ours.
     """
-    path = commit_path(out, shard)
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: dict[str, Any] = json.loads(out.read(_name(shard)))
         return Commit(
             shard=content["shard"],
             job=content["job"],
@@ -98,34 +96,23 @@ def read_commit(out: Path, shard: int) -> Commit | None:
         )
     except FileNotFoundError:
         return None
+    except StorageError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        path = out / _name(shard)
         raise DataError(f"{path}: cannot be read ({error!r}). Remove it: its shard is then made again") from None
 
 
-def rejection_limit(text: str, entries: int) -> int:
-    """How many images may be rejected: a number, or a percentage of the list such as ``1%``.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    try:
-        limit = float(text[:-1]) / 100 * entries if text.endswith("%") else float(int(text))
-    except ValueError:
-        limit = -1.0
-    if not 0 <= limit <= float("inf"):
-        raise ConfigError("--max-rejected", text, "a number of images, or a percentage such as 1%")
-    return int(min(limit, entries))
+def sizes_of(out: Place, commits: Iterable[Commit]) -> dict[str, int]:
+    """Bytes of the committed files by name, as far as they are there."""
+    return out.sizes([info.name for commit in commits for info in commit.files])
 
 
-def check_rejected(rejected: int, limit: int, examples: Sequence[Rejected]) -> None:
-    """Fail the job past the limit.
+def shard_files(out: Place) -> set[str]:
+    """Every shard file of the folder, whether committed or not."""
+    views = filter(_VIEW.fullmatch, out.list())
+    return {f"{view}/{name}" for view in views for name in out.list(view) if _SHARD.fullmatch(name)}
 
-    Raises:
-        DataError: tells some of the reasons.
-    """
-    if rejected > limit:
-        listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in examples[:5])
-        raise DataError(
-            f"{rejected} images rejected, more than the {limit} that --max-rejected allows. Repair or remove "
-            f"them, or raise it; finished shards are kept. Some of them:{listed}"
-        )
+
+def _name(shard: int) -> str:
+    return f"commits/shard-{shard:06d}.json"

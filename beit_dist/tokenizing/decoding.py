@@ -1,30 +1,38 @@
 """Images to views in processes of their own, so that decoding keeps up with the encoder. The order is kept.
 
 Processes and not threads: blending and colour conversion hold Python's lock. They start by ``spawn``, as a fork
-of a process that uses CUDA is not safe, and import neither torch nor the tokenizer.
+of a process that uses CUDA is not safe, and import neither torch nor the tokenizer. Each reads the images of its
+next tasks in threads while it decodes, so that a store's latency is not waited for.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import multiprocessing
 import os
 import signal
-import threading
+import time
+import traceback
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import NamedTuple
 
 from beit_dist.data.images import Augment, ImageRejectedError, View, decode, make_view, patchify
-from beit_dist.errors import SampleError
+from beit_dist.errors import SampleError, UserError
+from beit_dist.storage.access import Access
+from beit_dist.storage.retries import counts
+from beit_dist.tokenizing.metrics import Metrics
 from beit_dist.tokenizing.sources import Source, read_source
 
 CHUNK = 8
 """Images of one task: enough to make passing tasks around cheap, few enough to spread over the processes."""
+_TASKS = 3
+"""Of one process: one is decoded, the others are read ahead. Their files are held in memory."""
+_READERS = 2 * CHUNK
 
 
 class Recipe(NamedTuple):
@@ -45,76 +53,123 @@ class Decoded(NamedTuple):
     views: tuple[View, ...]
     """Their ``image`` is already patches: uint8 (patches, 3 · patch_size²)."""
     reason: str = ""
+    kind: str = ""
+    """The reason's class."""
 
 
-def decode_source(recipe: Recipe, source: Source) -> Decoded:
-    """Read and decode one image, once, and make all its views.
+class _Done(NamedTuple):
+    """What a process sends back for a task."""
+
+    decoded: list[Decoded]
+    read_seconds: float
+    decode_seconds: float
+    retries: dict[str, int]
+    error: Exception | None = None
+
+
+def decode_source(recipe: Recipe, source: Source, raw: bytes) -> Decoded:
+    """Decode one image, once, and make all its views; one that cannot be used is not an error.
 
     Raises:
-        DataError, SampleError: the file cannot be read; an image that can be read but not used is not an error.
+        SampleError: this machine has too little memory for it.
     """
-    raw = read_source(source)
     try:
         image = decode(raw)
+        views = []
+        for view in range(recipe.views):
+            made = make_view(
+                image,
+                image_size=recipe.image_size,
+                token_size=recipe.token_size,
+                augment=recipe.augment,
+                seed=recipe.seed,
+                sample_id=source.sample_id,
+                view=view,
+            )
+            views.append(made._replace(image=patchify(made.image, recipe.patch_size)))
     except ImageRejectedError as error:
-        return Decoded(source, (), str(error))
-    views = []
-    for view in range(recipe.views):
-        made = make_view(
-            image,
-            image_size=recipe.image_size,
-            token_size=recipe.token_size,
-            augment=recipe.augment,
-            seed=recipe.seed,
-            sample_id=source.sample_id,
-            view=view,
-        )
-        views.append(made._replace(image=patchify(made.image, recipe.patch_size)))
+        return Decoded(source, (), str(error), error.kind)
+    except MemoryError:
+        raise SampleError(
+            f"{source.place}: {source.name}: no memory to decode it. Use fewer --decoders, or more memory"
+        ) from None
     return Decoded(source, tuple(views))
 
 
 class Decoders:
-    """A pool of decoding processes; with 0 processes the images are decoded by the caller.
+    """A pool of decoding processes, for one sequence of images.
 
     Args:
-        ahead: images decoded ahead of the consumer.
+        processes: with 0 of them the images are decoded by the caller.
+        access: how images at URLs are reached.
+        metrics: told what the processes spend their time on.
     """
 
-    def __init__(self, recipe: Recipe, processes: int, ahead: int) -> None:
-        self._recipe = recipe
-        self._tasks_ahead = 2 * processes + -(-ahead // CHUNK)
-        self._pool: ProcessPoolExecutor | None = None
-        if processes:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(processes, context, initializer=_start_decoder)
+    def __init__(
+        self, recipe: Recipe, processes: int, access: Access | None = None, metrics: Metrics | None = None
+    ) -> None:
+        self._recipe, self._access, self._metrics = recipe, access or Access(), metrics
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._connections: list[Connection] = []
+        context = multiprocessing.get_context("spawn")
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, recipe, self._access), daemon=True)
+            process.start()
+            theirs.close()  # so that a process that dies closes the pipe's only other end
+            self._processes.append(process)
+            self._connections.append(ours)
 
-    def decode(self, sources: Sequence[Source]) -> Iterator[Decoded]:
+    def decode(self, sources: Iterable[Source]) -> Iterator[Decoded]:
         """The images in the order of ``sources``."""
-        if self._pool is None:
-            yield from (decode_source(self._recipe, source) for source in sources)
+        if not self._connections:
+            for source in sources:
+                yield self._decode_here(source)
             return
-        chunks = (sources[start : start + CHUNK] for start in range(0, len(sources), CHUNK))
-        pending: deque[Future[list[Decoded]]] = deque()
+        rest = iter(sources)
+        chunks = iter(lambda: list(itertools.islice(rest, CHUNK)), [])
+        turns = itertools.cycle(self._connections)
+        pending: deque[Connection] = deque()
         try:
-            for chunk in chunks:
-                pending.append(self._pool.submit(_decode_chunk, self._recipe, list(chunk)))
-                if len(pending) >= self._tasks_ahead:
-                    yield from pending.popleft().result()
+            for chunk in itertools.islice(chunks, _TASKS * len(self._connections)):
+                pending.append(next(turns))
+                pending[-1].send(chunk)
             while pending:
-                yield from pending.popleft().result()
-        except BrokenProcessPool:
+                connection = pending.popleft()
+                done: _Done = connection.recv()
+                if done.error is not None:
+                    raise done.error
+                for chunk in itertools.islice(chunks, 1):
+                    connection.send(chunk)
+                    pending.append(connection)
+                self._note(done)
+                yield from done.decoded
+        except (EOFError, ConnectionError):
             raise SampleError(
                 "a decoding process died, most likely killed for want of memory. Run the same command again, with "
                 "fewer --decoders or more memory: finished shards are kept"
             ) from None
-        finally:
-            for future in pending:
-                future.cancel()
 
     def close(self) -> None:
         """Stop the processes."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join()
+
+    def _decode_here(self, source: Source) -> Decoded:
+        began = time.perf_counter()
+        raw = read_source(source, self._access)
+        read = time.perf_counter()
+        decoded = decode_source(self._recipe, source, raw)
+        self._note(_Done([], read - began, time.perf_counter() - read, {}))
+        return decoded
+
+    def _note(self, done: _Done) -> None:
+        if self._metrics is not None:
+            self._metrics.spent("read", done.read_seconds)
+            self._metrics.spent("decode", done.decode_seconds)
+            self._metrics.retried(done.retries)
 
     def __enter__(self) -> Decoders:
         return self
@@ -125,19 +180,39 @@ class Decoders:
         self.close()
 
 
-def _decode_chunk(recipe: Recipe, sources: list[Source]) -> list[Decoded]:
-    return list(map(functools.partial(decode_source, recipe), sources))
-
-
-def _start_decoder() -> None:
+def _serve(connection: Connection, recipe: Recipe, access: Access) -> None:
+    """A decoding process: tasks in, their images out, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
     warnings.filterwarnings("ignore", module="PIL")  # of images that are used all the same; ours are reasons
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    tasks: deque[list[tuple[Source, Future[tuple[bytes, float]]]]] = deque()
+    with ThreadPoolExecutor(_READERS) as readers:
+        try:
+            while True:
+                while not tasks or connection.poll():
+                    chunk: list[Source] = connection.recv()
+                    tasks.append([(source, readers.submit(_timed_read, source, access)) for source in chunk])
+                connection.send(_run(recipe, tasks.popleft()))
+        except (EOFError, ConnectionError):
+            os._exit(0)  # at once: a read of a store may be waiting for a long time
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot stop its pool, which would wait for tasks for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _run(recipe: Recipe, task: list[tuple[Source, Future[tuple[bytes, float]]]]) -> _Done:
+    decoded, read_seconds, decode_seconds = [], 0.0, 0.0
+    try:
+        for source, reading in task:
+            raw, seconds = reading.result()
+            began = time.perf_counter()
+            decoded.append(decode_source(recipe, source, raw))
+            read_seconds += seconds
+            decode_seconds += time.perf_counter() - began
+    except UserError as error:
+        return _Done([], 0.0, 0.0, {}, error)
+    except Exception:
+        return _Done([], 0.0, 0.0, {}, RuntimeError(f"in a decoding process:\n{traceback.format_exc()}"))
+    return _Done(decoded, read_seconds, decode_seconds, counts.take())
+
+
+def _timed_read(source: Source, access: Access) -> tuple[bytes, float]:
+    began = time.perf_counter()
+    raw = read_source(source, access)
+    return raw, time.perf_counter() - began

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from beit_dist.data.shards import MANIFEST_NAME, Manifest, check_shard_files, load_manifest, shard_name
-from beit_dist.durable import leftovers, writing
+from beit_dist.durable import leftovers
 from beit_dist.errors import DataError
-from beit_dist.tokenizing.commits import Commit, check_rejected, read_commit, rejection_limit
+from beit_dist.storage.place import Place
+from beit_dist.tokenizing.commits import Commit, read_commits, shard_files, sizes_of
 from beit_dist.tokenizing.job import JOB_NAME, Job, check_same_job, read_job
+from beit_dist.tokenizing.rejected import REJECTED_NAME, Rejected, check_rejected, rejection_limit
 from beit_dist.tokenizing.sources import SourceList
 
-REJECTED_NAME = "rejected.jsonl"
 _LISTED = 20
 
 
-def finish(out: Path, settings: Mapping[str, Any], max_rejected: str) -> Manifest:
+def finish(out: Place, settings: Mapping[str, Any], max_rejected: str) -> Manifest:
     """Check the commits, write ``rejected.jsonl`` and, last of all, ``manifest.json``.
 
     Files are checked by their sizes, as reading every byte again would take as long as copying the data set;
@@ -26,7 +26,7 @@ def finish(out: Path, settings: Mapping[str, Any], max_rejected: str) -> Manifes
 
     Args:
         settings: what the user gave (None: not given), compared with the recorded job.
-        max_rejected: see :func:`beit_dist.tokenizing.commits.rejection_limit`.
+        max_rejected: see :func:`beit_dist.tokenizing.rejected.rejection_limit`.
 
     Raises:
         DataError: a shard is missing, damaged or foreign, or too many images were rejected.
@@ -37,14 +37,14 @@ def finish(out: Path, settings: Mapping[str, Any], max_rejected: str) -> Manifes
     if sources.sha256 != job.images:
         raise DataError(f"{sources.path}: changed since the job began. Put the old file back, or start over")
     commits = _whole_commits(out, job, sources.shards)
-    _check_foreign(out, job, commits)
+    _check_foreign(out, commits)
     rejected = [entry for commit in commits for entry in commit.rejected]
     check_rejected(len(rejected), rejection_limit(max_rejected, sources.header.entries), rejected)
     if not any(commit.samples for commit in commits):
         raise DataError(f"{out}: every image was rejected, so there is nothing to train on")
     _remove_leftovers(out, job)
-    with writing(out / REJECTED_NAME) as file:
-        file.writelines((json.dumps(entry._asdict()) + "\n").encode() for entry in rejected)
+    with out.writing(REJECTED_NAME) as file:
+        file.writelines(entry.to_line() for entry in rejected)
     manifest = Manifest(
         layout=job.layout,
         tokenizer=job.tokenizer,
@@ -53,12 +53,16 @@ def finish(out: Path, settings: Mapping[str, Any], max_rejected: str) -> Manifes
         rejected=len(rejected),
         shards=tuple(commit.files[view] for view in range(job.views) for commit in commits if commit.files),
     )
-    with writing(out / MANIFEST_NAME) as file:
-        file.write(manifest.to_bytes())
+    out.write(MANIFEST_NAME, manifest.to_bytes())
     return manifest
 
 
-def finished(out: Path, settings: Mapping[str, Any]) -> Manifest | None:
+def read_rejected(out: Place) -> list[Rejected]:
+    """What the finished job has left out."""
+    return [Rejected(**json.loads(line)) for line in out.read(REJECTED_NAME).splitlines()]
+
+
+def finished(out: Place, settings: Mapping[str, Any]) -> Manifest | None:
     """The manifest, if the folder already holds the finished data set of these settings with all its files.
 
     None also means damaged: the shards whose files are missing or short are then made again.
@@ -66,33 +70,27 @@ def finished(out: Path, settings: Mapping[str, Any]) -> Manifest | None:
     Raises:
         DataError: the folder holds another job's data set.
     """
-    if not (out / MANIFEST_NAME).exists():
+    if not out.exists(MANIFEST_NAME):
         return None
-    if not (out / JOB_NAME).exists():
+    if not out.exists(JOB_NAME):
         raise DataError(f"{out}: holds a finished data set, but no {JOB_NAME}. Use another --out")
-    manifest = load_manifest(str(out))
+    manifest = load_manifest(out)
     check_same_job(out, read_job(out), settings)
     try:
-        check_shard_files(str(out), manifest)
+        check_shard_files(out, manifest)
     except DataError:
         return None
     return manifest
 
 
-def _whole_commits(out: Path, job: Job, shards: int) -> list[Commit]:
-    commits: list[Commit] = []
-    missing: list[int] = []
-    damaged: list[str] = []
-    for shard in range(shards):
-        commit = read_commit(out, shard)
-        if commit is None:
-            missing.append(shard)
-            continue
+def _whole_commits(out: Place, job: Job, shards: int) -> list[Commit]:
+    found = read_commits(out, range(shards))
+    commits = [commit for commit in found if commit is not None]
+    missing = [shard for shard, commit in enumerate(found) if commit is None]
+    for commit in commits:
         commit.check_job(out, job.digest)
-        damage = commit.damage(out)
-        if damage:
-            damaged.append(damage)
-        commits.append(commit)
+    sizes = sizes_of(out, commits)
+    damaged = list(filter(None, (commit.damage(sizes) for commit in commits)))
     if missing:
         raise DataError(
             f"{out}: {len(missing)} of {shards} shards are not committed: {_some(missing)}. Worker i of N makes "
@@ -103,20 +101,21 @@ def _whole_commits(out: Path, job: Job, shards: int) -> list[Commit]:
     return commits
 
 
-def _check_foreign(out: Path, job: Job, commits: Sequence[Commit]) -> None:
+def _check_foreign(out: Place, commits: Sequence[Commit]) -> None:
     """Shard files that no commit of the list accounts for would be read by everything but us."""
     known = {info.name for commit in commits for info in commit.files}
-    found = {f"{path.parent.name}/{path.name}" for path in out.glob("v[0-9][0-9]/*") if path.suffix == ".tar"}
-    foreign = sorted(found - known)
+    foreign = sorted(shard_files(out) - known)
     if foreign:
         raise DataError(f"{out}: holds shards of no list: {_some(foreign)}. Move them elsewhere, or remove them")
 
 
-def _remove_leftovers(out: Path, job: Job) -> None:
-    folders = [(out / shard_name(view, 0)).parent for view in range(job.views)]
-    for folder in (out, out / "commits", *folders):
-        for path in leftovers(folder):
-            path.unlink(missing_ok=True)
+def _remove_leftovers(out: Place, job: Job) -> None:
+    """What killed workers left; in a store that is parts of uploads, which no listing shows."""
+    if out.is_local:
+        folders = [(out / shard_name(view, 0)).path.parent for view in range(job.views)]
+        for folder in (out.path, out.path / "commits", *folders):
+            for path in leftovers(folder):
+                path.unlink(missing_ok=True)
 
 
 def _some(names: Sequence[object]) -> str:

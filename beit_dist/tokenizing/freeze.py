@@ -5,33 +5,33 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
 from beit_dist.data.draws import Purpose, permutation
 from beit_dist.data.listing import IMAGE_SUFFIXES, ImageEntry, expand_sources, list_images
 from beit_dist.data.sample import SampleNotes, encode_notes, sample_key
-from beit_dist.durable import writing
 from beit_dist.errors import ConfigError, DataError
+from beit_dist.storage.access import Access
+from beit_dist.storage.place import Place
 from beit_dist.tokenizing.sources import SOURCES_NAME, SourcesHeader, label_of, read_header
 
 
-def freeze(images: Sequence[str], out: Path, seed: int) -> SourcesHeader:
+def freeze(images: Sequence[str], out: Place, seed: int, access: Access | None = None) -> SourcesHeader:
     """Write ``sources.jsonl``, or keep the one that is there if it was frozen from the same sources and seed.
 
     Raises:
         ConfigError: the sources cannot be used, or the list there is of others.
         DataError: a tar is compressed or damaged, a class name too long, or there is no image at all.
     """
-    sources = expand_sources(images)
-    if (out / SOURCES_NAME).exists():
+    sources = expand_sources(images, access)
+    if out.exists(SOURCES_NAME):
         header = read_header(out)
         check_same_sources(header, sources, seed, out)
         return header
     entries: list[ImageEntry] = []
     with tqdm(desc="listing images", unit=" images", disable=None) as bar:
-        for entry in list_images(sources):
+        for entry in list_images(sources, access):
             entries.append(entry)
             bar.update()
     if not entries:
@@ -42,7 +42,7 @@ def freeze(images: Sequence[str], out: Path, seed: int) -> SourcesHeader:
     for label in labels:
         # The longest json: refuse the label now rather than in the middle of the job.
         encode_notes(0, sample_key(0, 0), SampleNotes("", label, (9**9,) * 4, flip=False))
-    with writing(out / SOURCES_NAME) as file:
+    with out.writing(SOURCES_NAME) as file:
         file.write((header.to_line() + "\n").encode())
         for row in permutation(seed, Purpose.SOURCE_ORDER, (), len(entries)):
             file.write(_line(entries[row], sources))
@@ -50,7 +50,7 @@ def freeze(images: Sequence[str], out: Path, seed: int) -> SourcesHeader:
 
 
 def check_same_sources(
-    header: SourcesHeader, sources: tuple[tuple[str, str], ...] | None, seed: int, out: Path
+    header: SourcesHeader, sources: tuple[tuple[str, str], ...] | None, seed: int, out: Place
 ) -> None:
     """Refuse a list that was frozen from other images (None: not asked) or with another seed."""
     way_out = f"Give the same as when {out / SOURCES_NAME} was frozen, or start over in another --out."

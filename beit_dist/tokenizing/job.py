@@ -10,13 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from beit_dist.data.images import Augment
 from beit_dist.data.sample import MAX_VIEWS, SampleLayout
-from beit_dist.durable import write_once
-from beit_dist.errors import ConfigError, DataError
+from beit_dist.errors import ConfigError, DataError, StorageError
+from beit_dist.storage.place import Place
 
 JOB_NAME = "job.json"
 TOKEN_STRIDE = 8
@@ -110,18 +109,19 @@ def software() -> dict[str, str]:
     return {"torch": str(torch.__version__), "pillow": PIL.__version__, "numpy": numpy.__version__}
 
 
-def record_job(out: Path, job: Job) -> None:
+def record_job(out: Place, job: Job) -> None:
     """Record the job in the data set's folder, or check that it is the one recorded there.
 
     Raises:
         DataError: the folder belongs to another job.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if not write_once(out / JOB_NAME, job.to_bytes()):
+    out.make()
+    if not out.create(JOB_NAME, job.to_bytes()) or not out.is_local:
+        # In a store whose check is not one with its write, another job may have written after us.
         check_same_job(out, read_job(out), asdict(job))
 
 
-def check_same_job(out: Path, recorded: Job, settings: Mapping[str, Any]) -> None:
+def check_same_job(out: Place, recorded: Job, settings: Mapping[str, Any]) -> None:
     """Refuse settings (None: not given) that differ from the recorded job's.
 
     Raises:
@@ -141,7 +141,7 @@ def check_same_job(out: Path, recorded: Job, settings: Mapping[str, Any]) -> Non
         )
 
 
-def read_job(out: Path) -> Job:
+def read_job(out: Place) -> Job:
     """The job recorded in the data set's folder.
 
     Raises:
@@ -149,12 +149,14 @@ def read_job(out: Path) -> Job:
     """
     path = out / JOB_NAME
     try:
-        settings = json.loads(path.read_bytes())
+        settings = json.loads(out.read(JOB_NAME))
         missing = {field.name for field in fields(Job)} ^ set(settings)
         if missing:
             raise ValueError(f"wrong fields {sorted(missing)}")
         return Job(**settings)
     except FileNotFoundError:
         raise DataError(f"{path}: not found, so no worker has started here yet") from None
+    except StorageError:
+        raise
     except (OSError, ValueError, TypeError, ConfigError) as error:
         raise DataError(f"{path}: not a job of this version of shard_tokens.py ({error})") from None

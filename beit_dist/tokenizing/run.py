@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,15 +14,19 @@ from beit_dist.data.images import Augment
 from beit_dist.data.listing import expand_sources
 from beit_dist.data.shards import Manifest
 from beit_dist.errors import ConfigError
-from beit_dist.tokenizing.commits import rejection_limit
+from beit_dist.storage.access import Access
+from beit_dist.storage.place import Place
 from beit_dist.tokenizing.decoding import CHUNK
 from beit_dist.tokenizing.encoder import DVAEEncoder
 from beit_dist.tokenizing.finish import finish, finished
 from beit_dist.tokenizing.freeze import check_same_sources, freeze
 from beit_dist.tokenizing.job import SOFTWARE, Job, Precision, record_job, software
-from beit_dist.tokenizing.place import worker_place
+from beit_dist.tokenizing.metrics import Exporter, Metrics
+from beit_dist.tokenizing.rejected import Rejected, rejection_limit
 from beit_dist.tokenizing.sources import SourceList, read_header
+from beit_dist.tokenizing.tokenizer_file import tokenizer_at
 from beit_dist.tokenizing.worker import Worker
+from beit_dist.tokenizing.worker_index import worker_index
 from beit_dist.visual_tokens.weights import load_tokenizer
 
 MAX_DECODERS = 16
@@ -32,8 +37,8 @@ class Options:
     """What the user asked for; see ``tools/shard_tokens.py`` for each. None: to be found out."""
 
     images: tuple[str, ...]
-    out: Path
-    tokenizer: Path
+    out: Place
+    tokenizer: str
     views: int
     image_size: int
     patch_size: int
@@ -48,6 +53,9 @@ class Options:
     count: int | None
     max_rejected: str
     finish: bool
+    access: Access
+    metrics_port: int | None
+    metrics_textfile: Path | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Outcome:
     made: int
     kept: int
     images: int
-    rejected: int
+    rejected: tuple[Rejected, ...]
     manifest: Manifest | None
 
 
@@ -70,9 +78,12 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
         UserError: see the parts; nothing is written before the settings are known to be valid.
     """
     out = options.out
-    index, count = worker_place(options.index, options.count, environment)
+    index, count = worker_index(options.index, options.count, environment)
     device = _device(options.device)
-    model = load_tokenizer(options.tokenizer)
+    metrics = Metrics(index)
+    exporter = Exporter(metrics, options.metrics_port, options.metrics_textfile)
+    with tokenizer_at(options.tokenizer, options.access) as path:
+        model = load_tokenizer(path)
     job = Job(
         images="",
         tokenizer=model.digest,
@@ -93,14 +104,28 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
     _freeze_or_check(options, count)
     sources = SourceList(out, options.shard_samples)
     if manifest is not None:
-        return Outcome(index, count, 0, sources.shards, 0, manifest.rejected, manifest)
+        return Outcome(index, count, 0, sources.shards, 0, (), manifest)
     job = replace(job, images=sources.sha256)
     limit = rejection_limit(options.max_rejected, sources.header.entries)
     record_job(out, job)
     encoder = DVAEEncoder(model.to(device), options.precision)
     decoders = _decoders(options.decoders, sources.header.entries)
-    worker = Worker(out, job, sources, encoder, index=index, count=count, decoders=decoders, max_rejected=limit)
-    report = worker.run()
+    worker = Worker(
+        out,
+        job,
+        sources,
+        encoder,
+        index=index,
+        count=count,
+        decoders=decoders,
+        max_rejected=limit,
+        access=options.access,
+        metrics=metrics,
+    )
+    with exporter:
+        if exporter.port is not None:
+            print(f"metrics: port {exporter.port}", file=sys.stderr, flush=True)
+        report = worker.run()
     if count == 1 and options.finish:
         manifest = finish(out, asdict(job), options.max_rejected)
     return Outcome(index, count, *report, manifest)
@@ -109,10 +134,11 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
 def _freeze_or_check(options: Options, count: int) -> None:
     """One worker freezes; several only read, since two of them would freeze a changing folder differently."""
     if count == 1:
-        freeze(options.images, options.out, options.seed)
+        freeze(options.images, options.out, options.seed, options.access)
     else:
         header = read_header(options.out)
-        check_same_sources(header, expand_sources(options.images), options.seed, options.out)
+        sources = expand_sources(options.images, options.access)
+        check_same_sources(header, sources, options.seed, options.out)
 
 
 def _device(name: str | None) -> torch.device:

@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from beit_dist.errors import DataError, SampleError
+from beit_dist.errors import DataError, SampleError, StorageError
+from beit_dist.storage.access import Access
+from beit_dist.storage.place import Place, is_url
+from beit_dist.storage.remote import RemotePlace
+from beit_dist.storage.streams import open_stream
 
 SOURCES_NAME = "sources.jsonl"
 FORMAT = "beit_dist sources"
@@ -28,7 +31,7 @@ class Source(NamedTuple):
     name: str
     """Path below the folder, or the member's name, with ``/``."""
     place: str
-    """Absolute path of the file or tar that holds it."""
+    """Absolute path or URL of the file or tar that holds it."""
     offset: int | None
     """Where its bytes begin in a tar; None for a file of its own."""
     size: int
@@ -41,7 +44,7 @@ class SourcesHeader:
     """What was frozen."""
 
     sources: tuple[tuple[str, str], ...]
-    """("folder" or "tar", absolute path) of each source."""
+    """("folder" or "tar", absolute path or URL) of each source."""
     seed: int
     """The list was permuted by it."""
     entries: int
@@ -64,9 +67,9 @@ class SourceList:
         DataError: there is no list, or it is damaged.
     """
 
-    def __init__(self, out: Path, shard_samples: int) -> None:
-        self.path = out / SOURCES_NAME
-        self.shard_samples = shard_samples
+    def __init__(self, out: Place, shard_samples: int) -> None:
+        self.path = str(out / SOURCES_NAME)
+        self.shard_samples, self._out = shard_samples, out
         self.header = read_header(out)
         self.sha256, self._starts = self._scan()
 
@@ -81,15 +84,18 @@ class SourceList:
 
     def read(self, shard: int) -> list[Source]:
         """The entries ``[shard · n, (shard + 1) · n)`` of the list."""
-        count, first = self.entries_of(shard), shard * self.shard_samples
-        with open(self.path, "rb") as file:
-            file.seek(self._starts[shard])
-            lines = [file.readline() for _ in range(count)]
-        return [self._parse(first + i, line) for i, line in enumerate(lines)]
+        first, start, end = shard * self.shard_samples, *self._starts[shard : shard + 2]
+        raw = bytearray(end - start)
+        try:
+            self._out.read_into(SOURCES_NAME, start, memoryview(raw))
+        except EOFError:
+            raise DataError(f"{self.path}: became shorter while it was read. Put the old file back") from None
+        return [self._parse(first + i, line) for i, line in enumerate(bytes(raw).splitlines())]
 
     def _scan(self) -> tuple[str, list[int]]:
+        """The list's sha256; where the lines of each shard begin, and the end of the list."""
         digest, starts, position, line_number = hashlib.sha256(), [], 0, -1
-        with open(self.path, "rb") as file:
+        with open_stream(self._out, SOURCES_NAME) as file:
             for line in file:
                 if line_number >= 0 and line_number % self.shard_samples == 0:
                     starts.append(position)
@@ -101,7 +107,7 @@ class SourceList:
                 f"{self.path}: got {line_number} entries, expected {self.header.entries}. Freeze the list again: "
                 "remove the file and run shard_tokens.py --index-only"
             )
-        return digest.hexdigest(), starts
+        return digest.hexdigest(), [*starts, position]
 
     def _parse(self, sample_id: int, line: bytes) -> Source:
         try:
@@ -110,7 +116,7 @@ class SourceList:
             size, offset = int(entry["bytes"]), None if kind == "folder" else int(entry["offset"])
         except (ValueError, KeyError, IndexError, TypeError):
             raise DataError(f"{self.path}: entry {sample_id} is damaged: {line!r}") from None
-        place = os.path.join(path, name) if kind == "folder" else path
+        place = f"{path.rstrip('/')}/{name}" if kind == "folder" else path
         label = label_of(name) if self.header.labels else None
         return Source(sample_id, name, place, offset, size, label)
 
@@ -120,7 +126,7 @@ def label_of(name: str) -> str:
     return os.path.basename(os.path.dirname(name))
 
 
-def read_header(out: Path) -> SourcesHeader:
+def read_header(out: Place) -> SourcesHeader:
     """The header of the list in the data set's folder.
 
     Raises:
@@ -128,8 +134,10 @@ def read_header(out: Path) -> SourcesHeader:
     """
     path = out / SOURCES_NAME
     try:
-        with open(path, "rb") as file:
+        with open_stream(out, SOURCES_NAME) as file:
             fields = json.loads(file.readline())
+    except StorageError:
+        raise
     except FileNotFoundError:
         raise DataError(
             f"{path}: not found. Workers that share a job need its frozen list of images: run the same command "
@@ -146,15 +154,18 @@ def read_header(out: Path) -> SourcesHeader:
         raise DataError(f"{path}: the header is incomplete: {fields}") from None
 
 
-def read_source(source: Source) -> bytes:
+def read_source(source: Source, access: Access | None = None) -> bytes:
     """The bytes of an image.
 
     Raises:
         DataError: the file is gone or has another size than when the list was frozen.
         SampleError: the storage failed; another attempt may succeed.
+        StorageError: a store failed for as long as it was tried again.
     """
     try:
-        if source.offset is None:
+        if is_url(source.place):
+            raw = _read_remote(source, access or Access())
+        elif source.offset is None:
             with open(source.place, "rb") as file:
                 raw = file.read()
         else:
@@ -163,14 +174,30 @@ def read_source(source: Source) -> bytes:
         raise DataError(
             f"{source.place}: gone since the list was frozen. Put it back, or start over in another --out"
         ) from None
+    except StorageError:
+        raise
     except OSError as error:
-        raise SampleError(f"{source.place}: {source.name} cannot be read ({error.strerror})") from None
+        reason = error.strerror or str(error)
+        raise SampleError(f"{source.place}: {source.name} cannot be read ({reason})") from None
     if len(raw) != source.size:
         raise DataError(
             f"{source.place}: changed since the list was frozen ({source.name}: got {len(raw)} bytes, expected "
             f"{source.size}). Put the old file back, or start over in another --out"
         )
     return raw
+
+
+def _read_remote(source: Source, access: Access) -> bytes:
+    folder, _, name = source.place.rpartition("/")
+    place = RemotePlace(folder, access)  # the URL was checked when the list was frozen
+    if source.offset is None:
+        return place.read(name)
+    raw = bytearray(source.size)
+    try:
+        place.read_into(name, source.offset, memoryview(raw))
+    except EOFError:
+        return b""
+    return bytes(raw)
 
 
 def _read_range(file: int, offset: int, size: int) -> bytes:

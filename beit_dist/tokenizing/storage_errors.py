@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Iterator
-from pathlib import Path
 
-from beit_dist.errors import SampleError, SpaceError
+from beit_dist.errors import SampleError, SpaceError, StorageError
+from beit_dist.storage.place import Place
 
 
 @contextlib.contextmanager
-def storage_errors(out: Path) -> Iterator[None]:
+def storage_errors(out: Place) -> Iterator[None]:
     """What the system says about the data set's folder, as errors that a user can act on.
 
     Raises:
@@ -20,6 +20,8 @@ def storage_errors(out: Path) -> Iterator[None]:
     """
     try:
         yield
+    except StorageError:
+        raise  # a store's failures tell the user what to do
     except OSError as error:
         place, reason = error.filename or out, error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -2,28 +2,42 @@
 
 A killed worker starts again with what is not committed. Nothing in a shard depends on the number of workers:
 shards are cut from the frozen list, and encoder batches never cross a shard and have one padded shape.
+
+The stages overlap, each a bounded step ahead of the next, across the shards' borders: images are read and decoded
+in processes, collected to batches in a thread, encoded in another; this one writes and hashes; and one more
+publishes and commits the shard before.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-from contextlib import ExitStack
-from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from beit_dist.data.shards import SampleNotes, ShardInfo, ShardWriter, WrittenShard, sample_key, shard_name
-from beit_dist.durable import leftovers, publish, temporary_path
-from beit_dist.errors import SampleError, SpaceError
-from beit_dist.tokenizing.commits import Commit, Rejected, check_rejected, read_commit, write_commit
+from beit_dist.errors import SpaceError
+from beit_dist.storage.access import Access
+from beit_dist.storage.place import Place
+from beit_dist.storage.retries import counts
+from beit_dist.tokenizing.ahead import ahead
+from beit_dist.tokenizing.commits import Commit, read_commits, sizes_of, write_commit
 from beit_dist.tokenizing.decoding import Decoded, Decoders, Recipe
 from beit_dist.tokenizing.encoder import Encoder
 from beit_dist.tokenizing.job import Job
+from beit_dist.tokenizing.metrics import Metrics
+from beit_dist.tokenizing.progress import Progress
+from beit_dist.tokenizing.rejected import Rejected, check_rejected
+from beit_dist.tokenizing.shard_files import ShardFiles
 from beit_dist.tokenizing.sources import SourceList
+
+_BATCHES_AHEAD = 2
+_ENCODED_AHEAD = 1
 
 
 class WorkerReport(NamedTuple):
@@ -32,22 +46,50 @@ class WorkerReport(NamedTuple):
     made: int
     kept: int
     images: int
-    rejected: int
+    rejected: tuple[Rejected, ...]
+    """Of all its shards, the kept ones too."""
+
+
+class _Batch(NamedTuple):
+    """Images of one shard that follow one another."""
+
+    usable: list[Decoded]
+    rejected: list[Rejected]
+    """Those in between."""
+    last: bool
+    """Of its shard."""
+
+
+class _Encoded(NamedTuple):
+    batch: _Batch
+    tokens: list[NDArray[np.int16]]
+    """For each view, padded to the job's batch; empty if no image is usable."""
+
+
+class _Written(NamedTuple):
+    """A shard whose last sample is written, and that is not published yet."""
+
+    shard: int
+    files: ShardFiles
+    to_be_closed: ExitStack
+    rejected: list[Rejected]
 
 
 class Worker:
     """Makes the shards ``index``, ``index + count``, ... of a job.
 
     Args:
-        out: the data set's folder, with the job recorded and the list frozen.
+        out: where the data set lies, with the job recorded and the list frozen.
         encoder: the job's tokenizer.
         decoders: decoding processes; 0 decodes in this one.
         max_rejected: the worker stops when it alone rejected more images.
+        access: how images at URLs are reached.
+        metrics: told of the work.
     """
 
     def __init__(
         self,
-        out: Path,
+        out: Place,
         job: Job,
         sources: SourceList,
         encoder: Encoder,
@@ -56,132 +98,121 @@ class Worker:
         count: int,
         decoders: int,
         max_rejected: int,
+        access: Access | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._out, self._job, self._sources, self._encoder = out, job, sources, encoder
         self._shards = range(index, sources.shards, count)
-        self._decoders, self._max_rejected = decoders, max_rejected
+        self._decoders, self._max_rejected, self._access = decoders, max_rejected, access
+        self._metrics = metrics or Metrics(index)
+        self._name = f"worker {index} of {count}" if count > 1 else "tokenizing"
 
     def run(self) -> WorkerReport:
         """Make what is not committed yet.
 
         Raises:
             DataError: a commit is another job's, an image changed, or too many images are rejected.
-            SampleError: storage or a decoding process failed; another attempt may succeed.
+            SampleError, StorageError: storage or a decoding process failed; another attempt may succeed.
             SpaceError: the disk has less room than this worker's shards need.
         """
-        job = self._job
-        commits = [self._trusted_commit(shard) for shard in self._shards]
-        done = [commit for commit in commits if commit is not None]
-        self._check_space([shard for shard, commit in zip(self._shards, commits, strict=True) if commit is None])
-        rejected = sum(len(commit.rejected) for commit in done)
-        recipe = Recipe(job.views, job.image_size, job.token_size, job.patch_size, job.augment, job.seed)
-        entries = [self._sources.entries_of(shard) for shard in self._shards]
-        kept = sum(self._sources.entries_of(commit.shard) for commit in done)
-        with (
-            Decoders(recipe, self._decoders if len(done) < len(commits) else 0, 2 * job.batch) as decoders,
-            tqdm(total=sum(entries), initial=kept, desc="tokenizing", unit=" images", disable=None) as bar,
-        ):
-            for shard, commit in zip(self._shards, commits, strict=True):
-                if commit is None:
-                    made = self._make(shard, decoders, bar)
-                    rejected += len(made.rejected)
-                    check_rejected(rejected, self._max_rejected, made.rejected)
-        return WorkerReport(len(commits) - len(done), len(done), sum(entries) - kept, rejected)
+        kept = self._trusted_commits()
+        missing = [shard for shard in self._shards if shard not in kept]
+        self._check_space(missing)
+        rejected = [entry for commit in kept.values() for entry in commit.rejected]
+        check_rejected(len(rejected), self._max_rejected, rejected)
+        images, images_kept = (sum(map(self._sources.entries_of, shards)) for shards in (self._shards, kept))
+        with Progress(
+            self._name, (images, images_kept), (len(self._shards), len(kept)), self._metrics
+        ) as progress:
+            if missing:
+                rejected += self._make_all(missing, len(rejected), progress)
+        return WorkerReport(len(missing), len(kept), images - images_kept, tuple(rejected))
 
-    def _check_space(self, shards: list[int]) -> None:
+    def _make_all(self, shards: Sequence[int], rejected_before: int, progress: Progress) -> list[Rejected]:
+        job, rejected = self._job, list[Rejected]()
+        recipe = Recipe(job.views, job.image_size, job.token_size, job.patch_size, job.augment, job.seed)
+        with ExitStack() as stack:
+            decoders = stack.enter_context(Decoders(recipe, self._decoders, self._access, self._metrics))
+            publisher = stack.enter_context(ThreadPoolExecutor(1))  # ends what is under way, also when we fail
+            batches = ahead(self._batches(shards, decoders), _BATCHES_AHEAD)
+            encoded = stack.enter_context(closing(ahead(self._encode(batches), _ENCODED_AHEAD)))
+            publishing: deque[Future[None]] = deque()
+            for shard in shards:
+                written = self._write(shard, encoded, progress)
+                publishing.append(publisher.submit(self._publish, written, progress))
+                rejected += written.rejected
+                over_limit = rejected_before + len(rejected) > self._max_rejected
+                while publishing and (len(publishing) > 1 or over_limit):
+                    publishing.popleft().result()
+                check_rejected(rejected_before + len(rejected), self._max_rejected, written.rejected)
+            publishing.popleft().result()
+        return rejected
+
+    def _batches(self, shards: Sequence[int], decoders: Decoders) -> Iterator[_Batch]:
+        decoded = decoders.decode(source for shard in shards for source in self._sources.read(shard))
+        for shard in shards:
+            batch = _Batch([], [], last=False)
+            for one in islice(decoded, self._sources.entries_of(shard)):
+                if one.reason:
+                    batch.rejected.append(Rejected(one.source.sample_id, one.source.name, one.reason, one.kind))
+                    continue
+                batch.usable.append(one)
+                if len(batch.usable) == self._job.batch:
+                    yield batch
+                    batch = _Batch([], [], last=False)
+            yield batch._replace(last=True)
+
+    def _encode(self, batches: Iterator[_Batch]) -> Iterator[_Encoded]:
+        side = self._job.token_size
+        for batch in batches:
+            tokens = []
+            with self._metrics.timed("encode"):
+                for view in range(self._job.views if batch.usable else 0):
+                    padded = np.zeros((self._job.batch, side, side, 3), np.uint8)
+                    for row, decoded in enumerate(batch.usable):
+                        padded[row] = decoded.views[view].token_image
+                    tokens.append(self._encoder(padded))
+            yield _Encoded(batch, tokens)
+
+    def _write(self, shard: int, encoded: Iterator[_Encoded], progress: Progress) -> _Written:
+        rejected: list[Rejected] = []
+        with ExitStack() as stack:
+            files = stack.enter_context(ShardFiles(self._out, shard, self._job))
+            for batch, tokens in encoded:
+                with self._metrics.timed("write"):
+                    files.write(batch.usable, tokens)
+                for entry in batch.rejected:
+                    self._metrics.rejected(entry.kind)
+                rejected += batch.rejected
+                progress.images(len(batch.usable) + len(batch.rejected))
+                self._metrics.retried(counts.take())
+                if batch.last:
+                    break
+            to_be_closed = stack.pop_all()
+        return _Written(shard, files, to_be_closed, rejected)
+
+    def _publish(self, written: _Written, progress: Progress) -> None:
+        with written.to_be_closed, self._metrics.timed("publish"):
+            files = written.files.publish()
+            write_commit(self._out, Commit(written.shard, self._job.digest, files, tuple(written.rejected)))
+        progress.shard()
+
+    def _trusted_commits(self) -> dict[int, Commit]:
+        """What an earlier start has committed, and is there."""
+        found = {commit.shard: commit for commit in read_commits(self._out, self._shards) if commit is not None}
+        sizes = sizes_of(self._out, found.values())
+        trusted = {shard: commit for shard, commit in found.items() if not commit.damage(sizes)}
+        for commit in trusted.values():
+            commit.check_job(self._out, self._job.digest)
+        return trusted
+
+    def _check_space(self, shards: Sequence[int]) -> None:
+        if not self._out.is_local:
+            return
         sizes = (self._job.layout.shard_bytes(self._sources.entries_of(shard)) for shard in shards)
-        needed, free = self._job.views * sum(sizes), shutil.disk_usage(self._out).free
+        needed, free = self._job.views * sum(sizes), shutil.disk_usage(self._out.path).free
         if needed > free:
             raise SpaceError(
                 f"{self._out}: got {free / 1e9:.1f} GB of free space, expected {needed / 1e9:.1f} GB for this "
                 f"worker's {len(shards)} shards × {self._job.views} views. Use another --out, or fewer --views"
             )
-
-    def _trusted_commit(self, shard: int) -> Commit | None:
-        commit = read_commit(self._out, shard)
-        if commit is None or commit.damage(self._out):
-            return None
-        commit.check_job(self._out, self._job.digest)
-        return commit
-
-    def _make(self, shard: int, decoders: Decoders, bar: tqdm[Any]) -> Commit:
-        rejected: list[Rejected] = []
-        batch: list[Decoded] = []
-        with _ShardFiles(self._out, shard, self._job) as files:
-            for decoded in decoders.decode(self._sources.read(shard)):
-                bar.update()
-                if decoded.reason:
-                    rejected.append(Rejected(decoded.source.sample_id, decoded.source.name, decoded.reason))
-                    continue
-                batch.append(decoded)
-                if len(batch) == self._job.batch:
-                    self._write(batch, files)
-                    batch.clear()
-            if batch:
-                self._write(batch, files)
-            commit = Commit(shard, self._job.digest, files.publish(), tuple(rejected))
-        write_commit(self._out, commit)
-        return commit
-
-    def _write(self, batch: list[Decoded], files: _ShardFiles) -> None:
-        side = self._job.token_size
-        padded = np.zeros((self._job.batch, side, side, 3), np.uint8)
-        for view, writer in enumerate(files.writers):
-            for row, decoded in enumerate(batch):
-                padded[row] = decoded.views[view].token_image
-            tokens = self._encoder(padded)
-            for row, decoded in enumerate(batch):
-                source, made = decoded.source, decoded.views[view]
-                notes = SampleNotes(source.name, source.label, made.box, made.flip)
-                writer.write(sample_key(view, source.sample_id), made.image, tokens[row], notes)
-
-
-class _ShardFiles:
-    """One shard's files in all views, under temporary names until :meth:`publish`."""
-
-    def __init__(self, out: Path, shard: int, job: Job) -> None:
-        self.writers: list[ShardWriter] = []
-        self._names = [shard_name(view, shard) for view in range(job.views)]
-        self._paths = [out / name for name in self._names]
-        self._temporary = [temporary_path(path) for path in self._paths]
-        self._files: list[BinaryIO] = []
-        self._stack = ExitStack()
-        self._layout = job.layout
-
-    def __enter__(self) -> _ShardFiles:
-        for path, temporary in zip(self._paths, self._temporary, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for old in leftovers(path.parent, path.name):
-                old.unlink(missing_ok=True)
-            file = self._stack.enter_context(open(temporary, "wb"))
-            self._files.append(file)
-            self.writers.append(ShardWriter(file, self._layout))
-        return self
-
-    def publish(self) -> tuple[ShardInfo, ...]:
-        """Make all files durable and give them their names; a shard without samples leaves no file."""
-        written = [writer.close() for writer in self.writers]
-        if written[0].samples == 0:
-            return ()
-        for file, temporary, path in zip(self._files, self._temporary, self._paths, strict=True):
-            file.flush()
-            os.fsync(file.fileno())
-            try:
-                publish(temporary, path)
-            except FileNotFoundError:
-                raise SampleError(
-                    f"{path}: its temporary file is gone: another worker with the same index is making the same "
-                    "shard. Let one of them finish"
-                ) from None
-        return tuple(_info(name, shard) for name, shard in zip(self._names, written, strict=True))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-        for temporary in self._temporary:
-            temporary.unlink(missing_ok=True)
-
-
-def _info(name: str, shard: WrittenShard) -> ShardInfo:
-    return ShardInfo(name, shard.bytes, shard.samples, shard.sha256)

@@ -43,6 +43,11 @@ def unmap_pixels(mapped: Tensor) -> Tensor:
     return ((mapped - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)).clamp(0, 1)
 
 
+def relax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Gumbel-softmax over dimension 1: a differentiable sample that nears a one-hot as ``temperature`` falls."""
+    return torch.softmax((logits + noise) / temperature, dim=1)
+
+
 class Conv(nn.Module):
     """A convolution that keeps height and width, with OpenAI's parameter names ``w`` and ``b``.
 
@@ -206,6 +211,29 @@ class DVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, Conv) and not module.w.is_meta:
                 module.initialise(generator)
+
+    def forward(
+        self,
+        mapped: Tensor,
+        noise: Tensor | None = None,
+        temperature: float = 1.0,
+        low: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the training objective is computed from: relaxed tokens, decoded.
+
+        Args:
+            mapped: pixels ``(B, 3, H, W)`` in [0.1, 0.9].
+            noise: Gumbel noise ``(B, V, H/8, W/8)``; None leaves the decoder out.
+            temperature: of the relaxation.
+            low: type in which the convolutions are computed, but for the two next to the tokens. In here, as
+                DeepSpeed's engine turns an autocast around it off.
+
+        Returns:
+            Logits ``(B, V, H/8, W/8)`` in fp32, and the decoder's output ``(B, 6, H, W)``.
+        """
+        with torch.autocast(mapped.device.type, low) if low is not None else contextlib.nullcontext():
+            logits: Tensor = self.encoder(mapped)
+            return logits, None if noise is None else self.whole_decoder()(relax(logits, noise, temperature))
 
     @torch.no_grad()
     def tokens(self, images: Tensor, precision: Precision = "fp32") -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.http_files import HttpFiles
 from support.stream_data import DataSet
 
 from beit_dist.data.shards import Manifest
@@ -22,6 +23,13 @@ def data(tmp_path_factory: pytest.TempPathFactory, make_shards: Callable[..., Ma
 def own_data(tmp_path: Path, make_shards: Callable[..., Manifest]) -> DataSet:
     """A data set that the test may damage."""
     return DataSet(tmp_path, make_shards(tmp_path, [8, 8], views=1), block_samples=2)
+
+
+@pytest.fixture(scope="module")
+def served(data: DataSet) -> Iterator[DataSet]:
+    """The same data set behind a web server, where worker processes find it, too."""
+    with HttpFiles(data.root) as files:
+        yield data.at(files.url)
 
 
 @pytest.fixture(autouse=True)

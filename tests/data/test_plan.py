@@ -102,6 +102,27 @@ def test_each_epoch_has_every_sample_exactly_once(plan: Plan, epochs: int, first
         assert {view for _, view, _, _ in own} == {epoch % plan.views}
 
 
+@settings(max_examples=100, deadline=None)
+@given(plan=plans(), data=st.data(), position=st.integers(0, 60))
+def test_the_windows_of_a_lane_hold_what_it_reads_between_their_ends(
+    plan: Plan, data: st.DataObject, position: int
+) -> None:
+    lane = data.draw(st.integers(0, plan.lanes - 1))
+    window = plan.window(lane, position)
+    assert window.begin <= position < window.end
+    for _ in range(5):
+        length = window.end - window.begin
+        picks = samples(plan.picks(window.begin, length, range(lane * length, (lane + 1) * length)))
+        held = [(piece.view, piece.shard, piece.row + row) for piece in window.pieces for row in range(piece.rows)]
+        assert sorted(held) == sorted(sample[1:] for sample in picks)
+        assert len({epoch for epoch, *_ in picks}) == 1
+        assert len(window.pieces) <= plan.window_blocks
+        assert all(piece.rows <= plan.block_samples for piece in window.pieces)
+        assert plan.window(lane, window.end - 1) == window
+        assert plan.window(lane, window.end).begin == window.end
+        window = plan.window(lane, window.end)
+
+
 def test_epochs_far_into_a_run_are_whole_too() -> None:
     plan = Plan(shard_samples=[1000, 7, 0, 500], views=2, seed=3, lanes=6)
     start = 10**9 * plan.samples // plan.lanes  # the billionth epoch

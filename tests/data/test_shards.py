@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from beit_dist.data.shards import (
     sample_key,
 )
 from beit_dist.errors import ConfigError, DataError, SampleError
+from beit_dist.storage.opening import open_place
 
 BASE = SampleLayout(224, 16, 8192)
 TINY = SampleLayout(16, 8, 32)
@@ -269,8 +271,24 @@ def test_what_is_no_manifest_is_refused(raw: bytes) -> None:
 def test_a_missing_manifest_names_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"manifest\.json: not found.*--finish"):
         load_manifest(str(tmp_path))
-    with pytest.raises(DataError, match="local folder"):
-        load_manifest("s3://bucket/shards")
+
+
+def test_a_data_set_at_a_url_is_opened_and_checked_as_in_a_folder(
+    tmp_path: Path, make_shards: Callable[..., Manifest]
+) -> None:
+    manifest = make_shards(tmp_path, shard_samples=[2, 2], views=2)
+    url = f"memory://{uuid.uuid4()}/shards"
+    place = open_place(url)
+    with pytest.raises(DataError, match=rf"{url}/manifest\.json: not found.*--finish"):
+        load_manifest(url)
+    for name in ["manifest.json", *(shard.name for shard in manifest.shards)]:
+        place.write(name, (tmp_path / name).read_bytes())
+    assert load_manifest(url) == load_manifest(place) == manifest
+    check_shard_files(url, manifest)
+    place.remove(manifest.shards[1].name)
+    place.write(manifest.shards[2].name, b"short")
+    with pytest.raises(DataError, match=r"2 of 4 shards.*\n.*v00/shard-000001\.tar: not found\n.*got 5 bytes"):
+        check_shard_files(url, manifest)
 
 
 def test_missing_and_short_shards_are_all_named(tmp_path: Path, make_shards: Callable[..., Manifest]) -> None:
@@ -280,5 +298,5 @@ def test_missing_and_short_shards_are_all_named(tmp_path: Path, make_shards: Cal
         file.truncate(1000)
     with pytest.raises(DataError, match="2 of 3") as caught:
         check_shard_files(str(tmp_path), manifest)
-    assert "v00/shard-000000.tar: No such file" in str(caught.value)
+    assert "v00/shard-000000.tar: not found" in str(caught.value)
     assert "v00/shard-000002.tar: got 1000 bytes" in str(caught.value)

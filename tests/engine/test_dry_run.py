@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from beit_dist.config import TrainConfig, load_recipe
 from beit_dist.engine.dry_run import describe, state_bytes
 from beit_dist.engine.resolve import Resolved, read_ds_config, resolve
+from beit_dist.storage.opening import open_place
 from beit_dist.train import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -58,6 +60,24 @@ def test_with_data_the_shard_plan_and_the_steps_are_told(
     assert "16 = 2 ranks × 4 micro-batch × 2 accumulation" in printed
     assert "/dev/shm" in printed
     assert not run.folder.exists()
+
+
+def test_data_at_a_url_needs_memory_that_is_told(
+    small_data: Path, new_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"memory://{uuid.uuid4()}/shards"
+    for path in small_data.rglob("*.*"):
+        open_place(url).write(str(path.relative_to(small_data)), path.read_bytes())
+    run = new_run("run", overrides=[f"data={url}", "loader.memory_gib=0.0001"])
+    command = [word for word in run.command()[2:] if not word.startswith("data=/")]
+    assert main([*command, "--dry-run", "--ranks", "2"]) == 0
+    # 2 of 4 lanes, 2 blocks of 2 samples of 6,144 bytes each
+    assert "48.0 KiB a rank for two windows of 2 lanes, of 0.0001 GiB allowed: blocks are fetched" in (
+        printed := capsys.readouterr().out
+    )
+    assert f"{url}: 147 samples in 3 shards" in printed
+    assert main([*command, "loader.memory_gib=0.00001", "--dry-run", "--ranks", "2"]) == 0
+    assert "too much, so single samples are fetched" in capsys.readouterr().out
 
 
 def test_memory_follows_stage_and_precision() -> None:

@@ -1,11 +1,15 @@
-"""A run folder in a store behind a network that fails: killed, gone on with elsewhere, equal to a local run."""
+"""Shards and run folder in a store behind a network that fails: killed, gone on with elsewhere, as a local run."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import subprocess
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +22,17 @@ from support.object_store import ObjectStore
 
 from beit_dist.engine.checkpoint.layout import committed
 from beit_dist.engine.checkpoint.weights import load_weights
+from beit_dist.errors import AccessError
 from beit_dist.storage.opening import open_place
 from beit_dist.storage.place import Place
+from beit_dist.train import main
 
 pytestmark = pytest.mark.slow
 
 SETTINGS = ["loader.workers=0", "steps=20", "checkpoint.every_steps=3"]
-NUMBERS = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped")
+NUMBERS = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped", "batch")
 FAULTS = [
+    Fault("stall", method="GET", path="/v0", times=1, after=100, seconds=20),
     Fault("slow_down", chance=0.08),
     Fault("server_error", chance=0.05),
     Fault("reset", chance=0.05),
@@ -70,6 +77,33 @@ def kill_after(place: Place, step: int, process: Any) -> None:
     process.communicate()
 
 
+def upload(folder: Path, url: str) -> str:
+    """Copy a data set into the store; its URL."""
+    for path in folder.rglob("*.*"):
+        open_place(url).write(str(path.relative_to(folder)), path.read_bytes())
+    return url
+
+
+def scrape(process: subprocess.Popen[str], place: Place, attempt: int) -> str:
+    """What the metrics endpoint of this attempt said last before the run ended."""
+    said, port = "", None
+    while process.poll() is None:
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            if port is None:
+                facts = json.loads(place.read("run.json"))
+                port = facts["metrics_port"] if facts["attempt"] == attempt else None
+            else:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                    said = answer.read().decode()
+    return said
+
+
+def total(said: str, metric: str) -> float:
+    """Sum of a counter over its labels."""
+    return sum(float(number) for number in re.findall(rf"^{metric}_total{{.*}} (\S+)$", said, re.MULTILINE))
+
+
 @pytest.mark.usefixtures("environment")
 def test_a_run_in_a_store_that_fails_is_killed_and_ends_on_another_host_as_a_local_run_does(
     new_run: Callable[..., Any],
@@ -77,6 +111,7 @@ def test_a_run_in_a_store_that_fails_is_killed_and_ends_on_another_host_as_a_loc
     fault_proxy: FaultProxy,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    small_data: Path,
 ) -> None:
     whole = new_run("whole", ranks=2, overrides=SETTINGS)
     code, output = whole.finish()
@@ -84,14 +119,21 @@ def test_a_run_in_a_store_that_fails_is_killed_and_ends_on_another_host_as_a_loc
 
     url = f"s3://{object_store.new_bucket()}/runs/one"
     place = open_place(url)
-    run = new_run("unused", ranks=2, overrides=[*SETTINGS, f"run={url}", "storage.read_seconds=5"])
+    data = upload(small_data, f"{url}/shards")
+    settings = [*SETTINGS, f"run={url}", f"data={data}", "storage.read_seconds=5", "logging.metrics_port=0"]
+    run = new_run("unused", ranks=2, overrides=[*settings, "loader.workers=1"])
     fault_proxy.inject(*FAULTS)
     kill_after(place, 6, run.start())
     shutil.rmtree(tmp_path / "first")
     use_host(monkeypatch, tmp_path, "second")
-    code, output = run.finish()
-    assert code == 0, output
+    process = run.start()
+    said = scrape(process, place, attempt=2)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
     assert "resumed from step-" in output
+    assert total(said, "beit_storage_retries") > 0
+    assert total(said, "beit_data_read_bytes") > 0
+    assert 'beit_data_read_bytes_total{source="store"}' in said
     injected = fault_proxy.injected
     assert len(injected) >= 4, injected
     fault_proxy.inject()
@@ -130,3 +172,17 @@ def test_wrong_credentials_are_one_clear_error(
     assert output.count("Check the credentials in the environment") == 1
     assert "not-the-secret-at-all" not in output
     assert "Traceback" not in output
+
+
+@pytest.mark.usefixtures("environment")
+def test_shards_that_the_credentials_may_not_read_are_refused_before_anything_starts(
+    new_run: Callable[..., Any], object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
+    data = f"s3://{object_store.new_bucket()}/shards"
+    # Settings of its own: this process keeps a client for each, with the environment of its first use.
+    run = new_run("run", overrides=[*SETTINGS, f"data={data}", "storage.retry_seconds=7"])
+    with pytest.raises(AccessError, match=rf"{data}/manifest\.json: .*Check the credentials") as error:
+        main([word for word in run.command()[2:] if word != f"data={run.data}"])
+    assert "not-the-secret-at-all" not in str(error.value)
+    assert not run.folder.exists()

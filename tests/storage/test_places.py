@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.fault_proxy import Fault, FaultProxy
+from support.http_files import HttpFiles
 from support.object_store import ObjectStore
 
 from beit_dist.errors import AccessError, ConfigError, StorageError
@@ -88,6 +89,42 @@ def test_folders_are_listed_and_removed_with_what_they_hold(place: Place) -> Non
     place.remove_folder("inner")
     place.remove_folder("inner")
     assert place.list() == ["c"]
+
+
+def test_sizes_are_told_of_the_files_that_are_there(place: Place) -> None:
+    for name, size in (("a/one", 3), ("a/two", 0), ("b/c/one", 5), ("b/more", 1)):
+        (place / name).parent.make()
+        place.write(name, b"x" * size)
+    names = ["b/c/one", "a/one", "a/three", "a/two", "none/one"]
+    assert place.sizes(names) == {"b/c/one": 5, "a/one": 3, "a/two": 0}
+
+
+def test_a_store_tells_all_sizes_by_a_few_lists_or_file_by_file(behind: tuple[Place, FaultProxy]) -> None:
+    place, proxy = behind
+    sizes = {f"v{number % 2:02d}/{number}": number for number in range(12)}
+    for name, size in sizes.items():
+        place.write(name, b"x" * size)
+    proxy.seen.clear()
+    assert place.sizes(list(sizes)) == sizes
+    assert [(seen.method, "list-type" in seen.path) for seen in proxy.seen] == [("GET", True)] * 2
+    proxy.inject(Fault("denied", path="list-type"))
+    assert place.sizes(list(sizes)) == sizes
+
+
+def test_a_web_server_without_lists_is_asked_for_each_size(http_files: HttpFiles) -> None:
+    (http_files.root / "v00").mkdir()
+    (http_files.root / "v00" / "one").write_bytes(b"123")
+    assert open_place(f"{http_files.url}").sizes(["v00/one", "v00/two", "v01/one"]) == {"v00/one": 3}
+
+
+def test_a_web_server_that_stalls_is_asked_again(http_files: HttpFiles) -> None:
+    (http_files.root / "file").write_bytes(CONTENT[:300_000])
+    counts.take()
+    with FaultProxy(http_files.url) as proxy:
+        proxy.inject(Fault("stall", times=1, after=1000, seconds=60))
+        place = open_place(proxy.url, Access(retry_seconds=20.0, connect_seconds=5.0, read_seconds=1.0))
+        assert place.read_range("file", 1000, 200_000) == CONTENT[1000:201_000]
+    assert counts.take() == {"timeout": 1}
 
 
 def test_the_first_creates_a_file_and_nobody_after_it(place: Place) -> None:

@@ -25,9 +25,13 @@ from urllib.parse import urlsplit
 
 from support.http_thread import HttpThread
 
-Kind = Literal["slow_down", "server_error", "reset", "lost", "cut", "stall", "delay", "whole"]
+Kind = Literal["slow_down", "server_error", "reset", "lost", "cut", "stall", "delay", "whole", "denied"]
 
-_ERRORS = {"slow_down": (503, "Slow Down", "SlowDown"), "server_error": (500, "Internal Error", "InternalError")}
+_ERRORS = {
+    "slow_down": (503, "Slow Down", "SlowDown"),
+    "server_error": (500, "Internal Error", "InternalError"),
+    "denied": (403, "Forbidden", "AccessDenied"),
+}
 _CHUNK = 1 << 16
 
 
@@ -38,7 +42,8 @@ class Fault:
     Attributes:
         kind: what happens instead of the server's answer:
 
-            - ``slow_down``, ``server_error``: a 503 or 500 in the form that S3 gives it; the server sees nothing;
+            - ``slow_down``, ``server_error``, ``denied``: a 503, 500 or 403 in the form that S3 gives it; the
+              server sees nothing;
             - ``reset``: the connection is reset before the server sees the request;
             - ``lost``: the same after the server has done what was asked;
             - ``cut``: the body ends after ``after`` bytes, by FIN or with ``rst`` by RST;

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import slurm as slurm_cluster
 from support.fault_proxy import FaultProxy
 from support.http_files import HttpFiles
 from support.object_store import ObjectStore, Unavailable, running
 
-_NEED_A_SERVER = {"object_store"}
+from beit_dist.storage import remote
+
+_NEED_A_SERVER = {"object_store", "slurm"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,10 +46,32 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
 
 
 @pytest.fixture
+def slurm() -> Iterator[slurm_cluster.Slurm]:
+    """A real SLURM cluster of two nodes."""
+    try:
+        with slurm_cluster.running() as cluster:
+            yield cluster
+    except Unavailable as missing:
+        unavailable(missing)
+
+
+@pytest.fixture
 def fault_proxy(object_store: ObjectStore) -> Iterator[FaultProxy]:
     """A proxy before the object store; give its ``url`` to the client."""
     with FaultProxy(object_store.endpoint_url, whole=object_store.whole) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def failing_store(
+    object_store: ObjectStore, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """The proxy before the object store, by which everything finds it: environment variables say so."""
+    for name, value in object_store.environment(fault_proxy.url).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "_systems", {})  # clients of this process that know another proxy
+    yield fault_proxy
+    fault_proxy.inject()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.plan import Plan
 from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import RankBatches
+from beit_dist.storage.access import Access
 
 RATES = (0.0, 0.3, 0.6)
 FIELDS = ("patches", "tokens", "positions", "keeps", "sample_ids", "epochs")
@@ -25,16 +27,29 @@ class DataSet:
     """A tiny data set and what the trainer would make of it."""
 
     def __init__(self, root: Path, manifest: Manifest, **plan: Any) -> None:
-        self.root, self.manifest = root, manifest
+        self.root, self.manifest, self.where = root, manifest, str(root)
         self.shards = [shard.samples for shard in manifest.view_shards(0)]
         self.plan = Plan(**{"shard_samples": self.shards, "views": manifest.views, "seed": 5, "lanes": 4, **plan})
         self.masks = MaskGenerator(4, MaskingConfig(mode="original", masked_patches=6, min_block=3), 5)
 
+    def at(self, url: str) -> DataSet:
+        """The same data set, read from a URL."""
+        other = copy(self)
+        other.where = url
+        return other
+
     def batches(
-        self, *, rank: int = 0, world: int = 1, consumed: int = 0, batch: int = 8, **loader: Any
+        self,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        consumed: int = 0,
+        batch: int = 8,
+        access: Access | None = None,
+        **loader: Any,
     ) -> RankBatches:
         return RankBatches(
-            root=str(self.root),
+            root=self.where,
             manifest=self.manifest,
             plan=self.plan,
             masks=self.masks,
@@ -44,6 +59,7 @@ class DataSet:
             world=world,
             consumed=consumed,
             loader=LoaderConfig(**{"workers": 0, "timeout_seconds": 60, **loader}),
+            access=access,
         )
 
     def take(self, steps: int, **settings: Any) -> list[Rows]:

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from beit_dist.storage.opening import open_place
 from beit_dist.tokenizing.finish import finish
 from beit_dist.tokenizing.freeze import freeze
 from beit_dist.tokenizing.job import Job, record_job
@@ -35,23 +36,31 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         self.root, self.images = root, root / "images"
+        self.source = str(self.images)
         self.encoder: Callable[[NDArray[np.uint8]], NDArray[np.int16]] = block_means
         self.seen_shapes: set[tuple[int, ...]] = set()
 
-    def job(self, out: Path, **changes: Any) -> tuple[Job, SourceList]:
+    def job(self, out: Path | str, **changes: Any) -> tuple[Job, SourceList]:
         """The recorded job of ``out``; its list is frozen if it is not yet."""
-        source = changes.pop("source", str(self.images))
+        source = changes.pop("source", self.source)
         seed = changes.get("seed", 0)
-        freeze([source], out, seed)
+        place = open_place(out)
+        freeze([source], place, seed)
         job = Job("", "a" * 64, VOCABULARY, 32, 8, 2, 4, seed, "random", 3, "fp32", "cpu", "2.0", "11.0", "1.26")
         job = replace(job, **changes)
-        sources = SourceList(out, job.shard_samples)
+        sources = SourceList(place, job.shard_samples)
         job = replace(job, images=sources.sha256)
-        record_job(out, job)
+        record_job(place, job)
         return job, sources
 
     def work(
-        self, out: Path, index: int = 0, count: int = 1, decoders: int = 0, max_rejected: int = 99, **changes: Any
+        self,
+        out: Path | str,
+        index: int = 0,
+        count: int = 1,
+        decoders: int = 0,
+        max_rejected: int = 99,
+        **changes: Any,
     ) -> WorkerReport:
         """Be one worker."""
         job, sources = self.job(out, **changes)
@@ -61,12 +70,21 @@ class Bench:
             return self.encoder(images)
 
         worker = Worker(
-            out, job, sources, encode, index=index, count=count, decoders=decoders, max_rejected=max_rejected
+            open_place(out),
+            job,
+            sources,
+            encode,
+            index=index,
+            count=count,
+            decoders=decoders,
+            max_rejected=max_rejected,
         )
         return worker.run()
 
-    def finish(self, out: Path, settings: Mapping[str, Any] | None = None, max_rejected: str = "100%") -> Any:
-        return finish(out, settings or {}, max_rejected)
+    def finish(
+        self, out: Path | str, settings: Mapping[str, Any] | None = None, max_rejected: str = "100%"
+    ) -> Any:
+        return finish(open_place(out), settings or {}, max_rejected)
 
     def run(self, name: str, **changes: Any) -> Path:
         """A whole data set by one worker."""
@@ -92,6 +110,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def pack(folder: Path, tar: Path) -> None:
+    tar.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(tar, "w") as archive:
         archive.add(folder, arcname=".")
 

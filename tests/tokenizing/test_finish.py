@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from beit_dist.errors import ConfigError, DataError
-from beit_dist.tokenizing.commits import rejection_limit
+from beit_dist.storage.local import LocalPlace
 from beit_dist.tokenizing.finish import finished
+from beit_dist.tokenizing.rejected import rejection_limit
 
 
 def test_missing_shards_are_named_with_their_workers(bench: Any, tmp_path: Path) -> None:
@@ -72,16 +73,16 @@ def test_a_job_that_rejected_everything_is_no_data_set(bench: Any, tmp_path: Pat
 
 def test_finished_knows_its_own_data_set_and_refuses_another(bench: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert finished(out, {}) is None
+    assert finished(LocalPlace(out), {}) is None
     bench.run("out")
-    assert finished(out, {"views": 2}) is not None
+    assert finished(LocalPlace(out), {"views": 2}) is not None
     with pytest.raises(DataError, match="another job"):
-        finished(out, {"views": 3})
+        finished(LocalPlace(out), {"views": 3})
     (out / "v00/shard-000000.tar").unlink()
-    assert finished(out, {"views": 2}) is None
+    assert finished(LocalPlace(out), {"views": 2}) is None
     (out / "job.json").unlink()
     with pytest.raises(DataError, match="Use another"):
-        finished(out, {"views": 2})
+        finished(LocalPlace(out), {"views": 2})
 
 
 @pytest.mark.parametrize(

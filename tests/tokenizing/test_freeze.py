@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from beit_dist.errors import ConfigError, DataError
+from beit_dist.errors import ConfigError, DataError, SampleError
+from beit_dist.storage.local import LocalPlace
 from beit_dist.tokenizing.freeze import expand_sources, freeze
 from beit_dist.tokenizing.sources import SourceList, read_source
 
@@ -20,7 +21,7 @@ Pack = Callable[[Path, Path], None]
 
 
 def names(out: Path, shard_samples: int = 5) -> list[str]:
-    sources = SourceList(out, shard_samples)
+    sources = SourceList(LocalPlace(out), shard_samples)
     return [entry.name for shard in range(sources.shards) for entry in sources.read(shard)]
 
 
@@ -34,7 +35,7 @@ def test_a_folder_is_searched_through_and_only_images_are_taken(tmp_path: Path) 
         touch(tmp_path / "in" / name)
     for name in ("notes.txt", "._b.jpg", ".hidden/x.jpg.txt", "jpg", "labels.csv"):
         touch(tmp_path / "in" / name)
-    header = freeze([str(tmp_path / "in")], tmp_path / "out", 0)
+    header = freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
     assert header.entries == 4
     assert sorted(names(tmp_path / "out")) == ["a/c.jpeg", "a/d/e.Png", "b.JPG", "z.webp"]
 
@@ -44,7 +45,7 @@ def test_the_order_is_a_permutation_by_the_seed_and_the_same_every_time(tmp_path
         touch(tmp_path / "in" / f"{number}.jpg")
     lists = []
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        freeze([str(tmp_path / "in")], tmp_path / out, seed)
+        freeze([str(tmp_path / "in")], LocalPlace(tmp_path / out), seed)
         lists.append(names(tmp_path / out))
     assert lists[0] == lists[1]
     assert lists[0] != lists[2]
@@ -55,11 +56,13 @@ def test_the_order_is_a_permutation_by_the_seed_and_the_same_every_time(tmp_path
 
 def test_a_tar_gives_the_same_list_as_its_folder(tmp_path: Path, bench: Any, pack_tar: Pack) -> None:
     pack_tar(bench.images, tmp_path / "images.tar")
-    freeze([str(bench.images)], tmp_path / "a", 0)
-    freeze([str(tmp_path / "images.tar")], tmp_path / "b", 0)
+    freeze([str(bench.images)], LocalPlace(tmp_path / "a"), 0)
+    freeze([str(tmp_path / "images.tar")], LocalPlace(tmp_path / "b"), 0)
     assert names(tmp_path / "a") == names(tmp_path / "b")
     for one, two in zip(
-        SourceList(tmp_path / "a", 99).read(0), SourceList(tmp_path / "b", 99).read(0), strict=True
+        SourceList(LocalPlace(tmp_path / "a"), 99).read(0),
+        SourceList(LocalPlace(tmp_path / "b"), 99).read(0),
+        strict=True,
     ):
         assert (one.sample_id, one.label) == (two.sample_id, two.label)
         assert read_source(one) == read_source(two) == (bench.images / one.name).read_bytes()
@@ -68,21 +71,21 @@ def test_a_tar_gives_the_same_list_as_its_folder(tmp_path: Path, bench: Any, pac
 def test_several_tars_by_braces_and_several_sources(tmp_path: Path, bench: Any, pack_tar: Pack) -> None:
     for number in range(3):
         pack_tar(bench.images / f"class-{number}", tmp_path / f"part-{number}.tar")
-    header = freeze([str(tmp_path / "part-{0..2}.tar")], tmp_path / "out", 0)
+    header = freeze([str(tmp_path / "part-{0..2}.tar")], LocalPlace(tmp_path / "out"), 0)
     assert header.entries == 13
     assert [os.path.basename(path) for _, path in header.sources] == ["part-0.tar", "part-1.tar", "part-2.tar"]
-    both = freeze([str(bench.images / "class-0"), str(tmp_path / "part-1.tar")], tmp_path / "two", 0)
+    both = freeze([str(bench.images / "class-0"), str(tmp_path / "part-1.tar")], LocalPlace(tmp_path / "two"), 0)
     assert [kind for kind, _ in both.sources] == ["folder", "tar"]
 
 
 def test_class_folders_become_labels_and_anything_else_does_not(tmp_path: Path, bench: Any) -> None:
-    assert freeze([str(bench.images)], tmp_path / "a", 0).labels
-    for entry in SourceList(tmp_path / "a", 99).read(0):
+    assert freeze([str(bench.images)], LocalPlace(tmp_path / "a"), 0).labels
+    for entry in SourceList(LocalPlace(tmp_path / "a"), 99).read(0):
         assert entry.label == entry.name.split("/")[0]
-    assert not freeze([str(bench.images / "class-0")], tmp_path / "b", 0).labels
-    assert SourceList(tmp_path / "b", 99).read(0)[0].label is None
+    assert not freeze([str(bench.images / "class-0")], LocalPlace(tmp_path / "b"), 0).labels
+    assert SourceList(LocalPlace(tmp_path / "b"), 99).read(0)[0].label is None
     touch(bench.images / "stray.png")
-    assert not freeze([str(bench.images)], tmp_path / "c", 0).labels
+    assert not freeze([str(bench.images)], LocalPlace(tmp_path / "c"), 0).labels
 
 
 def test_names_that_are_no_utf8_survive(tmp_path: Path) -> None:
@@ -90,8 +93,8 @@ def test_names_that_are_no_utf8_survive(tmp_path: Path) -> None:
     os.mkdir(folder)
     with open(folder + b"/\xff\xfe.jpg", "wb") as file:
         file.write(b"content")
-    freeze([str(tmp_path / "in")], tmp_path / "out", 0)
-    (entry,) = SourceList(tmp_path / "out", 4).read(0)
+    freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
+    (entry,) = SourceList(LocalPlace(tmp_path / "out"), 4).read(0)
     assert read_source(entry) == b"content"
 
 
@@ -100,21 +103,21 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
-    freeze([str(tmp_path / "in")], tmp_path / "out", 0)
+    freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
     assert names(tmp_path / "out") == ["link/a.jpg"]
 
 
 def test_a_list_is_kept_and_one_of_other_sources_or_seed_is_refused(tmp_path: Path, bench: Any) -> None:
     out = tmp_path / "out"
-    freeze([str(bench.images)], out, 0)
+    freeze([str(bench.images)], LocalPlace(out), 0)
     before = (out / "sources.jsonl").read_bytes()
     touch(bench.images / "class-0/new.png")
-    freeze([str(bench.images)], out, 0)
+    freeze([str(bench.images)], LocalPlace(out), 0)
     assert (out / "sources.jsonl").read_bytes() == before
     with pytest.raises(ConfigError, match="--seed: got 1, expected 0"):
-        freeze([str(bench.images)], out, 1)
+        freeze([str(bench.images)], LocalPlace(out), 1)
     with pytest.raises(ConfigError, match="--images"):
-        freeze([str(bench.images / "class-0")], out, 0)
+        freeze([str(bench.images / "class-0")], LocalPlace(out), 0)
 
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tar"])
@@ -131,8 +134,10 @@ def test_a_compressed_tar_is_refused_with_the_way_out(
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("s3://bucket/x.tar", "of this machine"),
-        ("pipe:cat x.tar", "of this machine"),
+        ("s3://key:secret@bucket/x.tar", "without user, password"),
+        ("s3://bucket/x.tar.gz", "a plain .tar"),
+        ("https://host/images", "a web server lists no folders"),
+        ("pipe:cat x.tar", "Commands are not run"),
         ("nowhere.tar", "No such file"),
         ("${NO_SUCH_NAME}/x.tar", "NO_SUCH_NAME"),
     ],
@@ -153,7 +158,7 @@ def test_a_file_that_is_no_tar_or_a_source_given_twice_is_refused(tmp_path: Path
 def test_no_image_at_all_is_refused(tmp_path: Path) -> None:
     touch(tmp_path / "in/readme.txt")
     with pytest.raises(DataError, match="no image found"):
-        freeze([str(tmp_path / "in")], tmp_path / "out", 0)
+        freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
     assert not (tmp_path / "out/sources.jsonl").exists()
 
 
@@ -175,19 +180,19 @@ def test_cut_damaged_and_joined_tars_are_refused(tmp_path: Path, bench: Any, pac
     for name, content in cuts.items():
         (tmp_path / "cut.tar").write_bytes(content)
         with pytest.raises(DataError, match=r"cut\.tar: "):
-            freeze([str(tmp_path / "cut.tar")], tmp_path / name, 0)
+            freeze([str(tmp_path / "cut.tar")], LocalPlace(tmp_path / name), 0)
 
 
 def test_a_class_name_too_long_for_the_json_is_refused_before_the_work(tmp_path: Path) -> None:
     touch(tmp_path / "in" / ("\x01" * 100) / "a.jpg")
     touch(tmp_path / "in/b/a.jpg")
     with pytest.raises(DataError, match="label"):
-        freeze([str(tmp_path / "in")], tmp_path / "out", 0)
+        freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
 
 
 def test_a_changed_or_missing_image_is_noticed_when_read(tmp_path: Path, bench: Any, pack_tar: Pack) -> None:
-    freeze([str(bench.images)], tmp_path / "a", 0)
-    entry = SourceList(tmp_path / "a", 99).read(0)[0]
+    freeze([str(bench.images)], LocalPlace(tmp_path / "a"), 0)
+    entry = SourceList(LocalPlace(tmp_path / "a"), 99).read(0)[0]
     path = Path(entry.place)
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(DataError, match="changed since the list was frozen"):
@@ -198,16 +203,51 @@ def test_a_changed_or_missing_image_is_noticed_when_read(tmp_path: Path, bench: 
 
 
 def test_a_damaged_list_is_refused(tmp_path: Path, bench: Any) -> None:
-    freeze([str(bench.images)], tmp_path, 0)
+    freeze([str(bench.images)], LocalPlace(tmp_path), 0)
     lines = (tmp_path / "sources.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "sources.jsonl").write_bytes(b"".join(lines[:-1]))
     with pytest.raises(DataError, match="got 12 entries, expected 13"):
-        SourceList(tmp_path, 4)
+        SourceList(LocalPlace(tmp_path), 4)
     (tmp_path / "sources.jsonl").write_bytes(b"".join([lines[0], b"{}\n", *lines[2:]]))
     with pytest.raises(DataError, match="entry 0 is damaged"):
-        SourceList(tmp_path, 4).read(0)
+        SourceList(LocalPlace(tmp_path), 4).read(0)
     (tmp_path / "sources.jsonl").write_text(json.dumps({"format": "x"}) + "\n")
     with pytest.raises(DataError, match="another kind of file"):
-        SourceList(tmp_path, 4)
+        SourceList(LocalPlace(tmp_path), 4)
     with pytest.raises(DataError, match="--index-only"):
-        SourceList(tmp_path / "empty", 4)
+        SourceList(LocalPlace(tmp_path / "empty"), 4)
+
+
+def test_folders_and_links_named_like_images(tmp_path: Path) -> None:
+    touch(tmp_path / "in/x.jpg/inner.png")
+    touch(tmp_path / "in/empty.jpg", b"")
+    (tmp_path / "in/dead.txt").symlink_to("nowhere")
+    freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
+    assert sorted(names(tmp_path / "out")) == ["empty.jpg", "x.jpg/inner.png"]
+
+
+@pytest.mark.parametrize("kind", ["loop", "dead link", "pipe"])
+def test_what_is_named_like_an_image_and_is_none_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "in/odd.jpg"
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name if kind == "loop" else "nowhere")
+    with pytest.raises(DataError, match=r"in/odd\.jpg: .*[Rr]emove it"):
+        freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
+
+
+def test_an_image_that_may_not_be_read_ends_the_worker_with_its_name(
+    tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no reject: on another machine, or after a chmod, it would be one of the samples."""
+    freeze([str(bench.images)], LocalPlace(tmp_path), 0)
+    entry = SourceList(LocalPlace(tmp_path), 99).read(0)[0]
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(SampleError, match=r"\.png cannot be read \(Permission denied\)"):
+        read_source(entry)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support.fault_proxy import Fault, FaultProxy
+from support.object_store import ObjectStore
 
 from beit_dist.data.shards import Manifest, SampleLayout, load_manifest, sample_crc
 from beit_dist.data.verification import verify
 from beit_dist.durable import TEMPORARY
-from beit_dist.errors import ConfigError, DataError
+from beit_dist.errors import ConfigError, DataError, StorageError
+from beit_dist.storage.opening import open_place
+from beit_dist.storage.place import Place
 
 SHARDS = [4, 3, 2]
 NAME = "v01/shard-000001.tar"
@@ -219,6 +224,47 @@ def test_the_list_of_faults_is_bounded_but_all_are_counted(data: Path, capsys: p
     assert sum(line.startswith(NAME) for line in out.splitlines()) == 2
     assert "and 2 more" in out
     assert "4 faults" in out
+
+
+def test_a_data_set_at_a_url_has_the_faults_of_its_local_copy(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = open_place(f"memory://{uuid.uuid4()}/data")
+    change(data, START + LAYOUT.patches_start + 5)
+    cut = data / "v00/shard-000000.tar"
+    cut.write_bytes(cut.read_bytes()[: LAYOUT.stride + 100])
+    (data / "v00/shard-000009.tar").write_bytes(b"x")
+    upload(data, place)
+    code, out = check(data, capsys)
+    assert TOOL.main([str(place), "--threads", "3"]) == code == 1
+    assert capsys.readouterr().out == out.replace(str(data), str(place))
+    (place / "v01").remove("shard-000002.tar")
+    assert TOOL.main([str(place)]) == 1
+    assert "v01/shard-000002.tar: no such file" in capsys.readouterr().out
+
+
+def test_a_data_set_in_a_store_that_fails_is_checked_all_the_same(
+    data: Path,
+    object_store: ObjectStore,
+    failing_store: FaultProxy,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = open_place(f"s3://{object_store.new_bucket()}/data")
+    upload(data, place)
+    chances = {"slow_down": 0.1, "reset": 0.1, "cut": 0.1, "whole": 0.2}
+    failing_store.inject(*(Fault(kind, method="GET", chance=chance) for kind, chance in chances.items()))  # type: ignore[arg-type]
+    assert TOOL.main([str(place)]) == 0
+    assert "whole: 6 shards, 9 samples × 2 views" in capsys.readouterr().out
+    assert failing_store.injected
+    failing_store.inject(Fault("slow_down"))
+    with pytest.raises(StorageError, match=r"storage\.retry_seconds"):
+        TOOL.main([str(place), "--storage", "retry_seconds=0.5"])
+
+
+def upload(data: Path, place: Place) -> None:
+    for path in data.rglob("*.*"):
+        if path.is_file():
+            place.write(path.relative_to(data).as_posix(), path.read_bytes())
 
 
 def test_no_data_set_or_a_wrong_option_is_a_user_error(data: Path, tmp_path: Path) -> None:

@@ -174,7 +174,9 @@ def test_other_versions_are_refused_in_a_job_and_do_not_matter_to_a_complete_one
         (["--max-rejected", "some"], ConfigError, "--max-rejected"),
         (["--index", "2"], ConfigError, "--count"),
         (["--images", "nowhere"], ConfigError, "--images"),
-        (["--out", "s3://bucket/x"], ConfigError, "--out"),
+        (["--out", "s3://key:secret@bucket/x"], ConfigError, "without user, password"),
+        (["--storage", "options.s3.secret=x"], ConfigError, "options.s3.secret: got 'a credential'"),
+        (["--metrics-textfile", "nowhere/x.prom"], ConfigError, "--metrics-textfile"),
     ],
 )
 def test_wrong_input_is_refused_before_any_work(

@@ -155,7 +155,7 @@ def test_the_encoder_alone_makes_the_same_tokens_and_no_pictures(
 
 
 def test_a_tokenizer_is_not_trained_without_a_decoder() -> None:
-    from beit_dist.config import TokenizerRecipe
+    from beit_dist.tokenizer_config import TokenizerRecipe
 
     with pytest.raises(ConfigError, match=r"model\.decoder_input: got 0, expected 1 or more"):
         validate(TokenizerRecipe, {"model": {"decoder_input": 0}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from beit_dist.errors import ConfigError
-from beit_dist.tokenizing.place import worker_place
+from beit_dist.tokenizing.worker_index import worker_index
 
 ARRAY = {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "5"}
 
@@ -27,7 +27,7 @@ ARRAY = {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "5"}
 def test_the_place_follows_from_flags_or_scheduler(
     index: int | None, count: int | None, environment: dict[str, str], place: tuple[int, int]
 ) -> None:
-    assert worker_place(index, count, environment) == place
+    assert worker_index(index, count, environment) == place
 
 
 @pytest.mark.parametrize(
@@ -54,4 +54,4 @@ def test_a_place_that_is_not_clear_is_refused(
     index: int | None, count: int | None, environment: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        worker_place(index, count, environment)
+        worker_index(index, count, environment)

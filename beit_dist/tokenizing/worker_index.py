@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from beit_dist.errors import ConfigError
 
 
-def worker_place(index: int | None, count: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
+def worker_index(index: int | None, count: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
     """(index, count) of this worker.
 
     The index is that of SLURM's job array, (task id - min) / step, or Kubernetes' completion index, when not

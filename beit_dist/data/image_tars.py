@@ -1,0 +1,94 @@
+"""Image tars: where each image begins, by one scan of the headers; at a URL without fetching what lies between."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
+
+from beit_dist.errors import ConfigError, DataError, StorageError
+from beit_dist.storage.access import Access
+from beit_dist.storage.opening import open_place
+from beit_dist.storage.streams import open_ranges
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_END_BLOCKS = 1 << 20
+"""Zero bytes after the last member that are ordinary padding (tar's blocking factor is rarely above 1 MiB)."""
+_WINDOW = 32 << 10
+"""Bytes of a request for a header: what is small beside it comes along, large images stay where they are."""
+
+
+class Member(NamedTuple):
+    """An image in a tar."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def check_tar(path: str, access: Access) -> None:
+    """Refuse what is no plain tar.
+
+    Raises:
+        ConfigError: there is no such file, or it is something else.
+        DataError: it is compressed.
+    """
+    try:
+        with _opened(path, access) as file:
+            start = file.read(8)
+            file.seek(0)
+            compressed = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+            plain = compressed is None and tarfile.is_tarfile(file)
+    except StorageError:
+        raise
+    except OSError as error:
+        reason = error.strerror or "not found"
+        raise ConfigError("--images", path, f"a folder or a tar of images ({reason})") from None
+    if compressed is not None:
+        raise DataError(
+            f"{path}: compressed by {compressed}, so its images cannot be read by position. Decompress it, "
+            f"or extract it and name the folder: mkdir images && tar -xf {os.path.basename(path)} -C images"
+        )
+    if not plain:
+        raise ConfigError("--images", path, "a folder, or a tar (this file is none)")
+
+
+def scan_tar(path: str, access: Access, is_image: Callable[[str], bool]) -> Iterator[Member]:
+    """The image members of a plain tar.
+
+    Raises:
+        DataError: the tar is damaged, cut short, or cannot be read.
+    """
+    try:
+        with _opened(path, access) as file:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    name = member.name.removeprefix("./")
+                    if member.isreg() and not member.issparse() and is_image(os.path.basename(name)):
+                        yield Member(name, member.offset_data, member.size)
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every header
+                end = tar.offset
+            _check_end(file, path, end)
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: damaged or cut short ({error}). Copy it again") from None
+    except StorageError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _check_end(file: BinaryIO, path: str, end: int) -> None:
+    """tarfile takes a damaged header, or the end of a truncated file, for the end of the archive."""
+    file.seek(end)
+    rest = file.read(_END_BLOCKS)
+    if len(rest) < 512 or any(rest):
+        reason = (
+            "no closing block: cut short" if len(rest) < 512 else "other data behind its end: damaged or joined"
+        )
+        raise DataError(f"{path}: {reason} at byte {end}. Copy it again; give joined tars one by one")
+
+
+def _opened(path: str, access: Access) -> BinaryIO:
+    folder, slash, name = path.rpartition("/")
+    return open_ranges(open_place(folder or slash or ".", access), name, _WINDOW)

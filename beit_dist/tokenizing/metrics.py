@@ -1,0 +1,167 @@
+"""A worker's numbers for Prometheus: served on a port, or in a file for node_exporter's textfile collector."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server, write_to_textfile
+
+from beit_dist.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+Stage = Literal["read", "decode", "encode", "write", "publish"]
+STAGES: tuple[Stage, ...] = ("read", "decode", "encode", "write", "publish")
+_FILE_SECONDS = 15.0
+
+
+class Metrics:
+    """The numbers of one worker; any thread may change them.
+
+    Every series has the label ``worker``, so that the files of several workers on one machine go together.
+    """
+
+    def __init__(self, worker: int) -> None:
+        self.registry = CollectorRegistry()
+        self._worker = str(worker)
+        self._images = self._new(Counter, "images", "Images of this worker's shards that are done.")
+        self._planned = self._new(Gauge, "images_planned", "Images of this worker's shards, done or not.")
+        self._rejected = self._new(
+            Counter, "images_rejected", "Images found unusable, by class of reason.", "reason"
+        )
+        self._shards = self._new(Gauge, "shards_finished", "Shards of this worker that are committed.")
+        self._shards_planned = self._new(Gauge, "shards_planned", "Shards of this worker, committed or not.")
+        self._stages = self._new(
+            Counter, "stage_seconds", "Time spent in each stage, summed over its threads and processes.", "stage"
+        )
+        self._progress = self._new(
+            Gauge, "last_progress_timestamp_seconds", "Unix time at which images were last written."
+        )
+        self._retries = Counter(
+            "beit_storage_retries",
+            "Requests to a store tried again, by cause.",
+            ("worker", "cause"),
+            registry=self.registry,
+        )
+        for stage in STAGES:
+            self.spent(stage, 0.0)
+
+    def plan(self, images: int, shards: int, images_done: int, shards_done: int) -> None:
+        """What there is to do, and what an earlier start has done."""
+        self._of(self._planned).set(images)
+        self._of(self._shards_planned).set(shards)
+        self._of(self._shards).set(shards_done)
+        self._of(self._images).inc(images_done)
+        self._of(self._progress).set_to_current_time()
+
+    def images(self, count: int) -> None:
+        """So many more images are written or rejected."""
+        self._of(self._images).inc(count)
+        self._of(self._progress).set_to_current_time()
+
+    def rejected(self, kind: str) -> None:
+        """One more image is rejected."""
+        self._rejected.labels(self._worker, kind).inc()
+
+    def shard(self) -> None:
+        """One more shard is committed."""
+        self._of(self._shards).inc()
+
+    def spent(self, stage: Stage, seconds: float) -> None:
+        """A stage took so long."""
+        self._stages.labels(self._worker, stage).inc(seconds)
+
+    def retried(self, causes: Mapping[str, int]) -> None:
+        """Requests were tried again, so many for each cause."""
+        for cause, count in causes.items():
+            self._retries.labels(self._worker, cause).inc(count)
+
+    def timed(self, stage: Stage) -> _Timer:
+        """``with metrics.timed("encode"): ...``"""
+        return _Timer(self, stage)
+
+    def _new(self, kind: type[Any], name: str, about: str, label: str = "") -> Any:
+        labels = ("worker", label) if label else ("worker",)
+        return kind(f"beit_tokenize_{name}", about, labels, registry=self.registry)
+
+    def _of(self, collector: Any) -> Any:
+        return collector.labels(self._worker)
+
+
+class _Timer:
+    def __init__(self, metrics: Metrics, stage: Stage) -> None:
+        self._metrics, self._stage = metrics, stage
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.spent(self._stage, time.perf_counter() - self._began)
+
+
+class Exporter:
+    """Shows the numbers outside for as long as the block lasts.
+
+    Args:
+        port: of an endpoint; 0 takes any free one, None has none. A port in use must not stop the job: another
+            one is taken, and logged.
+        file: rewritten whole every 15 seconds and at the end; None writes none. A disk that is full must not
+            stop the job either.
+
+    Raises:
+        ConfigError: the file's folder is not there.
+    """
+
+    def __init__(self, metrics: Metrics, port: int | None, file: Path | None) -> None:
+        if file is not None and (file.suffix != ".prom" or not file.parent.is_dir()):
+            raise ConfigError("--metrics-textfile", str(file), "a file *.prom in a folder that exists")
+        self._metrics, self._wanted, self._file = metrics, port, file
+        self._done = threading.Event()
+        self._server: Any = None
+        self.port: int | None = None
+
+    def __enter__(self) -> Exporter:
+        for port in () if self._wanted is None else (self._wanted, 0):
+            try:
+                self._server, _ = start_http_server(port, registry=self._metrics.registry)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or port == 0:
+                    raise ConfigError("--metrics-port", port, f"a port to listen on ({error.strerror})") from None
+                continue
+            self.port = int(self._server.server_port)
+            if self.port != self._wanted:
+                _log.warning("metrics port %d is in use; listening on %d", self._wanted, self.port)
+            break
+        if self._file is not None:
+            self._write()
+            self._thread = threading.Thread(target=self._keep_writing, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self._file is not None:
+            self._thread.join()
+            self._write()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def _keep_writing(self) -> None:
+        while not self._done.wait(_FILE_SECONDS):
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            write_to_textfile(str(self._file), self._metrics.registry)
+        except OSError as error:
+            _log.warning("%s: cannot be written (%s); the work goes on", self._file, error.strerror)
