@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from beit_dist.config import CheckpointConfig
-from beit_dist.durable import sync_folder
+from beit_dist.durable import leftovers, sync_folder
 from beit_dist.engine.checkpoint.files import file_fault, write_copy, write_fragments
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.image import FileImage
@@ -92,6 +92,7 @@ class CheckpointStore:
         self._agreement = agreement
         self._rank, self._world = agreement.ranks.rank, agreement.ranks.world
         self.attempt = 0
+        self._stale: list[Path] = []  # temporary files that killed writers had left before this attempt
         self._mark = b""  # what this attempt's file says, unlike any other's
         self.passed_over = 0  # damaged checkpoints met while looking for a whole one
         self._image: FileImage | None = None  # memory for the copies, kept between saves
@@ -130,6 +131,11 @@ class CheckpointStore:
                     "Without that, two starts of a run could both believe to be the only one.",
                 )
             self._give_up_unfinished()
+            if self.folder.is_local:
+                folder = self.folder.path
+                self._stale = [
+                    file for place in (folder, attempts.path, folder.parent) for file in leftovers(place)
+                ]
         self.attempt = self._agreement.from_rank_0(self.attempt)
         return self.attempt
 
@@ -368,6 +374,8 @@ class CheckpointStore:
 
     def _tidy(self) -> None:
         """Remove what need not be kept, and what older attempts left unfinished."""
+        while self._stale:
+            self._stale.pop().unlink(missing_ok=True)
         found = committed(self.folder)
         for_good = kept_for_good(found, self._settings)
         for saved in found[self._settings.keep :]:

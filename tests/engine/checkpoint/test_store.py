@@ -192,6 +192,19 @@ def test_the_older_of_two_attempts_stops_and_harms_nothing(three: Path) -> None:
     assert SupersededError.exit_code == 1
 
 
+def test_temporary_files_of_killed_writers_are_removed_after_the_first_commit(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    store(folder)
+    stale = [place / ".latest.host-1-2.tmp" for place in (folder, folder / "attempts", folder.parent)]
+    for file in stale:
+        file.touch()
+    newer = store(folder)
+    (folder / ".latest.host-3-4.tmp").touch()  # of somebody who may still write it
+    assert all(file.exists() for file in stale)
+    assert save(newer, 1, State(1))
+    assert [file.name for file in folder.parent.rglob("*.tmp")] == [".latest.host-3-4.tmp"]
+
+
 def test_what_fails_beside_a_newer_attempt_is_no_failure_of_the_run(three: Path) -> None:
     """A slow start may be reading a checkpoint that the newer one has just replaced."""
     older = store(three)
