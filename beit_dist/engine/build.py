@@ -20,7 +20,7 @@ from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import RankBatches
 from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import AVERAGE, Saved
+from beit_dist.engine.checkpoint.layout import AVERAGE, BYTES_OF_AVERAGE, BYTES_OF_STATE, Saved
 from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.distributed import Agreement, Ranks
@@ -45,9 +45,6 @@ from beit_dist.engine.watchdog import Watchdog
 from beit_dist.errors import SpaceError
 from beit_dist.models.flops import flops_per_image
 from beit_dist.models.mim import MaskedImageModel
-
-BYTES_OF_STATE = 12  # a checkpoint holds the fp32 weight and two moments of each parameter
-BYTES_OF_AVERAGE = 4
 
 
 def build(
