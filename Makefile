@@ -28,9 +28,9 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed-test ## all tests; those that need a server skip with the reason
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
-servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the tests that want one, in .venv-swift
-	@for program in memcached; do \
-	  command -v $$program >/dev/null || echo "still missing, from Debian: apt-get install $$program" >&2; \
+servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the tests, in .venv-swift; names what else they want
+	@for wanted in memcached promtool:prometheus srun:slurm-wlm munge; do \
+	  command -v $${wanted%:*} >/dev/null || echo "still missing, from Debian: apt-get install $${wanted#*:}" >&2; \
 	done
 
 soak: export BEIT_KILLS ?= 100
@@ -52,14 +52,14 @@ clean: ## remove the virtual environments, the demo and the caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of dependencies: nothing is installed again until what it depends on changes.
-# timm, a peer in the tests, comes without its torchvision: one built for CUDA does not load beside torch for the CPU,
-# and keeps transformers from loading too.
+# timm and DALL-E, peers in the tests, come without their torchvision: one built for CUDA does not load beside torch for
+# the CPU, and keeps transformers from loading too.
 $(VENV)/.installed: EXTRAS =
 $(VENV)/.installed-test: EXTRAS = [test]
 $(VENV)/.installed-dev: EXTRAS = [dev]
 $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.$(EXTRAS)'
-	$(if $(EXTRAS),$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --no-deps timm)
+	$(if $(EXTRAS),$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --no-deps timm DALL-E)
 	@touch $@
 
 $(SWIFT_VENV)/.installed: tests/support/swift.txt | $(SWIFT_VENV)/bin/pip

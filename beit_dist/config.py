@@ -427,72 +427,12 @@ class DVAEConfig(Section):
     hidden: int = Field(256, ge=4)
     """Channels of the first group; the later three have 2, 4 and 8 times as many."""
     blocks_per_group: int = Field(2, ge=1)
-    decoder_input: int = Field(128, ge=1)
-    """Channels the decoder's first convolution makes of the one-hot tokens: the codebook's width."""
+    decoder_input: int = Field(128, ge=0)
+    """Channels the decoder's first convolution makes of the one-hot tokens: the codebook's width. 0: no decoder,
+    which makes tokens but no pictures of them."""
 
     @model_validator(mode="after")
     def _check(self) -> DVAEConfig:
         if self.hidden % 4:
             raise ConfigError("model.hidden", self.hidden, "a multiple of 4 (residual paths are a quarter wide)")
-        return self
-
-
-class TokenizerRecipe(Section):
-    """How ``tools/train_tokenizer.py`` trains a dVAE (DALL-E paper, appendix A.2)."""
-
-    model: DVAEConfig = DVAEConfig()
-    view_size: int = Field(112, ge=8)
-    """Side of the images that will be tokenized, in pixels; quality is measured at this size."""
-    image_size: int = Field(112, ge=8)
-    """Side of the training crops; less than ``view_size`` trains on parts of views, which is cheaper."""
-    crop_scale: tuple[float, float] = (0.3, 1.0)
-    """Side of the square that becomes a view, as a share of the image's shorter side: drawn log-uniformly."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    batch: int = Field(64, ge=1)
-    steps: int = Field(20_000, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    min_lr: float = Field(1e-5, ge=0)
-    warmup_steps: int = Field(100, ge=0)
-    """Steps over which the learning rate rises from 0."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(1e-4, ge=0)
-    """Of convolution weights; biases have none."""
-    clip_grad: float = Field(1.0, ge=0)
-    """Largest global L2 norm of the gradient; 0 never clips."""
-    ema: float = Field(0.999, ge=0, lt=1)
-    """Decay of the averaged weights that are saved; 0 saves the last weights."""
-    temperature: tuple[float, float] = (1.0, 1 / 16)
-    """Gumbel-softmax temperature at the start and at the end of its cosine."""
-    temperature_steps: int | None = Field(None, ge=1)
-    """Steps of that cosine; by default three quarters of ``steps``."""
-    kl_weight: float = Field(6.6, ge=0)
-    """Final weight of the KL term, in the paper's units: the loss is divided by the number of pixel values."""
-    kl_warmup_steps: int | None = Field(None, ge=1)
-    """Steps of the KL weight's cosine from 0; by default a quarter of ``steps``."""
-    usage_weight: float = Field(0.0, ge=0)
-    """Weight, in the same units, of the KL of the batch's average token distribution alone: keeps the codebook
-    in use in short trainings on little data. 0 in the paper."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    held_out: int = Field(64, ge=1)
-    """Images kept aside to measure reconstruction and codebook use."""
-    workers: int = Field(2, ge=1)
-    """Threads that decode and crop images."""
-    cache_gib: float = Field(2.0, ge=0)
-    """Memory for decoded images; what does not fit is decoded each time it is used."""
-
-    @model_validator(mode="after")
-    def _check(self) -> TokenizerRecipe:
-        for field, size in (("image_size", self.image_size), ("view_size", self.view_size)):
-            if size % 8:
-                raise ConfigError(field, size, "a multiple of 8, the encoder's stride")
-        if self.image_size > self.view_size:
-            raise ConfigError("image_size", self.image_size, f"at most view_size ({self.view_size})")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ConfigError("crop_scale", self.crop_scale, "smallest and largest share, above 0 and up to 1")
-        if not 0 < self.temperature[1] <= self.temperature[0]:
-            raise ConfigError("temperature", self.temperature, "start and end, falling and above 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError("betas", self.betas, "two numbers in [0, 1)")
-        if self.min_lr > self.lr:
-            raise ConfigError("min_lr", self.min_lr, f"at most lr ({self.lr})")
         return self

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,13 +42,20 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
+def _opened(path: Path) -> BinaryIO:
+    return open(path, "wb")
+
+
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file; it takes its name when the block ends, and never does if the block raises."""
+def writing(path: Path, opened: Callable[[Path], BinaryIO] = _opened) -> Iterator[BinaryIO]:
+    """Write a file; it takes its name when the block ends, and never does if the block raises.
+
+    ``opened`` makes the file under its temporary name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with opened(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

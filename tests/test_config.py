@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
 from beit_dist.config import TrainConfig, load_recipe
-from beit_dist.engine.resolve import batch_arithmetic
 from beit_dist.errors import ConfigError, UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("beit_*.yaml"))
@@ -21,24 +19,6 @@ def recipe(*overrides: str) -> TrainConfig:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     assert load_recipe(TrainConfig, path).model.grid == 14
-
-
-TABLE = re.findall(
-    r"^\| (\w+) \| (\d+) \|((?: \d+ × \d+ \|){4})$",
-    (CONFIGS[0].parents[1] / "docs/training.md").read_text(),
-    re.MULTILINE,
-)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_keeps_its_global_batch_on_1_to_64_ranks_as_the_page_says(path: Path) -> None:
-    config = load_recipe(TrainConfig, path)
-    (row,) = [row for row in TABLE if row[0] == path.stem.split("_")[1]]
-    cells = [tuple(map(int, cell)) for cell in re.findall(r"(\d+) × (\d+)", row[2])]
-    assert config.global_batch == int(row[1])
-    for ranks, cell in zip((1, 8, 16, 64), cells, strict=True):
-        assert batch_arithmetic(config.global_batch, config.micro_batch, ranks) == cell
-        assert ranks * cell[0] * cell[1] == config.global_batch
 
 
 @pytest.mark.parametrize(

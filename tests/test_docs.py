@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from beit_dist.config import TrainConfig, load_recipe
-from beit_dist.engine.metrics import METRICS
+from beit_dist.engine.metrics import METRICS, TOKENIZER_METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+ALL_METRICS = (*METRICS, *(metric for metric in TOKENIZER_METRICS if metric not in METRICS))
 PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 FOLDERS = ("beit_dist", "cluster", "configs", "docs", "tests", "tools", ".ci")
@@ -131,7 +132,7 @@ def test_the_table_of_metrics_is_the_one_of_the_code() -> None:
     endings = {"counter": "_total", "info": "_info"}
     expected = [
         (metric.name + endings.get(metric.kind, ""), metric.kind, ", ".join(metric.labels), metric.help)
-        for metric in METRICS
+        for metric in ALL_METRICS
     ]
     rows = re.findall(
         r"^\| `(beit_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$", (REPOSITORY / "docs/metrics.md").read_text(), re.M
@@ -141,6 +142,8 @@ def test_the_table_of_metrics_is_the_one_of_the_code() -> None:
 
 
 def test_every_metric_in_a_query_is_exported() -> None:
-    exported = {metric.name + {"counter": "_total", "info": "_info"}.get(metric.kind, "") for metric in METRICS}
+    exported = {
+        metric.name + {"counter": "_total", "info": "_info"}.get(metric.kind, "") for metric in ALL_METRICS
+    }
     text = "".join(page.read_text() for page in PAGES)
-    assert set(re.findall(r"\bbeit_(?:train|data|checkpoint|build)_\w+", text)) <= exported
+    assert set(re.findall(r"\bbeit_(?:train|data|checkpoint|build|tokenizer)_\w+", text)) <= exported

@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"storage"},
     {"settings", "safe_pickle"},
     {"config"},
+    {"tokenizer_config"},
     {"data", "models", "visual_tokens"},
     {"tokenizing", "engine", "reports"},
     {"train", "finetune", "tools"},

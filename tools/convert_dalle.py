@@ -12,7 +12,7 @@ from beit_dist.visual_tokens.weights import check_writable
 DESCRIPTION = """\
 Read OpenAI's encoder.pkl and decoder.pkl as data and write them as one tokenizer for tools/shard_tokens.py. A file
 that would run code is refused. The encoder may also be mmpretrain's dalle_encoder.pth, or Hugging Face's FLAVA
-image codebook.
+image codebook. Tokens, and so pre-training, need the encoder only; pictures of tokens need the decoder too.
 """
 
 EXAMPLES = """\
@@ -20,6 +20,7 @@ examples:
   curl -fLO https://cdn.openai.com/dall-e/encoder.pkl
   curl -fLO https://cdn.openai.com/dall-e/decoder.pkl
   python tools/convert_dalle.py encoder.pkl decoder.pkl --out dalle.safetensors
+  python tools/convert_dalle.py encoder.pkl --out dalle-encoder.safetensors
 """
 
 
@@ -29,13 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("encoder", metavar="encoder.pkl", help="or a state dict of it (.pth, .bin, .safetensors)")
-    parser.add_argument("decoder", metavar="decoder.pkl")
+    parser.add_argument("decoder", metavar="decoder.pkl", nargs="?", help="left out: no pictures, tokens only")
     parser.add_argument("--out", required=True, metavar="FILE", help="the tokenizer to write (.safetensors)")
     parser.add_argument("--any-size", action="store_true", help="do not insist on the published sizes")
     arguments = parser.parse_args(argv)
     check_writable(arguments.out)
     model = convert(arguments.encoder, arguments.decoder, arguments.out, arguments.any_size)
-    print(f"wrote {arguments.out}: {model.config.vocabulary} tokens, digest {model.digest[:16]}")
+    parts = "encoder and decoder" if model.config.decoder_input else "encoder alone"
+    print(f"wrote {arguments.out}: {parts}, {model.config.vocabulary} tokens, digest {model.digest[:16]}")
     return 0
 
 

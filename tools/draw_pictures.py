@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights, config, facts = load_weights(arguments.run)
     if arguments.data is None and config.data is None:
         raise ConfigError("--data", None, "the folder of the shards", "The run's recipe does not name any.")
-    data = arguments.data or config.data
+    data, access = arguments.data or config.data, config.storage.access
     run = arguments.run.parent.parent if (arguments.run / "manifest.json").is_file() else arguments.run
     out = arguments.out or run / "pictures"
 
@@ -52,12 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_curves(read_history(run / METRICS), sizes.vocabulary, out / "loss.png", title)
     print(f"wrote {out / 'loss.png'}", flush=True)
 
-    manifest, dvae = load_manifest(data), load_tokenizer(arguments.tokenizer)
+    manifest, dvae = load_manifest(data, access), load_tokenizer(arguments.tokenizer)
     model = MaskedImageModel(sizes)
     model.load_state_dict(weights)
     check_fit(model, dvae, manifest)
     masks = MaskGenerator(sizes.grid, config.masking, config.seed)
-    columns = reconstruct(model, dvae, read_samples(open_reader(data), manifest, arguments.samples), masks)
+    samples = read_samples(open_reader(data, access), manifest, arguments.samples)
+    columns = reconstruct(model, dvae, samples, masks)
     draw_panel(columns, out / "panel.png", f"Masked patches painted from predicted tokens, step {facts['step']}")
     print(f"wrote {out / 'panel.png'}")
     return 0
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or one of its step folders")
-    parser.add_argument("--data", metavar="DIR", help="shards to take images from (default: the run's)")
+    parser.add_argument("--data", metavar="DIR_OR_URL", help="shards to take images from (default: the run's)")
     parser.add_argument("--tokenizer", metavar="FILE", required=True, help="tokenizer that made the shards")
     parser.add_argument("--samples", type=int, default=6, help="images of the panel (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write to (default: RUN/pictures)")

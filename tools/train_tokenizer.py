@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 from collections.abc import Sequence
-from types import FrameType
+from pathlib import Path
 
-from beit_dist.config import TokenizerRecipe, load_recipe
-from beit_dist.errors import exit_cleanly
+from beit_dist.errors import ConfigError, UserError, exit_cleanly
+from beit_dist.settings import load_recipe
+from beit_dist.tokenizer_config import TokenizerRecipe
 
 DESCRIPTION = """\
 Train a discrete VAE on images and write it as FILE.safetensors, with FILE.png beside it: held-out images over
 their reconstructions from tokens. Look at that picture before sharding a data set with the tokenizer.
 
-Nothing is written before the end, and then whole; an interrupted training leaves no file.
+Both are written at the end, whole. Meanwhile FILE.run has checkpoints, the numbers of every step, measurements on
+held-out images and pictures. Started again with the same command, a training that was stopped or killed goes on
+from its newest whole checkpoint. A stop signal on any rank (SIGTERM, SIGINT, SIGUSR1) saves one first.
 """
 
 EXAMPLES = """\
 examples:
-  python tools/train_tokenizer.py --images corpus/images --out tokenizer.safetensors --config configs/tokenizer_demo.yaml
-  python tools/train_tokenizer.py --images photos.tar --out tokenizer.safetensors --config configs/tokenizer_small.yaml
-  python tools/train_tokenizer.py --images 'train-{0000..0099}.tar' --out dvae.safetensors \\
-      --config configs/tokenizer_dalle.yaml steps=200000 batch=256
-"""  # noqa: E501
+  python tools/train_tokenizer.py --images corpus/images --out tokenizer.safetensors \\
+      --config configs/tokenizer_demo.yaml
+  python tools/train_tokenizer.py --images photos.tar --out tokenizer.safetensors \\
+      --config configs/tokenizer_small.yaml steps=5000
+  deepspeed --num_gpus 8 tools/train_tokenizer.py --ds_config configs/deepspeed/zero1.json \\
+      --images 'train-{0000..0099}.tar' --out dvae.safetensors --config configs/tokenizer_dalle.yaml
+
+Exit codes: 0 done, or stopped on request with a checkpoint (FILE.run/DONE or PREEMPTED); 1 failed, for instance
+since the codebook collapsed (FILE.run/FAILED says why); 2 the command or the recipe is wrong.
+"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,41 +44,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write (.safetensors)")
     parser.add_argument("--config", metavar="YAML", help="recipe; configs/tokenizer_*.yaml (default: built in)")
+    parser.add_argument("--run", metavar="DIR", help="the run folder, or its URL (default: FILE.run)")
+    parser.add_argument(
+        "--ds_config",
+        metavar="F.json",
+        help="DeepSpeed's settings: stage, precision (default: stage 0, fp32 weights)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, such as steps=2000 or lr=1e-3"
     )
-    options = parser.parse_args(argv)
-    recipe = load_recipe(TokenizerRecipe, options.config, options.overrides)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_intermixed_args(arguments)
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0 when it is done or was stopped with a whole checkpoint."""
+    args = parse(arguments)
     # Before PyTorch starts its threads. Theirs would spin while they wait, which on a CPU that others use too
     # made a training several times slower (measured: 80 steps in 127 s against 51 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from beit_dist.engine.distributed import ranks_from_environment
 
-    # Imported here: --help and a wrong key should not wait for PyTorch.
-    from beit_dist.engine.tokenizer_training import notice, train_tokenizer
+    ranks = ranks_from_environment()
+    try:
+        recipe = load_recipe(TokenizerRecipe, args.config, args.overrides)
+        out = Path(args.out)
+        recipe = recipe.model_copy(update={"run": args.run or recipe.run or str(out.with_suffix(".run"))})
+        choose_accelerator(args.device)
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    trained = train_tokenizer(options.images, options.out, recipe, options.device)
-    quality = trained.quality
-    print(f"wrote {trained.path} (digest {trained.digest[:16]}) and {trained.picture}")
-    print(
-        f"held-out PSNR {quality.psnr:.2f} dB, tokens in use {quality.used} of {quality.vocabulary}, "
-        f"perplexity {quality.perplexity:.1f}"
-    )
-    if trained.skipped:
-        notice(f"warning: {trained.skipped} steps were skipped for gradients that were not finite")
-    if quality.collapsed:
-        notice(
-            f"warning: the codebook has COLLAPSED: perplexity {quality.perplexity:.1f} of {quality.vocabulary} "
-            "tokens. Such tokens teach a model nothing. Lower kl_weight or temperature, train for more steps, "
-            "or choose a smaller model.vocabulary"
-        )
-    return 0
+        from beit_dist.engine.resolve import read_ds_config
+        from beit_dist.engine.tokenizer.build import resolve
+        from beit_dist.engine.tokenizer.launch import Job, launch
+
+        ds_config = None if args.ds_config is None else read_ds_config(args.ds_config)
+        resolved = resolve(recipe, ds_config, ranks.world)
+        return launch(Job(args.images, out, recipe, resolved, ds_config is None), ranks)
+    except UserError as error:
+        if ranks.local_rank == 0:
+            raise
+        return error.exit_code  # what is wrong before the ranks join, rank 0 of this host says for all
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def choose_accelerator(device: str) -> None:
+    """Have DeepSpeed take ``--device``; before it is imported.
+
+    ``auto`` is a GPU if there is one, unless ``DS_ACCELERATOR`` says otherwise.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError("--device", device, "auto, cpu or cuda")
+
+    import torch  # here: --help and a wrong key should not wait for it
+
+    present = torch.cuda.is_available()
+    if device == "cuda" and not present:
+        raise ConfigError("--device", device, "cpu or auto: PyTorch finds no GPU here")
+    if device != "auto":
+        os.environ["DS_ACCELERATOR"] = device
+    elif not present:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 if __name__ == "__main__":

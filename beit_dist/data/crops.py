@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from beit_dist.storage.place import is_url
 Pixels = NDArray[np.uint8]
 
 _AHEAD = 3
-"""Batches under way while one is used."""
+"""Batches under way while one is used, at least."""
 
 
 class ImageFile(NamedTuple):
@@ -100,6 +100,12 @@ class ImagePool:
     def __len__(self) -> int:
         return len(self._files)
 
+    @property
+    def digest(self) -> str:
+        """Of the usable images' sizes in bytes, in order: other images, or other ones left out, have another."""
+        sizes = np.array([file.size for file in self._files], dtype="<i8")
+        return hashlib.sha256(sizes.tobytes()).hexdigest()
+
     def __getitem__(self, number: int) -> Pixels:
         """uint8 ``(height, width, 3)``."""
         if number < len(self._kept):
@@ -131,14 +137,17 @@ class ImagePool:
 
 
 class CropBatches:
-    """An endless iterator over batches of random crops, uint8 ``(batch, 3, side, side)``.
+    """An endless iterator over one rank's rows of the batches: random crops, uint8 ``(rows, 3, side, side)``.
 
-    Every image comes once per epoch, in an order of its own; box and flip are keyed by (seed, position), so
-    neither threads nor timing change a batch.
+    Every image comes once per epoch, in an order of its own. Image, box and flip are keyed by (seed, position),
+    where row r of batch b has position ``b · batch + r``: neither ranks, threads nor restarts change a batch.
 
     Args:
         numbers: the images of ``pool`` to use.
+        batch: rows of a whole batch.
         share: ``side`` as a share of the view that a drawn square becomes (1 crops whole views).
+        rows: which rows of each batch to make; by default all.
+        first: number of the first batch.
     """
 
     def __init__(
@@ -152,34 +161,41 @@ class CropBatches:
         share: float,
         seed: int,
         workers: int,
+        rows: range | None = None,
+        first: int = 0,
     ) -> None:
         self._pool, self._numbers, self._seed = pool, numbers, seed
-        self._batch, self._side, self._scale, self._share = batch, side, scale, share
+        self._side, self._scale, self._share = side, scale, share
+        self._batch, self._rows = batch, rows or range(batch)
         self._threads = ThreadPoolExecutor(workers)
-        self._order = self._orders()
+        self._ahead = max(_AHEAD, workers + 1)
         self._ready: list[Future[Pixels]] = []
-        self._position = 0
+        self._number = first
+        self._epoch = -1
+        self._order: NDArray[np.int64] | None = None
 
     def __iter__(self) -> Iterator[Pixels]:
         return self
 
     def __next__(self) -> Pixels:
-        while len(self._ready) < _AHEAD:
-            picks = list(islice(self._order, self._batch))
-            self._ready.append(self._threads.submit(self._make, picks, self._position))
-            self._position += self._batch
+        while len(self._ready) < self._ahead:
+            position = self._number * self._batch + self._rows.start
+            picks = [self._pick(position + row) for row in range(len(self._rows))]
+            self._ready.append(self._threads.submit(self._make, picks, position))
+            self._number += 1
         return self._ready.pop(0).result()
 
     def close(self) -> None:
         """Stop the threads; crops under way are finished, those waiting are not."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _orders(self) -> Iterator[int]:
-        epoch = 0
-        while True:
-            for row in permutation(self._seed, Purpose.TOKENIZER_ORDER, (epoch,), len(self._numbers)):
-                yield self._numbers[row]
-            epoch += 1
+    def _pick(self, position: int) -> int:
+        """The image at a position; positions are asked for in rising order."""
+        epoch, row = divmod(position, len(self._numbers))
+        if self._order is None or epoch != self._epoch:
+            self._epoch = epoch
+            self._order = permutation(self._seed, Purpose.TOKENIZER_ORDER, (epoch,), len(self._numbers))
+        return self._numbers[int(self._order[row])]
 
     def _make(self, picks: list[int], position: int) -> Pixels:
         batch = np.empty((len(picks), self._side, self._side, 3), np.uint8)

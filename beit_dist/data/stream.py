@@ -22,6 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from beit_dist.config import LoaderConfig, near_divisors
 from beit_dist.data import counts, shared_memory
 from beit_dist.data.block_cache import BlockCache
+from beit_dist.data.digest import rows_digest
 from beit_dist.data.fetching import RemoteReader
 from beit_dist.data.lookahead import BlocksAhead, MakeLookahead, SamplesAhead, lanes_of, ring_bytes
 from beit_dist.data.manifest import Manifest
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _BUFFERS = 3  # one with the trainer, one it may still copy from, one being filled
 _PATIENCE = 5.0  # seconds that close() gives workers to end by themselves
+_MADE_OF = ("sample_ids", "epochs", "positions", "keeps")  # what of a row its digest is of
 _LOOK = 0.5  # seconds without a batch between two looks whether to go on waiting
 
 
@@ -63,6 +65,8 @@ class RankBatch:
     """Number of positions >= 0."""
     bad: int
     """Damaged samples among the rows."""
+    digest: int
+    """Of the rows' samples, epochs, masks and drop-path keeps: 64 bits, those of all ranks add up (mod 2⁶⁴)."""
     wait_seconds: float
     """How long ``__next__`` had to wait for this batch."""
 
@@ -320,11 +324,13 @@ class RankBatches(Iterator[RankBatch]):
             faults += part.faults
         self._count_bad(faults)
         tensors = buffer.tensors
+        made_of = [tensors[name].numpy() for name in _MADE_OF if name in tensors]
         return RankBatch(
             consumed=consumed,
             keeps=tensors.get("keeps"),
             masked=int((tensors["positions"].numpy() >= 0).sum()),
             bad=len(faults),
+            digest=rows_digest(self.rows.start, *made_of),
             wait_seconds=0.0,
             **{name: tensors[name] for name in ("patches", "tokens", "positions", "sample_ids", "epochs")},
         )

@@ -76,7 +76,27 @@ def build(
         run.create()
     agreement.from_rank_0(None)  # the folder is there before anyone uses it
     store = CheckpointStore(run.checkpoints, config.checkpoint, agreement)
-    attempt = store.begin_attempt()
+    store.begin_attempt()
+    with store.unless_superseded():
+        return _build(
+            config, resolved, manifest, device, stop, watchdog, timeouts, held_out, agreement, run, store
+        )
+
+
+def _build(
+    config: TrainConfig,
+    resolved: Resolved,
+    manifest: Manifest,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    timeouts: Timeouts,
+    held_out: Manifest | None,
+    agreement: Agreement,
+    run: RunFolder,
+    store: CheckpointStore,
+) -> Parts:
+    ranks = agreement.ranks
     saved = store.newest_whole()
     if saved is not None:
         compare_recipes(config, saved.manifest, loud=ranks.rank == 0)
@@ -99,6 +119,7 @@ def build(
         if saved and ranks.rank == 0:
             print("ema: the run had no average; it begins with the weights of this checkpoint", flush=True)
     _refuse_if_superseded(store, agreement)
+    store.prepare(state, device)
     if ranks.rank == 0:
         size = BYTES_OF_STATE + (BYTES_OF_AVERAGE if average else 0)
         if run.place.is_local:
@@ -134,7 +155,7 @@ def build(
     if ranks.rank == 0:
         run.write_run(
             {
-                "attempt": attempt,
+                "attempt": store.attempt,
                 "started": time.time(),
                 "resumed_from": saved.folder.name if saved else None,
                 "init_from": origin,
@@ -152,7 +173,7 @@ def build(
         run,
         metrics,
         every=config.logging.every_steps,
-        attempt=attempt,
+        attempt=store.attempt,
         total_steps=total_steps,
         global_batch=config.global_batch,
         flops_per_sample=flops_per_image(config.model, expected_masked(config.model, masks)),

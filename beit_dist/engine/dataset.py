@@ -10,7 +10,7 @@ from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.plan import Plan
 from beit_dist.data.shards import Manifest, check_shard_files, load_manifest
 from beit_dist.errors import ConfigError, DataError
-from beit_dist.visual_tokens.weights import tokenizer_digest
+from beit_dist.visual_tokens.weights import tokenizer_digests
 
 
 def open_data(config: TrainConfig, *, check_files: bool) -> Manifest:
@@ -38,11 +38,12 @@ def open_data(config: TrainConfig, *, check_files: bool) -> Manifest:
                 f"Set model.{name}={theirs}, or make shards for {ours}.",
             )
     if config.tokenizer is not None:
-        digest = tokenizer_digest(config.tokenizer)
-        if digest != manifest.tokenizer:
+        digests = tokenizer_digests(config.tokenizer)
+        if manifest.tokenizer not in digests:
             raise DataError(
-                f"tokenizer: got {config.tokenizer} with digest {digest[:12]}, expected {manifest.tokenizer[:12]} "
-                f"that made the shards in {config.data}. Use that file, or make the shards again with this one."
+                f"tokenizer: got {config.tokenizer} with digest {digests[0][:12]}, expected "
+                f"{manifest.tokenizer[:12]} that made the shards in {config.data}. Use that file, or make "
+                "the shards again with this one."
             )
     if check_files:
         check_shard_files(config.data, manifest, config.storage.access)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import WEIGHT
 from beit_dist.engine.checkpoint.weights import StoredWeights, open_weights
 from beit_dist.engine.distributed import Agreement
-from beit_dist.engine.ecosystem import Foreign, is_foreign, read_foreign
+from beit_dist.engine.foreign import Foreign, is_foreign, read_foreign
 from beit_dist.errors import CheckpointError, ConfigError, StorageError, WeightsError
 from beit_dist.models.weights import PRETRAINING_ONLY
 
@@ -97,6 +98,10 @@ def _initialise_from_elsewhere(
         print(f"weights of {source}; the optimizer starts anew", flush=True)
         if anew:
             print(f"init_from: not in that file, so these start anew: {', '.join(anew)}", flush=True)
+        if found.left_out:
+            print(f"init_from: not of this model, so these are left out: {_listed(found.left_out)}", flush=True)
+        for note in found.notes:
+            print(f"init_from: {note}", flush=True)
         if "pixel_mean" not in found.known:
             print(
                 "init_from: that file does not say how pixels were normalised; model.pixel_mean and "
@@ -146,18 +151,22 @@ def _check_shapes(
         if name in theirs and theirs[name] != shape
     ]
     if differences:
-        more = len(differences) - _NAMED
-        listed = "; ".join(differences[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
         raise ConfigError(
             "init_from",
             str(config.init_from),
-            f"weights of the same model, but {listed}",
+            f"weights of the same model, but {_listed(differences)}",
             "Give this run the model settings of that one (its config.yaml), or leave init_from out.",
         )
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return "; ".join(names[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _check_meaning(config: TrainConfig, known: Mapping[str, Any]) -> None:
     for name, there in known.items():
         here = getattr(config.model, name)
-        if here != there:
+        pair = zip(here, there, strict=True) if isinstance(there, tuple) else [(here, there)]
+        if not all(math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-7) for one, other in pair):
             raise ConfigError(f"model.{name}", here, f"{there}, with which the weights of init_from were trained")

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import NoReturn
 
 from beit_dist.config import TrainConfig
@@ -41,7 +42,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     process at once, without further collectives: others may be stuck in one, and follow when they notice.
     """
     since = time.time()
-    _quieten()
+    quieten()
     check_precision(resolved.precision)
     manifest = open_data(config, check_files=_checks(config.data, ranks))
     check_packages(config)
@@ -50,15 +51,25 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
     stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()
     timeouts = Timeouts(config.timeouts, config.checkpoint.timeout_seconds)
-    try:
+    with failures_marked(RunFolder(config.run, config.storage.access), ranks, timeouts, since):
         _train(config, resolved, ranks, (manifest, held_out), stop, timeouts)
+    return 0
+
+
+@contextlib.contextmanager
+def failures_marked(run: RunFolder, ranks: Ranks, timeouts: Timeouts, since: float) -> Iterator[None]:
+    """End this process at once at whatever is raised inside, with a marker in the run folder.
+
+    Args:
+        since: Unix time at which this start began.
+    """
+    try:
+        yield
     except SupersededError as error:  # the folder belongs to the newer attempt: leave no marker in it
         _end(f"rank {ranks.rank} on {socket.gethostname()}: {error}", error.exit_code)
     except BaseException as error:
         failure = Failure(error, ranks, timeouts.now)
-        said = failure.report(RunFolder(config.run, config.storage.access), since)
-        _end(said, failure.exit_code)
-    return 0
+        _end(failure.report(run, since), failure.exit_code)
 
 
 def _train(
@@ -78,16 +89,10 @@ def _train(
     parts = build(config, resolved, manifest, ranks, device, stop, watchdog, timeouts, held_out)
     first_step = parts.progress.step
     trainer = Trainer(parts)
-    try:
+    with parts.store.unless_superseded():
         marker = trainer.run()
         if ranks.rank == 0:
             parts.store.refuse_if_superseded()
-    except Exception:
-        # A rank of an older attempt may fail because the others of its attempt are gone: that is no failure of
-        # the run that goes on in this folder.
-        with contextlib.suppress(OSError):
-            parts.store.refuse_if_superseded()
-        raise
     if ranks.rank == 0:
         step, total = parts.progress.step, parts.total_steps
         run.mark(marker, attempt=parts.store.attempt, step=step, reason=trainer.reason)
@@ -103,7 +108,7 @@ def _checks(where: str | None, ranks: Ranks) -> bool:
     return (ranks.rank if where and is_url(where) else ranks.local_rank) == 0
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silence what a user can do nothing about: DeepSpeed's log of its start, and uses of old torch names."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)  # torchdata 0.11

@@ -21,7 +21,7 @@ class Lines:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._file = FileIO(path, "a")
         self._left = b""
         self._fault = ""
@@ -44,8 +44,8 @@ class Lines:
                 os.fsync(self._file.fileno())
         except OSError as error:
             if not self._fault:
-                _log.warning("%s cannot be written, its lines wait in memory: %s", self._path, error.strerror)
-            self._fault = f"{self._path.name} cannot be written: {error.strerror}"
+                _log.warning("%s cannot be written, its lines wait in memory: %s", self.path, error.strerror)
+            self._fault = f"{self.path.name} cannot be written: {error.strerror}"
         else:
             self._fault = ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,16 +91,57 @@ METRICS = (
     ),
 )
 
+_SHARED = (
+    *(
+        "beit_build",
+        "beit_train_steps",
+        "beit_train_steps_skipped",
+        "beit_train_samples",
+        "beit_train_target_steps",
+    ),
+    *("beit_train_epoch", "beit_train_grad_norm", "beit_train_learning_rate", "beit_train_samples_per_second"),
+    *("beit_train_last_step_timestamp_seconds", "beit_train_stalls", "beit_train_world_size"),
+    *("beit_data_wait_ratio", "beit_validation_step", "beit_validation_duration_seconds"),
+    *("beit_checkpoint_saves", "beit_checkpoint_damaged", "beit_checkpoint_stall_seconds"),
+    *("beit_checkpoint_duration_seconds", "beit_checkpoint_last_success_timestamp_seconds"),
+)
+"""Names that mean the same in a tokenizer's training."""
+
+TOKENIZER_METRICS = (
+    *(metric for metric in METRICS if metric.name in _SHARED),
+    Metric(
+        "beit_tokenizer_loss", "gauge", "What is minimised in a tokenizer's training, in nats for a pixel value."
+    ),
+    Metric(
+        "beit_tokenizer_nll", "gauge", "Its first part: -ln likelihood of the pixels, in nats for a pixel value."
+    ),
+    Metric("beit_tokenizer_kl", "gauge", "KL of a position's token distribution to the uniform one, in nats."),
+    Metric("beit_tokenizer_usage_kl", "gauge", "KL of the batch's average token distribution, in nats."),
+    Metric("beit_tokenizer_perplexity", "gauge", "Tokens in use, weighted by how evenly, over about 50 steps."),
+    Metric("beit_tokenizer_dead_tokens", "gauge", "Tokens that were likeliest nowhere in about 200 steps."),
+    Metric("beit_tokenizer_vocabulary", "gauge", "Tokens that there are."),
+    Metric("beit_tokenizer_temperature", "gauge", "Gumbel-softmax temperature of the last fetched step."),
+    Metric("beit_tokenizer_kl_weight", "gauge", "Weight of the KL term in the last fetched step."),
+    Metric(
+        "beit_tokenizer_held_out_psnr_decibels", "gauge", "Reconstructions of held-out images from hard tokens."
+    ),
+    Metric(
+        "beit_tokenizer_held_out_perplexity", "gauge", "Tokens in use on held-out images, weighted by how evenly."
+    ),
+    Metric("beit_tokenizer_held_out_dead_tokens", "gauge", "Tokens that occur in no held-out image."),
+)
+"""What the training of a tokenizer exports."""
+
 _DURATIONS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """The table as live collectors in a registry of its own."""
+    """A table as live collectors in a registry of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: Sequence[Metric] = METRICS) -> None:
         self.registry = CollectorRegistry()
         self._collectors: dict[str, Any] = {}
-        for metric in METRICS:
+        for metric in table:
             arguments: dict[str, Any] = {"labelnames": metric.labels, "registry": self.registry}
             if metric.kind == "histogram":
                 arguments["buckets"] = _DURATIONS

@@ -56,3 +56,24 @@ def build_optimizer(
     if guarded:
         return GuardedAdamW(groups, settings.clip_grad, **common)
     return torch.optim.AdamW(groups, **common)
+
+
+def layer_scales(depth: int, decay: float) -> tuple[float, ...]:
+    """Factors of the learning rate by layer, for fine-tuning (unilm ``LayerDecayValueAssigner``).
+
+    Layer 0 is what comes before the blocks, 1 to ``depth`` are the blocks, and ``depth + 1`` is the rest, which
+    has the whole rate: ``decay`` to the power of ``depth + 1 − layer``. The original's ``decay`` is 0.65 for base
+    and 0.75 for large from pre-trained weights, and 0.85 and 0.9 from weights that were fine-tuned before.
+    """
+    return tuple(decay ** (depth + 1 - layer) for layer in range(depth + 2))
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The layer of a parameter in :func:`layer_scales` (unilm ``get_num_layer_for_vit``).
+
+    A shared relative position bias belongs to the last, with the final norm and the heads.
+    """
+    first, _, rest = name.partition(".")
+    if first in ("cls_token", "mask_token", "pos_embed", "patch_embed"):
+        return 0
+    return int(rest.partition(".")[0]) + 1 if first == "blocks" else depth + 1

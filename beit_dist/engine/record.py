@@ -39,6 +39,8 @@ class StepFacts:
     """False: the gradients were not finite and nothing was updated."""
     wait_seconds: float
     """How long this rank waited for the step's data."""
+    batch: str = ""
+    """Digest of the global batch: its samples, epochs, masks and drop-path keeps, in hexadecimal."""
 
 
 class Recorder:
@@ -137,6 +139,13 @@ class Recorder:
             text = f"step {step}  held-out loss {result.loss:.4f}  accuracy {100 * result.accuracy:.1f} %"
             print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
+    def has_validation(self, step: int) -> bool:
+        """Rank 0: whether the held-out result of ``step`` is on the disk."""
+        if self._results is None:
+            return False
+        with self._results.path.open("rb") as lines:
+            return any(json.loads(line)["step"] == step for line in lines)
+
     def pause(self) -> None:
         """What happened since the last flush, a save for instance, does not count as training time."""
         if not self._facts:
@@ -188,6 +197,7 @@ class Recorder:
             "masked": fact.masked,
             "bad": fact.bad,
             "skipped": not fact.applied,
+            "batch": fact.batch,
             "attempt": self._attempt,
         }
 

@@ -77,29 +77,57 @@ def resolve(config: TrainConfig, ds_config: Mapping[str, Any], ranks: int) -> Re
     Raises:
         ConfigError: they conflict, the ranks do not divide the global batch, or DeepSpeed cannot do it.
     """
-    _check_keys(ds_config)
-    stage, precision, accumulation_type = _numerics(ds_config)
-    micro, accumulation = batch_arithmetic(config.global_batch, config.micro_batch, ranks)
-    if config.compile and stage == 3:
+    resolved = combine(
+        ds_config,
+        ranks,
+        batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        clip_grad=config.optimizer.clip_grad,
+    )
+    if config.compile and resolved.stage == 3:
         raise ConfigError(
             "compile",
             True,
             "false at ZeRO stage 3, whose gathering breaks the graph of a block",
             "Use stage 1 or 2.",
         )
-    clip = config.optimizer.clip_grad
+    return resolved
+
+
+def combine(
+    ds_config: Mapping[str, Any],
+    ranks: int,
+    *,
+    batch: int,
+    micro_batch: int,
+    clip_grad: float,
+    field: str = "global_batch",
+) -> Resolved:
+    """What any recipe says of batch and clipping, and the JSON, for ``ranks`` ranks.
+
+    Args:
+        field: the recipe's name of ``batch``.
+
+    Raises:
+        ConfigError: as :func:`resolve`.
+    """
+    _check_keys(ds_config)
+    stage, precision, accumulation_type = _numerics(ds_config)
+    micro, accumulation = batch_arithmetic(batch, micro_batch, ranks, field)
     guarded = stage == 0 and precision == "fp32"
     filled = dict(ds_config)
-    filled["train_batch_size"] = _agree(ds_config, "train_batch_size", config.global_batch)
+    filled["train_batch_size"] = _agree(ds_config, "train_batch_size", batch)
     filled["train_micro_batch_size_per_gpu"] = _agree(ds_config, "train_micro_batch_size_per_gpu", micro)
     filled["gradient_accumulation_steps"] = _agree(ds_config, "gradient_accumulation_steps", accumulation)
-    filled["gradient_clipping"] = _agree(ds_config, "gradient_clipping", clip)
+    filled["gradient_clipping"] = _agree(ds_config, "gradient_clipping", clip_grad)
     if guarded:  # GuardedAdamW clips: DeepSpeed would, but without checking that the norm is finite
         filled["gradient_clipping"] = 0.0
     return Resolved(ranks, micro, accumulation, stage, precision, accumulation_type, filled)
 
 
-def batch_arithmetic(global_batch: int, micro_batch: int, ranks: int) -> tuple[int, int]:
+def batch_arithmetic(
+    global_batch: int, micro_batch: int, ranks: int, field: str = "global_batch"
+) -> tuple[int, int]:
     """The largest micro-batch up to ``micro_batch`` that divides a rank's share, and the accumulation steps.
 
     Raises:
@@ -111,10 +139,10 @@ def batch_arithmetic(global_batch: int, micro_batch: int, ranks: int) -> tuple[i
         below = global_batch // ranks * ranks
         batches = [batch for batch in (below, below + ranks) if batch]
         raise ConfigError(
-            "global_batch",
+            field,
             global_batch,
             f"a multiple of the {ranks} ranks",
-            f"Use global_batch={' or '.join(map(str, batches))}, or {_in_words(worlds)} ranks.",
+            f"Use {field}={' or '.join(map(str, batches))}, or {_in_words(worlds)} ranks.",
         )
     share = global_batch // ranks
     micro = next(size for size in range(min(micro_batch, share), 0, -1) if share % size == 0)
@@ -156,6 +184,14 @@ def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str, str]:
         raise ConfigError(
             "--ds_config fp16.fp16_master_weights_and_grads", True, "false", "Checkpoints hold fp32 state."
         )
+    for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if ds_config.get(section, {}).get(name) is False:
+            raise ConfigError(
+                f"--ds_config {section}.{name}",
+                False,
+                "true",
+                "Without it DeepSpeed updates the weights from gradients that are not finite.",
+            )
     asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
     if asked not in ("fp32", precision, None):
         raise ConfigError("--ds_config data_types.grad_accum_dtype", asked, f"fp32 or {precision}, the precision")

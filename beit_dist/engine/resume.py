@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from beit_dist.config import TrainConfig
 from beit_dist.errors import CheckpointError
+from beit_dist.tokenizer_config import TokenizerRecipe
 
 FROZEN = ("model", "masking", "seed")
 """Settings that make another run. The data set and the order of samples are compared by the plan's digests."""
@@ -14,15 +15,27 @@ SHOWN = ("optimizer", "epochs", "steps", "global_batch")
 """Settings that may change, and change what is learnt: the difference is printed."""
 
 
-def compare_recipes(config: TrainConfig, manifest: Mapping[str, Any], *, loud: bool) -> None:
+def compare_recipes(
+    config: TrainConfig | TokenizerRecipe,
+    manifest: Mapping[str, Any],
+    *,
+    loud: bool,
+    frozen: Collection[str] = FROZEN,
+    shown: Collection[str] = SHOWN,
+) -> None:
     """Compare a recipe with the one a checkpoint was made with.
+
+    Args:
+        loud: print what differs and may.
+        frozen: settings that must not differ.
+        shown: settings whose difference is printed.
 
     Raises:
         CheckpointError: a setting that cannot change on resume differs.
     """
     old, new = manifest["config"], config.model_dump(mode="json")
     differences = {
-        name: (was, now) for name, was, now in _differences(old, new, "") if name.partition(".")[0] in FROZEN
+        name: (was, now) for name, was, now in _differences(old, new, "") if name.partition(".")[0] in frozen
     }
     if differences:
         lines = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in differences.items())
@@ -30,7 +43,7 @@ def compare_recipes(config: TrainConfig, manifest: Mapping[str, Any], *, loud: b
             f"run {config.run} cannot be continued: {lines}. Put the settings back, or choose another run folder."
         )
     for name, was, now in _differences(old, new, ""):
-        if loud and name.partition(".")[0] in SHOWN:
+        if loud and name.partition(".")[0] in shown:
             print(f"changed on resume: {name} was {was!r}, now {now!r}", flush=True)
 
 

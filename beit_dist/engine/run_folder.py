@@ -19,9 +19,9 @@ import torch
 import yaml
 
 import beit_dist
-from beit_dist.config import TrainConfig
 from beit_dist.durable import writing
 from beit_dist.errors import ConfigError, UserError
+from beit_dist.settings import Section
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import open_place
 from beit_dist.storage.place import Place
@@ -167,7 +167,7 @@ class RunFolder:
                     for piece in checkpoint.chunks(path.name):
                         file.write(piece)
 
-    def write_config(self, config: TrainConfig) -> None:
+    def write_config(self, config: Section) -> None:
         """``config.yaml``: the recipe with every default."""
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         self.place.write("config.yaml", text.encode())

@@ -32,7 +32,8 @@ class Schedule:
         """Learning rate of the step that starts at time ``t``."""
         peak, low = self.optimizer.lr, self.optimizer.min_lr
         if t < self.warmup:
-            return peak * t / max(1.0, self.warmup - 1)
+            # At most the peak: where the warm-up is no whole number of steps, its last one lies behind its end.
+            return peak * min(1.0, t / max(1.0, self.warmup - 1))
         progress = min(1.0, (t - self.warmup) / max(1.0, self.total - self.warmup))
         return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * progress))
 

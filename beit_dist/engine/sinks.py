@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from beit_dist.config import TrainConfig
 from beit_dist.errors import ConfigError
+from beit_dist.tokenizer_config import TokenizerRecipe
 
 _log = logging.getLogger(__name__)
-_SHOWN = ("model", "masking", "optimizer", "ema", "global_batch", "micro_batch", "epochs", "steps", "seed")
+_SHOWN = (
+    *("model", "masking", "optimizer", "ema", "global_batch", "micro_batch", "epochs", "steps", "seed"),
+    *("batch", "lr", "temperature", "kl_weight", "usage_weight", "image_size"),
+)
 """Sections of the recipe that are sent. Places of files are not: an address may hold a password."""
 
 
@@ -52,7 +57,7 @@ class Sinks:
                 self._sinks.remove(sink)
 
 
-def open_sinks(config: TrainConfig, run: Path, step: int) -> Sinks:
+def open_sinks(config: TrainConfig | TokenizerRecipe, run: Path, step: int) -> Sinks:
     """Open what the recipe asks for.
 
     Args:
@@ -76,7 +81,7 @@ def open_sinks(config: TrainConfig, run: Path, step: int) -> Sinks:
     return Sinks(sinks)
 
 
-def check_packages(config: TrainConfig) -> None:
+def check_packages(config: TrainConfig | TokenizerRecipe) -> None:
     """Refuse a recipe whose sinks are not installed, before anything starts.
 
     Raises:
@@ -111,7 +116,7 @@ class WandbSink:
     here; neither the code, the command line nor the environment is sent.
     """
 
-    def __init__(self, config: TrainConfig, run: Path) -> None:
+    def __init__(self, config: TrainConfig | TokenizerRecipe, run: Path) -> None:
         wandb = _wandb()
         path = run.resolve()
         self._run = wandb.init(
@@ -122,7 +127,9 @@ class WandbSink:
             dir=str(run),
             mode=config.logging.wandb,
             config=config.model_dump(mode="json", include=set(_SHOWN)),
-            settings=wandb.Settings(disable_git=True, disable_code=True, x_disable_meta=True, console="off"),
+            settings=wandb.Settings(
+                disable_git=True, disable_code=True, x_disable_meta=True, x_save_requirements=False, console="off"
+            ),
         )
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -145,6 +152,8 @@ def _summary_writer() -> Any:
 
 
 def _wandb() -> Any:
+    # Without this wandb 0.31 sends reports about itself to its makers, offline too; it looks when it is imported.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except ImportError:

@@ -114,31 +114,40 @@ class Trainer:
             TrainingError: too many steps without an update, or the last checkpoint could not be saved.
         """
         parts, progress = self.parts, self.progress
+        if not self._validate_if_due(again=True):  # a stop may have cut this step's measurement short
+            return self._stop()
         left = progress.step < parts.total_steps
         batch = self._fetch() if left else None
         while left:
-            masked, bad, stop, save, written, alarm = parts.agreement.result()
+            masked, bad, stop, save, written, alarm, *halves = parts.agreement.result()
             if alarm:
                 parts.guard.stop_for_spike()
             if stop:
-                asked = [name for name in parts.agreement.gather(parts.stop.name) if name]
-                self.reason = asked[0] if asked else None
-                self._save_and_wait()
-                return PREEMPTED
+                return self._stop()
             if written == parts.resolved.ranks:
                 self._finish_save()
             self._count_bad(bad)
             assert batch is not None  # a rank without one has posted a stop; for the type checker
-            batch = self._train_step(batch, masked, bad)
+            digest = (halves[0] + (halves[1] << 32)) % 2**64
+            batch = self._train_step(batch, masked, bad, digest)
             left = progress.step < parts.total_steps
-            if parts.validation is not None and parts.validation.is_due(progress.step, parts.total_steps):
-                self._validate(parts.validation)
+            if not self._validate_if_due():
+                if left:
+                    parts.agreement.result()  # of a batch that is not trained on any more
+                return self._stop()
             if left and (save or self._save_is_due()):
                 self._begin_save()
         self._save_and_wait()
         return DONE
 
-    def _train_step(self, batch: RankBatch, masked: int, bad: int) -> RankBatch | None:
+    def _stop(self) -> str:
+        """Save, as asked to. Collective."""
+        asked = [name for name in self.parts.agreement.gather(self.parts.stop.name) if name]
+        self.reason = asked[0] if asked else None
+        self._save_and_wait()
+        return PREEMPTED
+
+    def _train_step(self, batch: RankBatch, masked: int, bad: int, digest: int) -> RankBatch | None:
         """One optimizer step on this rank's rows of the global batch; the next batch, if there is a next step.
 
         The loss is the sum over the masked patches divided by their number in the *global* batch. DeepSpeed
@@ -182,6 +191,7 @@ class Trainer:
             bad=bad,
             applied=applied,
             wait_seconds=batch.wait_seconds,
+            batch=f"{digest:016x}",
         )
         parts.guard.note(progress.step, losses, batch.sample_ids)
         parts.stragglers.step_ended(batch.wait_seconds)
@@ -224,18 +234,33 @@ class Trainer:
         save = rank_0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
         written = parts.store.has_written
         masked, bad, stop = (batch.masked, batch.bad, parts.stop.requested) if batch else (0, 0, True)
-        parts.agreement.post([masked, bad, stop, save, written, parts.guard.alarm])
+        # 64 bits in halves, so that sums over any number of ranks stay below 2⁶³.
+        halves = (batch.digest % 2**32, batch.digest >> 32) if batch else (0, 0)
+        parts.agreement.post([masked, bad, stop, save, written, parts.guard.alarm, *halves])
         return batch
 
-    def _validate(self, validation: Validation) -> None:
-        """Measure the held-out loss; before a save of the same step, so that no result is missing behind it."""
+    def _validate_if_due(self, again: bool = False) -> bool:
+        """Measure the held-out loss; before a save of the same step, so that no result is missing behind it.
+
+        Args:
+            again: the run goes on behind this step: only if its result is missing.
+
+        Returns:
+            False: it is due, but a rank was asked to stop meanwhile, which all ranks know.
+        """
         parts, progress = self.parts, self.progress
+        validation = parts.validation
+        if validation is None or not progress.step or not validation.is_due(progress.step, parts.total_steps):
+            return True
+        if again and parts.agreement.from_rank_0(parts.recorder.has_validation(progress.step)):
+            return True
         parts.recorder.flush()
         result = validation.measure(parts.engine.module, parts.stop, parts.watchdog.beat)
         if result is not None:
             parts.recorder.add_validation(progress.step, progress.samples, result)
         parts.recorder.pause()
         parts.watchdog.beat()
+        return result is not None
 
     def _save_is_due(self) -> bool:
         every = self.parts.config.checkpoint.every_steps

@@ -33,7 +33,13 @@ def grid_of_table(rows: int) -> int:
 
 
 def resample_table(table: Tensor, grid: int) -> Tensor:
-    """A relative position table ((2 · grid − 1)² + 3, heads) for another grid; fp32. The same one if it fits."""
+    """A relative position table ((2 · grid − 1)² + 3, heads) for another grid; fp32. The same one if it fits.
+
+    Raises:
+        ValueError: it is of no square grid.
+    """
+    if table.dim() != 2:
+        raise ValueError(f"a relative position table has 2 dimensions, not {list(table.shape)}")
     source, target = 2 * grid_of_table(len(table)) - 1, 2 * grid - 1
     if source == target:
         return table
@@ -44,8 +50,15 @@ def resample_table(table: Tensor, grid: int) -> Tensor:
 
 
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
-    """Absolute positions (1, 1 + grid², C) for another grid; the class token's stays. The same if it fits."""
-    source = math.isqrt(positions.shape[1] - 1)
+    """Absolute positions (1, 1 + grid², C) for another grid; the class token's stays. The same if it fits.
+
+    Raises:
+        ValueError: they are of no square grid.
+    """
+    rows = positions.shape[1] if positions.dim() == 3 else 0
+    source = math.isqrt(max(0, rows - 1))
+    if rows < 2 or 1 + source**2 != rows:
+        raise ValueError(f"pos_embed of size {list(positions.shape)} belongs to no square grid")
     if source == grid:
         return positions
     patches = positions[:, 1:].float().reshape(1, source, source, -1).permute(0, 3, 1, 2)

@@ -20,6 +20,7 @@ from beit_dist.data.storage import ShardReader
 from beit_dist.errors import ConfigError, SampleError, TokenizerError
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.visual_tokens.dvae import DVAE
+from beit_dist.visual_tokens.weights import digests_of
 
 Pixels = NDArray[np.uint8]
 
@@ -80,8 +81,9 @@ def check_fit(model: MaskedImageModel, dvae: DVAE, manifest: Manifest) -> None:
 
     Raises:
         ConfigError: the shards have another shape than the model's images.
-        TokenizerError: the shards' tokens come from another tokenizer.
+        TokenizerError: the shards' tokens come from another tokenizer, or it has no decoder.
     """
+    dvae.whole_decoder()
     for name in ("image_size", "patch_size", "vocabulary"):
         got, expected = getattr(manifest.layout, name), getattr(model.config, name)
         if got != expected:
@@ -100,7 +102,7 @@ def check_tokenizer(dvae: DVAE, manifest: Manifest) -> None:
     Raises:
         TokenizerError: it is another one.
     """
-    if dvae.digest != manifest.tokenizer:
+    if manifest.tokenizer not in digests_of(dvae):
         raise TokenizerError(
             f"tokenizer: got digest {dvae.digest[:12]}, expected {manifest.tokenizer[:12]}, the one that made the "
             "shards. Name that file with --tokenizer."

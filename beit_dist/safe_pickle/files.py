@@ -74,7 +74,7 @@ def _read_zip(file: BinaryIO, size: int, admit: Admit) -> Any:
         if sum(entry.file_size for entry in entries.values()) > size:
             raise RefusalError("its entries claim more bytes than the file has")
         pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
-        if len(pickles) != 1:
+        if len(pickles) != 1 or pickles[0].startswith(("/", "./", "../")):
             raise RefusalError("got an archive without a data.pkl of its own, expected one written by torch.save")
         folder = pickles[0].removesuffix("data.pkl")
         order = folder + "byteorder"
@@ -94,7 +94,8 @@ def _read_zip(file: BinaryIO, size: int, admit: Admit) -> Any:
         return Machine(io.BytesIO(archive.read(pickles[0])), Storages(load), admit).run()
 
 
-def _read_legacy(file: BinaryIO, size: int, admit: Admit) -> Any:
+def _read_legacy(whole: BinaryIO, size: int, admit: Admit) -> Any:
+    file: Any = _Bounded(whole, size)
     magic, version, system = (Machine(file, None, admit).run() for _ in range(3))
     if magic != _LEGACY_MAGIC or version != _LEGACY_VERSION or not isinstance(system, dict):
         raise RefusalError("got something else, expected a file written by torch.save")
@@ -121,6 +122,17 @@ def _read_legacy(file: BinaryIO, size: int, admit: Admit) -> Any:
             raise RefusalError(f"storage {key} has {count} values, but its tensors say {len(values)}")
         _fill(values, file)
     return found
+
+
+class _Bounded:
+    """A file that is never asked for more than it has: Python reserves what is asked for before it reads."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+        self.tell, self.readinto, self.readline = file.tell, file.readinto, file.readline  # type: ignore[attr-defined]
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, max(0, self._size - self._file.tell())))
 
 
 def _fill(values: Tensor, file: Any) -> None:

@@ -31,6 +31,8 @@ _INERT = {
     Name("pathlib", "PosixPath"),
     Name("pathlib._local", "PosixPath"),
 }
+_SIZED = (list, tuple, dict, set, frozenset, str, bytes)
+_FREE_COPIES = 4096
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -65,10 +67,15 @@ class Machine:
     stack: list[Any] = field(default_factory=list)
     outer: list[list[Any]] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
+    place: int = 0
+    """Bytes of the file that have been read."""
+    copied: int = 0
+    """Values that calls have copied."""
 
     def run(self) -> Any:
         """The object that the pickle ends with."""
-        for opcode, argument, _ in pickletools.genops(self.file):
+        for opcode, argument, place in pickletools.genops(self.file):
+            self.place = place or 0
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name in _PUSHING:
@@ -144,12 +151,22 @@ class Machine:
         if called == _RECONSTRUCTOR and len(arguments) == 3:  # protocols 0 and 1: class, object, None
             return self.reduce(arguments[0], ())
         if called in _BUILDERS:
+            self._count_copies(arguments)
             self.stack.append(_BUILDERS[called](*arguments))
         elif self.is_inert(called):
             self.stack.append(Inert(called, arguments))
         else:
             _no_call(called)
         return None
+
+    def _count_copies(self, arguments: tuple[Any, ...]) -> None:
+        """Refuse a file that has its values copied over and over: memory is bounded by the file's length.
+
+        What a pickler writes is handed to a call once, and takes at least a byte for each value.
+        """
+        self.copied += sum(len(value) for value in arguments if isinstance(value, _SIZED))
+        if self.copied > _FREE_COPIES + 4 * self.place:
+            raise RefusalError("it would unfold to much more than the file has")
 
     def build(self, state: Any) -> None:
         """Attributes: kept by inert objects; those of an OrderedDict (``_metadata``) are left out."""
@@ -208,7 +225,7 @@ _BUILDERS: dict[Name, Callable[..., Any]] = {
     Name("torch._utils", "_rebuild_parameter"): rebuild_parameter,
     Name("torch._utils", "_rebuild_parameter_with_state"): rebuild_parameter,
     Name("torch", "Size"): lambda sizes=(): tuple(map(size_of, sizes)),
-    Name("torch", "device"): lambda *parts: ":".join(map(str, parts)),
+    Name("torch", "device"): lambda kind, index=0: (kind, index),
     Name("collections", "OrderedDict"): _ordered,
     Name("builtins", "set"): lambda values=(): set(map(_key, values)),
     Name("builtins", "frozenset"): lambda values=(): frozenset(map(_key, values)),

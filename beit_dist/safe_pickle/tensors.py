@@ -64,7 +64,8 @@ class Storages:
             raise RefusalError("got a persistent id that is no storage")
         _, kind, key, _, count, part = given if len(given) == 6 else (*given, None)
         if not isinstance(kind, Name) or kind.module != "torch" or kind.name not in DTYPES:
-            raise RefusalError(f"got a storage of type {kind}, expected one of {', '.join(DTYPES)}")
+            got = kind if isinstance(kind, Name) else type(kind).__name__
+            raise RefusalError(f"got a storage of type {got}, expected one of {', '.join(DTYPES)}")
         if not isinstance(key, str):
             raise RefusalError("got a storage whose key is no text")
         dtype, count = DTYPES[kind.name], size_of(count)
@@ -75,11 +76,13 @@ class Storages:
             raise RefusalError(f"storage {key} is used with two types or sizes")
         if part is None:
             return whole
+        if not isinstance(part, tuple) or len(part) != 3 or not isinstance(part[0], str):
+            raise RefusalError(f"got a part of storage {key} without key, offset and size")
         name, start, length = part
         end = size_of(start) + size_of(length)
         if end > count:
             raise RefusalError(f"a part of storage {key} reaches beyond it")
-        return self._parts.setdefault((key, str(name)), Storage(whole.values[start:end]))
+        return self._parts.setdefault((key, name), Storage(whole.values[start:end]))
 
 
 def size_of(value: Any) -> int:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from beit_dist.durable import write_once, write_whole, writing
+from beit_dist.storage.direct import DirectFile
 from beit_dist.storage.place import Place
 
 
@@ -88,7 +89,7 @@ class LocalPlace(Place):
         return write_once(self.folder / name, content)
 
     def writing(self, name: str) -> AbstractContextManager[BinaryIO]:
-        return writing(self.folder / name)
+        return writing(self.folder / name, lambda path: cast(BinaryIO, DirectFile(path)))
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from beit_dist.storage.retries import ShortReadError, retrying
 
 _Result = TypeVar("_Result")
 _S3 = ("s3", "s3a")
-_WITHOUT_LISTS = ("http", "https")  # fsspec takes the links of a page for a list, which has no sizes
+_HTTP = ("http", "https")  # fsspec takes the links of a page for a list, which has no sizes
 _PART = 16 << 20
 """Bytes of one part of an upload; S3 takes 10,000 parts, so 156 GiB."""
 
@@ -95,7 +95,7 @@ class RemotePlace(Place):
         return int(size)
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
-        found = {} if urlsplit(self._url).scheme in _WITHOUT_LISTS else self._listed({*map(_folder_of, names)})
+        found = {} if urlsplit(self._url).scheme in _HTTP else self._listed({*map(_folder_of, names)})
         found = {name: found[name] for name in names if name in found}
         asked = [name for name in names if name not in found]
 
@@ -238,9 +238,19 @@ def _open(protocol: str, access: Access, where: str) -> Any:
         from beit_dist.storage.s3 import open_s3
 
         return open_s3(access)
+    options = dict(access.options.get(protocol, {}))
+    if protocol in _HTTP:
+        options["client_kwargs"] = {"timeout": _http_timeout(access), **options.get("client_kwargs", {})}
     try:
-        return fsspec.filesystem(protocol, use_listings_cache=False, **access.options.get(protocol, {}))
+        return fsspec.filesystem(protocol, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(
             "url", where, "a protocol that fsspec knows and whose package is installed", str(error)
         ) from None
+
+
+def _http_timeout(access: Access) -> Any:
+    """aiohttp's own limit is five minutes for a whole answer, however fast it comes in."""
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=access.connect_seconds, sock_read=access.read_seconds)

@@ -33,44 +33,42 @@ _CLASSES = {"dall_e.encoder": {"Encoder", "EncoderBlock"}, "dall_e.decoder": {"D
             "torch.nn.modules.activation": {"ReLU"}, "torch.nn.modules.linear": {"Identity"},
             "torch.nn.modules.pooling": {"MaxPool2d"}, "torch.nn.modules.upsampling": {"Upsample"}}  # fmt: skip
 _DEEPEST = 8
+_STEM = re.compile(r"(.*?)blocks\.input\.w(?:eight)?")
 
 
-def convert(encoder: str | Path, decoder: str | Path, out: str | Path, any_size: bool = False) -> DVAE:
-    """Read both files and write the tokenizer ``out``; the sha256 of the files go into its notes.
+def convert(encoder: str | Path, decoder: str | Path | None, out: str | Path, any_size: bool = False) -> DVAE:
+    """Read the files and write the tokenizer ``out``; the sha256 of the files go into its notes.
 
     Args:
+        decoder: None makes a tokenizer that has none: it makes tokens, but no pictures of them.
         any_size: do not insist on the published sizes.
 
     Raises:
         UserError: a file is missing, damaged, hostile, or of another architecture.
     """
-    parts = {"encoder": read_weights(encoder), "decoder": read_weights(decoder)}
-    config = _sizes(parts, encoder, decoder)
-    if config != PUBLISHED and not any_size:
+    paths = {"encoder": encoder} | ({} if decoder is None else {"decoder": decoder})
+    parts = {part: read_weights(path) for part, path in paths.items()}
+    config = _sizes(parts, paths)
+    published = PUBLISHED if decoder is not None else PUBLISHED.model_copy(update={"decoder_input": 0})
+    if config != published and not any_size:
         raise TokenizerError(
-            f"{encoder}, {decoder}: got sizes {config.model_dump()}, expected the published "
-            f"{PUBLISHED.model_dump()}. Download them again, or give --any-size if they are meant to differ"
+            f"{_named(paths)}: got sizes {config.model_dump()}, expected the published "
+            f"{published.model_dump()}. Download again, or give --any-size if they are meant to differ"
         )
     with torch.device("meta"):
         model = DVAE(config)
     tensors = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
-        got = tuple(tensors[name].shape) if name in tensors else None
-        if got != expected.get(name):
-            path = _path_of(name, encoder, decoder)
+        path, tensor = paths[name.partition(".")[0]], tensors.get(name)
+        got = None if tensor is None else tuple(tensor.shape)
+        if tensor is None or got != expected.get(name):
             raise TokenizerError(f"{path}: {name}: got shape {got}, expected {expected.get(name)}")
-        if not bool(tensors[name].isfinite().all()):
-            raise TokenizerError(f"{_path_of(name, encoder, decoder)}: {name}: got values that are not finite")
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise TokenizerError(f"{path}: {name}: got values that are no finite floating-point numbers")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    notes = {"source": {part: _sha256(path) for part, path in (("encoder", encoder), ("decoder", decoder))}}
-    model.digest = save_tokenizer(out, model, config, notes)
+    model.digest = save_tokenizer(out, model, config, {"source": {n: _sha256(p) for n, p in paths.items()}})
     return model
-
-
-def _path_of(name: str, encoder: str | Path, decoder: str | Path) -> str | Path:
-    """The file that a tensor of the tokenizer came from."""
-    return encoder if name.startswith("encoder.") else decoder
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -91,7 +89,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             "download with `curl -fLo FILE URL` or `wget -O FILE URL`"
         )
     found = _safetensors(path) if start[8:9] == b"{" else read_torch_file(path, admit=_admit)
-    named = dict(_collect(found)) if isinstance(found, Inert) else _state(found)
+    named = dict(_collect(found, set())) if isinstance(found, Inert) else _state(found)
     renamed = {_openai_name(name): tensor for name, tensor in named.items()}
     if not renamed or len(renamed) != len(named) or not all(name.startswith("blocks.") for name in renamed):
         raise TokenizerError(
@@ -111,11 +109,12 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise TokenizerError(f"{path}: got damaged safetensors ({' '.join(str(error).split())})") from None
 
 
-def _collect(shell: Inert, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors below a shell, as ``state_dict`` would have them. A cycle is ended by the depth."""
+def _collect(shell: Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors below a shell, as ``state_dict`` would have them. No module is in another twice."""
     state = shell.state
-    if depth > _DEEPEST or not isinstance(state, dict):
+    if id(shell) in seen or prefix.count(".") > _DEEPEST or not isinstance(state, dict):
         raise TokenizerError(f"{prefix or 'the file'}: got no module of DALL-E's")
+    seen.add(id(shell))
     for kind in ("_parameters", "_modules"):
         members = state.get(kind) or {}
         if not isinstance(members, dict):
@@ -124,42 +123,49 @@ def _collect(shell: Inert, prefix: str = "", depth: int = 0) -> Iterator[tuple[s
             if isinstance(member, Tensor) and kind == "_parameters":
                 yield f"{prefix}{name}", member
             elif isinstance(member, Inert) and kind == "_modules":
-                yield from _collect(member, f"{prefix}{name}.", depth + 1)
+                yield from _collect(member, seen, f"{prefix}{name}.")
 
 
 def _state(found: Any) -> dict[str, Tensor]:
-    """The tensors of a plain state dict, alone or as ``state_dict`` beside other things."""
+    """The tensors of a plain state dict, alone or as ``state_dict``, or of the one such part of a larger model."""
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
     if not isinstance(found, Mapping):
         return {}
     tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    codebook = {name: value for name, value in tensors.items() if name.startswith("image_codebook.")}
-    return codebook or tensors  # a whole FLAVA model has the codebook beside much else
+    stems = [found[1] for name in tensors if (found := _STEM.fullmatch(name))]
+    start = stems[0] if len(stems) == 1 else ""  # "image_codebook." in a whole FLAVA model
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(f"{start}blocks.")}
 
 
 def _openai_name(name: str) -> str:
     """FLAVA's ``blocks.group_1.group.block_1.res_path.path.conv_1.weight`` is ``...block_1.res_path.conv_1.w``."""
-    name = name.removeprefix("image_codebook.").replace(".group.", ".").replace(".path.", ".")
+    name = name.replace(".group.", ".").replace(".path.", ".")
     return re.sub(r"\.(w|b)(eight|ias)$", r".\1", name)
 
 
-def _sizes(parts: Mapping[str, Mapping[str, Tensor]], encoder: str | Path, decoder: str | Path) -> DVAEConfig:
+def _sizes(parts: Mapping[str, Mapping[str, Tensor]], paths: Mapping[str, str | Path]) -> DVAEConfig:
     try:
         stem, head = parts["encoder"]["blocks.input.w"], parts["encoder"]["blocks.output.conv.w"]
+        if stem.dim() != 4 or stem.shape[1:] != (3, 7, 7):
+            raise ValueError("the first file's first convolution is not that of an encoder")
         block = re.compile(r"blocks\.group_1\.block_\d+\.res_path\.conv_1\.w")
         blocks = [name for name in parts["encoder"] if block.fullmatch(name)]
         sizes = {
             "vocabulary": head.shape[0],
             "hidden": stem.shape[0],
             "blocks_per_group": len(blocks),
-            "decoder_input": parts["decoder"]["blocks.input.w"].shape[0],
+            "decoder_input": parts["decoder"]["blocks.input.w"].shape[0] if "decoder" in parts else 0,
         }
         return validate(DVAEConfig, sizes)
-    except (KeyError, IndexError, UserError) as error:
+    except (KeyError, IndexError, ValueError, UserError) as error:
         raise TokenizerError(
-            f"{encoder}, {decoder}: got no encoder and decoder of one dVAE ({error}), expected OpenAI's pair"
+            f"{_named(paths)}: got no parts of one dVAE ({error}), expected OpenAI's encoder, then the decoder"
         ) from None
+
+
+def _named(paths: Mapping[str, str | Path]) -> str:
+    return ", ".join(map(str, paths.values()))
 
 
 def _sha256(path: str | Path) -> str:

@@ -43,6 +43,11 @@ def unmap_pixels(mapped: Tensor) -> Tensor:
     return ((mapped - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)).clamp(0, 1)
 
 
+def relax(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """Gumbel-softmax over dimension 1: a differentiable sample that nears a one-hot as ``temperature`` falls."""
+    return torch.softmax((logits + noise) / temperature, dim=1)
+
+
 class Conv(nn.Module):
     """A convolution that keeps height and width, with OpenAI's parameter names ``w`` and ``b``.
 
@@ -188,7 +193,7 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """Encoder and decoder.
+    """Encoder and, unless ``config.decoder_input`` is 0, decoder.
 
     Args:
         config: the sizes.
@@ -199,13 +204,36 @@ class DVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config) if config.decoder_input else None
         self.digest = ""
         """Of the file the weights were loaded from; empty for any other model."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, Conv) and not module.w.is_meta:
                 module.initialise(generator)
+
+    def forward(
+        self,
+        mapped: Tensor,
+        noise: Tensor | None = None,
+        temperature: float = 1.0,
+        low: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the training objective is computed from: relaxed tokens, decoded.
+
+        Args:
+            mapped: pixels ``(B, 3, H, W)`` in [0.1, 0.9].
+            noise: Gumbel noise ``(B, V, H/8, W/8)``; None leaves the decoder out.
+            temperature: of the relaxation.
+            low: type in which the convolutions are computed, but for the two next to the tokens. In here, as
+                DeepSpeed's engine turns an autocast around it off.
+
+        Returns:
+            Logits ``(B, V, H/8, W/8)`` in fp32, and the decoder's output ``(B, 6, H, W)``.
+        """
+        with torch.autocast(mapped.device.type, low) if low is not None else contextlib.nullcontext():
+            logits: Tensor = self.encoder(mapped)
+            return logits, None if noise is None else self.whole_decoder()(relax(logits, noise, temperature))
 
     @torch.no_grad()
     def tokens(self, images: Tensor, precision: Precision = "fp32") -> Tensor:
@@ -231,11 +259,29 @@ class DVAE(nn.Module):
             )
         return tokens
 
+    def whole_decoder(self) -> Decoder:
+        """The decoder.
+
+        Raises:
+            TokenizerError: this tokenizer has none.
+        """
+        if self.decoder is None:
+            raise TokenizerError(
+                "tokenizer: got one without a decoder, which makes tokens only, expected one that can draw them. "
+                "Convert the encoder again with its decoder: tools/convert_dalle.py encoder.pkl decoder.pkl"
+            )
+        return self.decoder
+
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """The images of tokens, int ``(B, h, w)``: float32 ``(B, 3, 8h, 8w)`` in [0, 1]."""
+        """The images of tokens, int ``(B, h, w)``: float32 ``(B, 3, 8h, 8w)`` in [0, 1].
+
+        Raises:
+            TokenizerError: there is no decoder.
+        """
+        decoder = self.whole_decoder()
         with inference_arithmetic(tokens.device):
-            location = self.decoder.from_tokens(tokens)[:, :3]
+            location = decoder.from_tokens(tokens)[:, :3]
         return unmap_pixels(torch.sigmoid(location))
 
 

@@ -85,6 +85,28 @@ def tokenizer_digest(path: str | Path) -> str:
     return str(_read(Path(path))[0]["digest"])
 
 
+def tokenizer_digests(path: str | Path) -> tuple[str, ...]:
+    """What :func:`digests_of` says of the tokenizer at ``path``, verified against its bytes.
+
+    Raises:
+        TokenizerError: as :func:`load_tokenizer`.
+    """
+    metadata, tensors = _read(Path(path))
+    return metadata["digest"], *_encoder_digest(_config(path, metadata), tensors)
+
+
+def digests_of(model: DVAE) -> tuple[str, ...]:
+    """Its digest, and the one it would have without its decoder: shards of either were made by this encoder."""
+    return model.digest, *_encoder_digest(model.config, model.state_dict())
+
+
+def _encoder_digest(config: DVAEConfig, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    if not config.decoder_input:
+        return ()
+    encoder = {name: tensor.cpu() for name, tensor in tensors.items() if name.startswith("encoder.")}
+    return (_digest(config.model_copy(update={"decoder_input": 0}), encoder),)
+
+
 def tokenizer_extra(path: str | Path) -> dict[str, Any]:
     """What was recorded about the training beside the weights.
 

@@ -7,16 +7,19 @@ import math
 import multiprocessing
 import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from support.stream_data import RATES, DataSet, assert_equal, copied, joined
 
 from beit_dist.config import LoaderConfig
 from beit_dist.data import shared_memory
+from beit_dist.data.digest import rows_digest
 from beit_dist.data.pipeline import split_rows
 from beit_dist.data.stream import shared_memory_bytes
 from beit_dist.errors import ConfigError, SpaceError
@@ -73,6 +76,32 @@ def test_any_division_gives_the_same_rows(
     world = data_.draw(st.sampled_from([w for w in range(1, batch + 1) if batch % w == 0]))
     ranks = [own.take(1, rank=rank, world=world, batch=batch, consumed=consumed)[0] for rank in range(world)]
     assert_equal(joined(ranks), own.stored(consumed, batch))
+
+
+def test_the_digests_of_ranks_add_up_and_show_what_a_step_is_made_of(data: DataSet) -> None:
+    batches = [data.batches(batch=24, rank=rank, world=world) for world in (1, 3) for rank in range(world)]
+    try:
+        whole, *parts = [[next(one).digest for _ in range(4)] for one in batches]
+    finally:
+        for one in batches:
+            one.close()
+    assert whole == [sum(step) % 2**64 for step in zip(*parts, strict=True)]
+    assert len(set(whole)) == 4
+
+    rows = data.stored(0, 24)
+    names = ("sample_ids", "epochs", "positions", "keeps")
+
+    def digest(**changed: NDArray[Any]) -> int:
+        return rows_digest(0, *({**rows, **changed}[name] for name in names))
+
+    assert digest() == whole[0]
+    seen = {digest(), rows_digest(1, *(rows[name] for name in names))}
+    for name in names:
+        other = rows[name].copy()
+        other[5] = 1 - other[5]
+        seen |= {digest(**{name: other}), digest(**{name: rows[name][::-1]})}
+    # As many as there are changes; the epochs of these rows are all the same, so their order is none.
+    assert len(seen) == 2 + 2 * len(names) - 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -53,16 +53,16 @@ class Run:
         train += ["--config", str(self.recipe), f"run={self.folder}", f"data={self.data}"]
         return [*launcher, *train, *self.overrides, *overrides]
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
-        """Start training and return at once."""
+    def start(self, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+        """Start training and return at once; ``options`` are those of ``Popen``."""
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             self.command(*overrides),
-            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
             cwd=self.folder.parent,
+            **{"stdout": subprocess.PIPE, **options},
         )
 
     def finish(self, *overrides: str, seconds: float = 180) -> tuple[int, str]:
@@ -77,7 +77,7 @@ class Run:
 
     def numbers(self) -> list[tuple[Any, ...]]:
         """What must be equal to the last bit between two runs, one tuple a step."""
-        names = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped")
+        names = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped", "batch")
         return [tuple(line[name] for name in names) for line in self.lines()]
 
     def signal_at(self, step: int, number: signal.Signals, rank: int = 0) -> tuple[int, str]:

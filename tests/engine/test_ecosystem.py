@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
+from support.torchvision_stub import stand_in_for_torchvision
 
 from beit_dist.config import HALF, IMAGENET_MEAN, IMAGENET_STD, ModelConfig, TrainConfig
 from beit_dist.engine.checkpoint.layout import committed
 from beit_dist.engine.checkpoint.weights import load_weights, open_weights
-from beit_dist.engine.ecosystem import FORMS, export_elsewhere, is_foreign, read_foreign
+from beit_dist.engine.ecosystem import FORMS, export_elsewhere
+from beit_dist.engine.export import metadata_of
+from beit_dist.engine.foreign import is_foreign, read_foreign
 from beit_dist.engine.initialisation import check_foreign
 from beit_dist.errors import ConfigError, WeightsError
 from beit_dist.models.mim import MaskedImageModel
@@ -67,6 +73,9 @@ def test_what_is_exported_comes_back_bit_for_bit_with_its_normalisation(
     source = exported.path if form == "unilm" else tmp_path / "out"
     assert is_foreign(str(source))
     found = read_foreign(source, model)
+    alone = read_foreign(exported.path, model)  # without the files beside it
+    assert {name: found.known[name] for name in alone.known} == alone.known
+    assert {"pixel_mean", "pixel_std"} <= alone.known.keys()
     lost = {"mask_token", "lm_head.weight", "lm_head.bias"} if form == "timm" else set()
     assert weights.keys() - found.weights.keys() == lost
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found.weights.items())
@@ -76,6 +85,61 @@ def test_what_is_exported_comes_back_bit_for_bit_with_its_normalisation(
     other = recipe(source, **{**model.model_dump(), "pixel_mean": HALF})
     with pytest.raises(ConfigError, match=r"model\.pixel_mean: got \(0\.5, 0\.5, 0\.5\), expected \(0\.485"):
         check_foreign(other, stored.shapes, found)
+
+
+def test_a_file_under_our_own_names_is_read_too(tmp_path: Path) -> None:
+    stored, weights = a_run(RELEASED)
+    metadata = metadata_of(stored, "fp32")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata)
+    assert is_foreign(str(tmp_path))
+    found = read_foreign(tmp_path, RELEASED)
+    assert found.weights.keys() == weights.keys()
+    assert all(torch.equal(found.weights[name], weights[name]) for name in weights)
+    assert found.known == {"heads": 2, "pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
+
+
+@BOTH
+def test_timm_makes_the_model_of_the_folder_by_itself(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("pip install --no-deps timm")
+    stand_in_for_torchvision(monkeypatch)
+    import timm
+
+    stored, weights = a_run(model)
+    export_elsewhere(stored, tmp_path, "timm")
+    peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert peer.pretrained_cfg["mean"] == list(IMAGENET_MEAN)
+    ours = MaskedImageModel(model)
+    ours.load_state_dict(weights)
+    patches, pixels = images(model)
+    with torch.no_grad():
+        expected = ours.encode(patches)
+        near = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(peer.forward_features(pixels), expected, rtol=1e-4, atol=near)
+        torch.testing.assert_close(peer(pixels), expected[:, 0], rtol=1e-4, atol=near)
+
+
+def images(model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random patches of a shard, and the same pixels normalised as (2, 3, S, S)."""
+    side, size = model.grid, model.patch_size
+    pixels = torch.randint(0, 256, (2, 3, side * size, side * size), generator=torch.Generator().manual_seed(4))
+    patches = pixels.view(2, 3, side, size, side, size).permute(0, 2, 4, 3, 5, 1).reshape(2, side * side, -1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.pixel_mean, model.pixel_std))
+    return patches.to(torch.uint8), (pixels / 255 - mean) / std
+
+
+def test_the_image_processor_makes_what_the_model_was_trained_on(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers needs Python 3.11")
+    export_elsewhere(a_run(RELEASED)[0], tmp_path, "hf")
+    _, pixels = images(RELEASED)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    picture = ((pixels[0] * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    made = torch.as_tensor(processor(Image.fromarray(picture))["pixel_values"][0])
+    torch.testing.assert_close(made.double(), pixels[0].double(), rtol=0, atol=1e-5)
+    assert processor(Image.new("RGB", (50, 40)))["pixel_values"][0].shape == (3, 32, 32)
 
 
 @BOTH

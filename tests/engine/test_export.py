@@ -19,6 +19,7 @@ from safetensors import safe_open
 from beit_dist.config import TrainConfig
 from beit_dist.durable import write_once
 from beit_dist.engine.checkpoint.files import write_fragments
+from beit_dist.engine.checkpoint.image import FileImage
 from beit_dist.engine.checkpoint.layout import MANIFEST, Fragment, sealed, summed
 from beit_dist.engine.checkpoint.weights import load_weights, open_weights
 from beit_dist.engine.export import export_weights
@@ -48,7 +49,7 @@ def write_checkpoint(
                     cut[rank].append(Fragment(name, role, low, values[low:high]))
     files, digests = [], []
     for rank, fragments in enumerate(cut):
-        write_fragments(LocalPlace(folder), rank, fragments)
+        write_fragments(LocalPlace(folder), rank, FileImage.of(fragments))
         record = json.loads((folder / f"rank-{rank:05d}.json").read_bytes())
         files.append({name: record[name] for name in ("file", "bytes", "sha256")})
         digests.append(record["state_digests"])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+import subprocess
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.servers import unavailable
 
 from beit_dist.config import LoggingConfig
 from beit_dist.data import counts
-from beit_dist.engine.metrics import METRICS, Metrics
+from beit_dist.engine.metrics import METRICS, TOKENIZER_METRICS, Metric, Metrics
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
 
@@ -95,19 +98,26 @@ def scrape(port: int) -> str:
         return answer.read().decode()
 
 
-def test_the_endpoint_serves_every_metric_of_the_table(tmp_path: Path) -> None:
+@pytest.fixture
+def scraped() -> str:
+    """What the endpoint answers when every metric has a value."""
     metrics = Metrics()
     port = metrics.serve(LoggingConfig(metrics_port=0, metrics_address="127.0.0.1"))
     assert port is not None
     metrics.describe(run="r", torch="2")
     metrics.add("beit_train_steps", 5)
     metrics.add("beit_checkpoint_saves", result="ok")
+    metrics.add("beit_storage_retries", cause="cut")
     metrics.observe("beit_checkpoint_duration_seconds", 0.2)
     metrics.observe("beit_checkpoint_stall_seconds", 0.01)
     try:
-        text = scrape(port)
+        return scrape(port)
     finally:
         metrics.close()
+
+
+def test_the_endpoint_serves_every_metric_of_the_table(scraped: str) -> None:
+    text = scraped
     suffix = {"counter": "_total", "info": "_info", "histogram": "_count", "gauge": ""}
     for metric in METRICS:
         assert f"{metric.name}{suffix[metric.kind]}" in text
@@ -131,6 +141,18 @@ def test_what_reading_took_is_exported_with_the_steps(tmp_path: Path) -> None:
     assert counts.take() == {}
 
 
+@pytest.mark.server
+def test_prometheus_finds_nothing_to_complain_about_in_what_is_served(scraped: str) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        unavailable("promtool is missing: apt-get install prometheus")
+    else:
+        checked = subprocess.run(
+            [promtool, "check", "metrics"], input=scraped, capture_output=True, text=True, timeout=60
+        )
+        assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
 def test_a_port_in_use_does_not_stop_a_run(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -145,9 +167,10 @@ def test_the_endpoint_can_be_turned_off() -> None:
     assert Metrics().serve(LoggingConfig(metrics_port=None)) is None
 
 
-def test_names_follow_prometheus_conventions() -> None:
-    for metric in METRICS:
+@pytest.mark.parametrize("table", [METRICS, TOKENIZER_METRICS], ids=["pre-training", "tokenizer"])
+def test_names_follow_prometheus_conventions(table: tuple[Metric, ...]) -> None:
+    for metric in table:
         assert metric.name.startswith("beit_")
         assert not metric.name.endswith(("_total", "_info"))
         assert metric.help.endswith(".")
-    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    assert len({metric.name for metric in table}) == len(table)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beit_dist.config import OptimizerConfig
-from beit_dist.engine.optimizer import GuardedAdamW, build_optimizer
+from beit_dist.config import ModelConfig, OptimizerConfig
+from beit_dist.engine.optimizer import GuardedAdamW, build_optimizer, layer_of, layer_scales
+from beit_dist.models.mim import MaskedImageModel
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -65,3 +66,28 @@ def test_the_rate_is_zero_until_the_schedule_sets_it() -> None:
     optimizer = build_optimizer(groups(parameters()), OptimizerConfig(), guarded=False, fused=True)
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_layer_scales_have_the_originals_figures() -> None:
+    base, large = layer_scales(12, 0.65), layer_scales(24, 0.75)
+    assert (len(base), len(large)) == (14, 26)
+    assert (base[0], base[1], base[12], base[13]) == pytest.approx((0.65**13, 0.65**12, 0.65, 1.0), rel=1e-12)
+    assert (large[0], large[24], large[25]) == pytest.approx((7.525e-4, 0.75, 1.0), rel=1e-3)
+    assert layer_scales(12, 1.0) == (1.0,) * 14
+
+
+def test_every_parameter_is_in_the_originals_layer() -> None:
+    with torch.device("meta"):
+        model = MaskedImageModel(ModelConfig(size="base", absolute_positions=True))
+    layers = {name: layer_of(name, 12) for name, _ in model.named_parameters()}
+    first = {"cls_token", "mask_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert {name for name, layer in layers.items() if layer == 0} == first
+    last = {f"{name}.{part}" for name in ("norm", "lm_head") for part in ("weight", "bias")}
+    assert {name for name, layer in layers.items() if layer == 13} == {
+        *last,
+        "rel_pos_bias.relative_position_bias_table",
+    }
+    for block in range(12):
+        names = {name for name, layer in layers.items() if layer == block + 1}
+        assert names == {name for name in layers if name.startswith(f"blocks.{block}.")}
+    assert (layer_of("head.weight", 12), layer_of("fc_norm.bias", 12)) == (13, 13)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,18 @@ def test_steps_cover_the_epochs() -> None:
 def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.warmup_steps: got 40, expected a warm-up shorter"):
         schedule_of(recipe("optimizer.warmup_steps=40"), samples=100, first_batch=10)
+
+
+def test_the_last_epochs_mean_rate_is_that_of_the_authors_log() -> None:
+    """1.0015e-5, base on ImageNet-1k for 300 epochs (microsoft/unilm issue 383); that log has means of epochs."""
+    images, batch = 1_281_167, 2048
+    base = Path(__file__).parents[2] / "configs" / "beit_base.yaml"
+    config = load_recipe(TrainConfig, base, ["epochs=300"])
+    schedule = schedule_of(config, images, batch)
+    assert schedule.warmup == pytest.approx(10 * 625.6, rel=1e-4)
+    end, epoch = steps_of(config, images), images // batch
+    assert (end, epoch) == (187_671, 625)
+    rates = [schedule.lr(t) for t in range(end - epoch, end)]
+    assert sum(rates) / epoch == pytest.approx(1.0015e-5, rel=5e-5)
+    assert max(schedule.lr(t) for t in range(end)) == 1.5e-3  # though the warm-up takes 6255.7 steps
+    assert schedule.lr(0) == 0.0

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import struct
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -151,6 +156,92 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> No
     reader.Reload()
     found = [(event.step, event.value) for event in reader.Scalars("train/loss")]
     assert found == [(1, 3.0), (2, 3.0), (3, 2.0), (4, 2.0)]
+
+
+_STARTS = """\
+import sys
+from pathlib import Path
+import psutil
+from beit_dist.config import TrainConfig
+from beit_dist.engine.sinks import open_sinks
+
+run = Path(sys.argv[1])
+config = TrainConfig(run=str(run), logging={"wandb": "offline", "tensorboard": True})
+for first, killed in ((1, False), (3, False), (5, True)):
+    sinks = open_sinks(config, run, first - 1)
+    for step in range(first, first + 3):
+        sinks.write(step, {"train/loss": 3 - step / 8})
+        if killed:
+            for process in psutil.Process().children(recursive=True):
+                process.kill()
+                process.wait()
+    sinks.close()
+print("went on", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_the_real_packages_write_files_and_call_nobody(tmp_path: Path) -> None:
+    """Three starts: a first, one that does step 3 again, and one under which wandb's own process is killed."""
+    pytest.importorskip("wandb", reason="pip install wandb")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    run, home = tmp_path / "run", tmp_path / "home"
+    for folder in (run, home):
+        folder.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), address)
+        done = subprocess.run(
+            [sys.executable, "-c", _STARTS, str(run)],
+            env={**environment, **proxies, "no_proxy": "", "NO_PROXY": "", "HOME": str(home)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "went on" in done.stdout
+        assert "WandbSink is given up" in done.stderr
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nothing wanted to go out
+            proxy.accept()
+
+    reader = accumulator(str(run / "tensorboard"))
+    reader.Reload()
+    found = [(event.step, event.value) for event in reader.Scalars("train/loss")]
+    assert found == [(step, 3 - step / 8) for step in range(1, 8)]
+
+    files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 3
+    assert len({file.name for file in files}) == 1  # one run in their eyes
+    assert [_wandb_losses(file) for file in files[:2]] == [
+        {step: 3 - step / 8 for step in range(first, first + 3)} for first in (1, 3)
+    ]
+    assert not list(run.rglob("requirements.txt"))
+
+
+def _wandb_losses(path: Path) -> dict[int, float]:
+    """``train/loss`` by step in an offline file: LevelDB's log format behind 7 bytes, records in protobuf."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, record = path.read_bytes(), 7, b""
+    losses: dict[int, float] = {}
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, position)
+        record += content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or the last part of one
+            parsed = Record()
+            parsed.ParseFromString(record)
+            record = b""
+            for item in parsed.history.item:
+                if list(item.nested_key) == ["train/loss"]:
+                    losses[parsed.history.step.num] = json.loads(item.value_json)
+    return losses
 
 
 def test_by_default_there_are_none(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
+from support.torchvision_stub import stand_in_for_torchvision
 
 from beit_dist.models.resampling import _geometric, _spline, grid_of_table, resample_positions, resample_table
 
@@ -31,18 +34,70 @@ def test_old_offsets_lie_on_a_geometric_grid_that_ends_at_the_new_edge(source: i
     assert knots[-1] == pytest.approx(target // 2, abs=1e-3)
 
 
-def test_a_table_resampled_from_224_to_384_pixels_has_scipys_values() -> None:
-    """Pinned: SciPy 1.17 RectBivariateSpline (s=0) on the same grid, which is what interp2d called."""
-    offset = torch.arange(27.0) - 13
-    table = torch.cos(offset[:, None] / 3) * torch.exp(-offset[None, :].abs() / 5)
-    got = resample_table(torch.cat((table.reshape(-1, 1), torch.tensor([[1.0], [2.0], [3.0]]))), 24)
-    assert got.shape == (47 * 47 + 3, 1)
-    assert got[-3:, 0].tolist() == [1.0, 2.0, 3.0]
-    square = got[:-3, 0].view(47, 47)
-    expected = [-0.0274844, -0.3184123, 1.0, 0.8187308, -0.0967708]
-    assert [float(square[y, x]) for y, x in ((0, 0), (10, 30), (23, 23), (23, 24), (40, 5))] == pytest.approx(
-        expected, abs=2e-6
-    )
+def a_table(grid: int, heads: int = 3) -> torch.Tensor:
+    """A smooth table with some noise, as trained ones are."""
+    side, generator = 2 * grid - 1, torch.Generator().manual_seed(grid)
+    offset = (torch.arange(float(side)) - side // 2) / side
+    waves = [torch.cos(9 * offset[:, None] + head) for head in range(heads)]
+    smooth = torch.stack([wave * torch.exp(-4 * offset[None].abs()) for wave in waves])
+    noisy = smooth + 0.1 * torch.randn(heads, side, side, generator=generator)
+    return torch.cat((noisy.flatten(1).t(), torch.randn(3, heads, generator=generator)))
+
+
+GRIDS = pytest.mark.parametrize(("source", "target"), [(14, 24), (14, 32), (14, 7), (14, 16), (24, 14), (7, 24)])
+
+
+@GRIDS
+def test_a_resampled_table_has_scipys_values(source: int, target: int) -> None:
+    """The original calls interp2d(kind="cubic"), which SciPy has removed: the same spline of FITPACK."""
+    interpolate = pytest.importorskip("scipy.interpolate")
+    table = a_table(source)
+    got = resample_table(table, target)
+    old, new = 2 * source - 1, 2 * target - 1
+    assert got.shape == (new * new + 3, 3)
+    assert torch.equal(got[-3:], table[-3:])
+    knots, at = original_knots(old, new), np.arange(new) - new // 2.0
+    inside = np.clip(at, knots[0], knots[-1])  # beyond its knots FITPACK goes on with the value at the last one
+    for head in range(3):
+        values = table[:-3, head].double().numpy().reshape(old, old)
+        expected = interpolate.RectBivariateSpline(knots, knots, values, kx=3, ky=3, s=0)(inside, inside)
+        np.testing.assert_allclose(got[:-3, head].numpy().reshape(new, new), expected, atol=2e-6)
+
+
+def original_knots(source: int, target: int) -> list[float]:
+    """The original's loop, from its description: ratio by bisection, distances added up one by one."""
+    left, right = 1.01, 1.5
+    while right - left > 1e-6:
+        ratio = (left + right) / 2
+        reached = sum(ratio**power for power in range(source // 2))
+        left, right = (left, ratio) if reached > target // 2 else (ratio, right)
+    distances, at = [], 1.0
+    for power in range(source // 2):
+        distances.append(at)
+        at += ratio ** (power + 1)
+    return [-distance for distance in reversed(distances)] + [0.0] + distances
+
+
+@GRIDS
+@pytest.mark.filterwarnings("ignore::UserWarning:timm")
+def test_timms_linear_resampling_is_near_and_uses_the_same_grid(
+    source: int, target: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("pip install --no-deps timm")
+    stand_in_for_torchvision(monkeypatch)
+    from timm.layers import resize_rel_pos_bias_table
+
+    offsets = (torch.arange(2.0 * source - 1) - source + 1) / source
+    plane = 3 * offsets[:, None] - 2 * offsets[None]  # both are exact where linear is; noise would differ
+    table = torch.cat((plane.reshape(-1, 1).repeat(1, 2), torch.tensor([[1.0, 2.0]] * 3)))
+    theirs = resize_rel_pos_bias_table(table, (target, target), ((2 * target - 1) ** 2 + 3, 2))
+    ours = resample_table(table, target)
+    assert torch.equal(theirs[-3:], ours[-3:])
+    middle = slice(1, -1)  # timm extrapolates at the edge, by less than a thousandth of a step
+    side = 2 * target - 1
+    got, expected = (t[:-3, 0].view(side, side)[middle, middle] for t in (ours, theirs))
+    assert (got - expected).abs().max() < 0.05 * float(table[:-3].abs().max())
 
 
 def test_positions_are_resized_bicubically_but_for_the_class_tokens() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
-import sys
-import types
 from typing import Any
 
 import pytest
 import torch
+from support.torchvision_stub import stand_in_for_torchvision
 from torch import Tensor
 
 from beit_dist.config import ModelConfig
@@ -68,7 +66,7 @@ def hf_model(config: ModelConfig, weights: dict[str, Tensor]) -> Any:
     )
     model = BeitForMaskedImageModeling(settings)
     parameters = dict(model.named_parameters())
-    ours = from_hf(parameters, config)
+    ours = from_hf(parameters)
     back = {name: tensor for name, tensor in to_unilm(weights, config).items() if "index" not in name}
     assert ours.keys() == back.keys()
     loaded, _ = BeitForMaskedImageModeling.from_pretrained(
@@ -100,7 +98,7 @@ def test_logits_loss_and_every_gradient_equal_hugging_faces(config: ModelConfig)
     )
     torch.testing.assert_close(loss, theirs.loss, rtol=1e-6, atol=0)
     gradients = {n: p.grad for n, p in peer.named_parameters() if p.grad is not None}
-    expected = from_unilm(from_hf(gradients, config), config)
+    expected = from_unilm(from_hf(gradients), config)
     got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert got.keys() == expected.keys() == dict(model.named_parameters()).keys()
     for name, gradient in got.items():
@@ -114,52 +112,32 @@ def timm_beit(monkeypatch: pytest.MonkeyPatch) -> Any:
     """timm's class; torchvision, which timm imports for data only, is a stub where it cannot be loaded."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("pip install --no-deps timm")
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError, OSError):
-
-        class Anything(type):
-            """A class whose every attribute is such a class too."""
-
-            def __getattr__(cls, name: str) -> Any:
-                if name.startswith("__"):
-                    raise AttributeError(name)
-                return Anything(name, (), {})
-
-        class Stub(types.ModuleType):
-            __path__: list[str] = []  # noqa: RUF012
-
-            def __getattr__(self, name: str) -> Any:
-                if name.startswith("__"):
-                    raise AttributeError(name)
-                return sys.modules.get(f"{self.__name__}.{name}", Anything(name, (), {}))
-
-        names = ["", ".transforms", ".transforms.functional", ".datasets", ".models", ".ops", ".ops.misc", ".io"]
-        for name in [*names, ".transforms.v2", ".datasets.folder", ".models.feature_extraction", ".utils"]:
-            module = Stub("torchvision" + name)
-            module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
-            monkeypatch.setitem(sys.modules, module.__name__, module)
+    stand_in_for_torchvision(monkeypatch)
     from timm.models.beit import Beit
 
     return Beit
 
 
+def timm_model(kind: Any, config: ModelConfig, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "num_classes": 0,
+        "global_pool": "token",
+        "init_values": config.layer_scale or None,
+        "use_abs_pos_emb": config.absolute_positions,
+        "use_rel_pos_bias": config.relative_positions,
+    }
+    return kind(**settings | changes)
+
+
 @BOTH
 def test_timms_features_equal_ours_after_export(config: ModelConfig, timm_beit: Any) -> None:
     model = a_model(config).eval()
-    peer = timm_beit(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        num_classes=0,
-        global_pool="token",
-        init_values=config.layer_scale or None,
-        use_abs_pos_emb=config.absolute_positions,
-        use_rel_pos_bias=config.relative_positions,
-        norm_layer=lambda width, **options: torch.nn.LayerNorm(width, eps=1e-6, **options),
-    ).eval()
+    peer = timm_model(timm_beit, config).eval()
     peer.load_state_dict(to_timm(weights_of(model), config), strict=True)
     patches, pixels = images(config)
     with torch.no_grad():
@@ -167,11 +145,36 @@ def test_timms_features_equal_ours_after_export(config: ModelConfig, timm_beit: 
 
 
 @BOTH
+def test_stochastic_depth_is_timms_for_the_same_draws(config: ModelConfig, timm_beit: Any) -> None:
+    """timm draws; what it dropped is read off its modules and given to ours."""
+    config = config.model_copy(update={"drop_path": 0.5})
+    model = a_model(config)
+    peer = timm_model(timm_beit, config, drop_path_rate=0.5).train()
+    peer.load_state_dict(to_timm(weights_of(model), config), strict=True)
+    patches, pixels = images(config, batch=8)
+    keeps = torch.ones(8, config.depth, 2)
+    for index, block in enumerate(peer.blocks):
+        for branch, module in enumerate((block.drop_path1, block.drop_path2)):
+
+            def record(_: Any, __: Any, out: Tensor, index: int = index, branch: int = branch) -> None:
+                keeps[:, index, branch] = (out != 0).flatten(1).any(1).float()
+
+            module.register_forward_hook(record)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = peer.forward_features(pixels)
+        assert 0 < keeps[:, 1:].mean() < 1
+        assert keeps[:, 0].all()
+        torch.testing.assert_close(model.encode(patches, keeps=keeps), expected, rtol=1e-4, atol=2e-5)
+    assert config.drop_path_rates == pytest.approx([0.0, 0.25, 0.5])
+
+
+@BOTH
 def test_names_there_and_back_lose_no_bit(config: ModelConfig) -> None:
     weights = weights_of(a_model(config))
     for name, got in (
         ("unilm", from_unilm(to_unilm(weights, config), config)),
-        ("hf", from_unilm(from_hf(to_hf(weights, config), config), config)),
+        ("hf", from_unilm(from_hf(to_hf(weights, config)), config)),
     ):
         assert got.keys() == weights.keys(), name
         assert all(torch.equal(got[key], weights[key]) for key in weights), name
@@ -186,7 +189,7 @@ def test_what_beit_v1_does_not_have_is_refused() -> None:
     timm["blocks.1.attn.relative_position_bias_table"] = timm["blocks.1.attn.relative_position_bias_table"] + 1
     with pytest.raises(WeightsError, match="tables of their own"):
         from_unilm(timm, RELEASED)
-    with pytest.raises(WeightsError, match="k_bias that is not zero"):
+    with pytest.raises(WeightsError, match="k_bias: got biases of keys that are not zero"):
         from_unilm({"blocks.0.attn.k_bias": torch.ones(2)}, RELEASED)
     with pytest.raises(WeightsError, match=r"model\.patch_size: got 16"):
         from_unilm(to_unilm(weights, RELEASED), ModelConfig(**{**SMALL, "patch_size": 16}))

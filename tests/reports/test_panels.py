@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from beit_dist.errors import ConfigError, SampleError, TokenizerError
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.reports.panels import check_fit, draw_panel, read_samples, reconstruct, unpatchify
 from beit_dist.visual_tokens.dvae import DVAE
+from beit_dist.visual_tokens.weights import digests_of
 
 MODEL = ModelConfig(width=16, depth=1, heads=2, image_size=32, patch_size=8, vocabulary=64)
 MakeShards = Callable[..., Manifest]
@@ -114,6 +116,23 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, make_shar
     dvae.digest = "1" * 64
     with pytest.raises(TokenizerError, match="--tokenizer"):
         check_fit(model, dvae, make_shards(tmp_path / "again"))
+    alone = DVAE(dvae.config.model_copy(update={"decoder_input": 0}))
+    alone.digest = "0" * 64
+    with pytest.raises(TokenizerError, match=r"without a decoder.*convert_dalle\.py encoder\.pkl decoder\.pkl"):
+        check_fit(model, alone, make_shards(tmp_path / "undrawn"))
+
+
+def test_shards_made_with_the_encoder_alone_are_drawn_by_the_whole_tokenizer(
+    tmp_path: Path, make_shards: MakeShards
+) -> None:
+    dvae = a_tokenizer()
+    dvae.digest, without_decoder = digests_of(dvae)
+    manifest = dataclasses.replace(make_shards(tmp_path), tokenizer=without_decoder)
+    check_fit(a_model(), dvae, manifest)
+    with torch.no_grad():
+        dvae.encoder.blocks.input.b += 1
+    with pytest.raises(TokenizerError, match="--tokenizer"):
+        check_fit(a_model(), dvae, manifest)
 
 
 def test_the_panel_is_drawn(tmp_path: Path, make_shards: MakeShards) -> None:

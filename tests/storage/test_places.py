@@ -117,6 +117,16 @@ def test_a_web_server_without_lists_is_asked_for_each_size(http_files: HttpFiles
     assert open_place(f"{http_files.url}").sizes(["v00/one", "v00/two", "v01/one"]) == {"v00/one": 3}
 
 
+def test_a_web_server_that_stalls_is_asked_again(http_files: HttpFiles) -> None:
+    (http_files.root / "file").write_bytes(CONTENT[:300_000])
+    counts.take()
+    with FaultProxy(http_files.url) as proxy:
+        proxy.inject(Fault("stall", times=1, after=1000, seconds=60))
+        place = open_place(proxy.url, Access(retry_seconds=20.0, connect_seconds=5.0, read_seconds=1.0))
+        assert place.read_range("file", 1000, 200_000) == CONTENT[1000:201_000]
+    assert counts.take() == {"timeout": 1}
+
+
 def test_the_first_creates_a_file_and_nobody_after_it(place: Place) -> None:
     place.make()
     assert place.create("once", b"mine")

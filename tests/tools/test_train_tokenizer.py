@@ -1,95 +1,131 @@
-"""The command trains, reports, warns, and refuses with the way out."""
+"""The command trains, reports, warns, stops, and refuses with the way out."""
 
+from __future__ import annotations
+
+import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from beit_dist.config import TokenizerRecipe, load_recipe
 from beit_dist.data.corpus.writer import write_corpus
+from beit_dist.engine.tokenizer.build import resolve
+from beit_dist.errors import ConfigError, TokenizerError
+from beit_dist.settings import load_recipe
+from beit_dist.tokenizer_config import TokenizerRecipe
 from beit_dist.visual_tokens.weights import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "train_tokenizer.py")
 TINY = [
     "model.vocabulary=64", "model.hidden=8", "model.blocks_per_group=1", "model.decoder_input=8",
-    "view_size=32", "image_size=16", "batch=4", "held_out=3",
+    "view_size=32", "image_size=16", "batch=4", "held_out=3", "logging.metrics_port=null", "logging.every_steps=1",
 ]  # fmt: skip
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(TOOL, run_name="__main__")
-    signal.signal(signal.SIGTERM, before)
-    return end.value.code
-
-
 @pytest.fixture
-def corpus(tmp_path):
+def corpus(tmp_path: Path) -> Path:
     write_corpus(tmp_path / "corpus", images=10, size=32)
     return tmp_path / "corpus" / "images"
 
 
-def test_trains_and_reports_quality(tmp_path, corpus, monkeypatch, capsys):
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, TOOL, *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: it joins process groups, and ends its process when it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.slow
+def test_it_stops_on_a_signal_goes_on_reports_and_says_that_it_is_done(tmp_path: Path, corpus: Path) -> None:
+    """Plain Python, no launcher. The codebook of so short a training is a collapsed one, which is said."""
     out = tmp_path / "t.safetensors"
-    assert run(monkeypatch, "--images", corpus, "--out", out, *TINY, "steps=3") == 0
-    text = capsys.readouterr().out
-    assert load_tokenizer(out).digest[:16] in text
-    assert "held-out PSNR" in text
-    assert "of 64, perplexity" in text
+    arguments = ["--images", corpus, "--out", out, *TINY, "steps=300", "collapse.below=null"]
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert "stopped on request: step" in text
+    assert "Traceback" not in text
+    assert (tmp_path / "t.run" / "PREEMPTED").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "t.run"]
+
+    second = run(*arguments)
+    assert second.returncode == 0, second.stderr
+    assert "resumed from step-" in second.stdout
+    assert load_tokenizer(out).digest[:16] in second.stdout
+    assert "held-out PSNR" in second.stdout
+    assert "of 64, perplexity" in second.stdout
+    assert "COLLAPSED" in second.stderr
     assert (tmp_path / "t.png").exists()
+    assert json.loads((tmp_path / "t.run" / "DONE").read_text())["digest"] == load_tokenizer(out).digest
+
+    third = run(*arguments)
+    assert third.returncode == 0, third.stderr
+    assert "already done" in third.stdout
 
 
-def test_warns_of_a_collapsed_codebook(tmp_path, corpus, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_collapse_fails_with_a_marker_and_without_a_file(tmp_path: Path, corpus: Path) -> None:
     out = tmp_path / "t.safetensors"
-    assert run(monkeypatch, "--images", corpus, "--out", out, *TINY, "steps=1", "model.vocabulary=4096") == 0
-    assert "COLLAPSED" in capsys.readouterr().err
+    wrong = ["steps=1000", "kl_weight=1e4", "kl_warmup_steps=1", "lr=0.05", "collapse.for_steps=20"]
+    failed = run("--images", corpus, "--out", out, "--run", tmp_path / "r", *TINY, *wrong)
+    assert failed.returncode == 1
+    assert "the codebook has collapsed" in failed.stderr
+    assert "usage_weight (0), a smaller kl_weight (10000)" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "the codebook has collapsed" in json.loads((tmp_path / "r" / "FAILED").read_text())["error"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "r"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["stepz=3"], "Did you mean steps?"),
-        (["batch=none"], "error: batch"),
-        (["--device", "tpu"], "error: --device: got 'tpu'"),
-        (["--config", "nowhere.yaml"], "error: --config"),
-        (["held_out=64"], "got 10 usable images, expected at least 65"),
+        (["batch=none"], "batch: got 'none'"),
+        (["--device", "tpu"], "--device: got 'tpu'"),
+        (["--config", "nowhere.yaml"], "--config"),
+        (["--ds_config", "nowhere.json"], "--ds_config"),
     ],
 )
-def test_refuses_at_start(tmp_path, corpus, monkeypatch, capsys, arguments, message):
+def test_it_refuses_at_start(
+    tmp_path: Path, load_tool: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     out = tmp_path / "t.safetensors"
-    assert run(monkeypatch, "--images", corpus, "--out", out, *TINY, *arguments) == 2
-    captured = capsys.readouterr().err
-    assert message in captured
-    assert "Traceback" not in captured
-    assert not out.exists()
+    with pytest.raises(ConfigError) as caught:
+        load_tool("train_tokenizer").main(["--images", str(tmp_path), "--out", str(out), *TINY, *arguments])
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_a_folder_is_refused(tmp_path: Path, load_tool: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    with pytest.raises(TokenizerError, match="got a folder"):
+        load_tool("train_tokenizer").main(["--images", "nowhere", "--out", str(tmp_path), *TINY])
 
 
 @pytest.mark.parametrize("name", ["demo", "small", "dalle"])
-def test_shipped_recipes_are_valid(name):
+def test_shipped_recipes_are_valid_and_divide_over_many_ranks(name: str) -> None:
     recipe = load_recipe(TokenizerRecipe, ROOT / "configs" / f"tokenizer_{name}.yaml")
     assert recipe.view_size == 112 or name == "dalle"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_command_without_a_file_or_a_traceback(tmp_path, corpus, signal_number):
-    out = tmp_path / "t.safetensors"
-    command = [sys.executable, TOOL, "--images", corpus, "--out", out, *TINY, "steps=1000000"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    for line in process.stderr:
-        if line.startswith("step 1/"):
-            break
-    process.send_signal(signal_number)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
+    for ranks in (1, 2, 4, 8, *((16, 64) if name == "dalle" else ())):
+        resolved = resolve(recipe, None, ranks)
+        assert resolved.micro_batch * resolved.accumulation * ranks == recipe.batch

@@ -18,6 +18,8 @@ def measure(quick: bool) -> list[Row]:
     def build() -> Plan:
         plan = Plan(shard_samples=[samples // shards] * shards, views=1, seed=0, lanes=lanes)
         plan.picks(0, batch // lanes, range(batch // ranks))
+        for lane in range(lanes // ranks):  # what a rank that reads a store asks for first
+            plan.window(lane, plan.window(lane, 0).end)
         return plan
 
     starts = [seconds(build) for _ in range(repetitions)]
@@ -29,9 +31,18 @@ def measure(quick: bool) -> list[Row]:
     steps = in_turn({"ours": lambda: plan.picks(next(position), batch // lanes, range(batch // ranks))}, 200)[
         "ours"
     ]
+    windows = in_turn({"ours": lambda: plan.window(3, next(position))}, 200)["ours"]
+    # A lane that looks ahead over the end of an epoch holds the orders of two.
+    tracemalloc.start()
+    plan = build()
+    plan.window(0, samples // lanes + 1)
+    both = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
     return [
         row("plan", case, "start, first picks", starts, "s"),
         row("plan", case, "memory held", [held / 1e6], "MB"),
+        row("plan", case, "memory held, two epochs", [both / 1e6], "MB"),
         row("plan", case, "memory peak", [peak / 1e6], "MB"),
         row("plan", case, "picks of a step", [1e6 * t for t in steps], "us"),
+        row("plan", case, "a lane's next window", [1e6 * t for t in windows], "us"),
     ]

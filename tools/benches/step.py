@@ -24,11 +24,11 @@ def measure(quick: bool) -> list[Row]:
         model = MaskedImageModel(config).to(device)
         model.initialise(0)
         model.bfloat16()
-        inputs = _inputs(config, batch, device)
+        batch_inputs = inputs(config, batch, device)
 
-        def step(model: MaskedImageModel = model, inputs: tuple[torch.Tensor, ...] = inputs) -> None:
+        def step(model: MaskedImageModel = model, given: tuple[torch.Tensor, ...] = batch_inputs) -> None:
             model.zero_grad(set_to_none=True)
-            model(*inputs).loss_sum.backward()
+            model(*given).loss_sum.backward()
             _wait(device)
 
         taken = in_turn({"ours": step}, 3 if quick else 7)["ours"]
@@ -39,7 +39,8 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def _inputs(config: ModelConfig, batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def inputs(config: ModelConfig, batch: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Random (patches, tokens, positions) of a batch, on the device."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (batch, config.patches, config.patch_bytes), generator=generator)
     tokens = torch.randint(0, config.vocabulary, (batch, config.patches), generator=generator)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from beit_dist.errors import CheckpointError, StorageError
@@ -18,6 +17,8 @@ from beit_dist.storage.place import Place
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+GIVEN_UP = "given_up_for"
+"""In a manifest that commits nothing: a newer attempt, of this number, has taken the name before the older one."""
 BAD = "BAD"
 """Marks a damaged checkpoint in a store, where a folder cannot be renamed."""
 WEIGHT = "weight"
@@ -44,18 +45,6 @@ class Fragment:
     def length(self) -> int:
         """Number of values."""
         return self.data.numel()
-
-    def on_host(self, memory: Tensor | None = None) -> Fragment:
-        """The same values in memory of their own: what the next step changes is not what is written.
-
-        Args:
-            memory: of an earlier copy, to be used again if it fits.
-        """
-        data = self.data.detach()
-        copy = memory
-        if copy is None or copy.shape != data.shape or copy.dtype != data.dtype:
-            copy = torch.empty_like(data, device="cpu", pin_memory=data.is_cuda)
-        return Fragment(self.parameter, self.role, self.start, copy.copy_(data))
 
     def digest(self) -> int:
         """A 64-bit number of the values and their places, such that those of all fragments add up (mod 2⁶⁴).
@@ -138,7 +127,9 @@ def committed(folder: Place) -> list[Saved]:
         if name:
             files = folder.list(entry)
             if MANIFEST in files and BAD not in files:
-                found.append(Saved(folder / entry, *name, read_manifest(folder / entry)))
+                manifest = read_manifest(folder / entry)
+                if GIVEN_UP not in manifest:
+                    found.append(Saved(folder / entry, *name, manifest))
     return sorted(found, key=lambda saved: (saved.attempt, saved.step), reverse=True)
 
 

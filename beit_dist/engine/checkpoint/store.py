@@ -16,28 +16,30 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from beit_dist.config import CheckpointConfig
 from beit_dist.durable import sync_folder
 from beit_dist.engine.checkpoint.files import file_fault, write_copy, write_fragments
 from beit_dist.engine.checkpoint.fragments import EngineState
+from beit_dist.engine.checkpoint.image import FileImage
 from beit_dist.engine.checkpoint.layout import (
     AVERAGE,
     BAD,
     FORMAT_VERSION,
+    GIVEN_UP,
     MANIFEST,
-    Fragment,
     Saved,
     committed,
     folder_name,
     parse_folder_name,
     rank_records,
+    read_manifest,
     role_digests,
     sealed,
     summed,
@@ -49,6 +51,7 @@ from beit_dist.storage.place import Place
 
 _log = logging.getLogger(__name__)
 FAILED = ".failed"
+_NICE = 10  # a tenth of the training's share of a core that both want: a save gets on, and is hardly felt
 _POLL = 0.02  # seconds between looks for the other ranks' files; the first looks only, later ones are rarer
 
 
@@ -91,7 +94,8 @@ class CheckpointStore:
         self.attempt = 0
         self._mark = b""  # what this attempt's file says, unlike any other's
         self.passed_over = 0  # damaged checkpoints met while looking for a whole one
-        self._memory: dict[str, Tensor] = {}  # of the copies of the last save, by fragment
+        self._image: FileImage | None = None  # memory for the copies, kept between saves
+        self._preparing: threading.Thread | None = None
         self._writing: _Writing | None = None
         self._whole_step: int | None = None  # the last step of this run that is known to be whole
         self._resumed_from: str | None = None
@@ -125,8 +129,21 @@ class CheckpointStore:
                     "a store that refuses to create what exists (If-None-Match: *), but it did so",
                     "Without that, two starts of a run could both believe to be the only one.",
                 )
+            self._give_up_unfinished()
         self.attempt = self._agreement.from_rank_0(self.attempt)
         return self.attempt
+
+    def _give_up_unfinished(self) -> None:
+        """What older attempts have not committed by now they never will: this attempt goes on without it.
+
+        An older rank may be about to do it, having seen no newer attempt. A manifest is created only once, so
+        either it was there before, and is found, or it never will be.
+        """
+        for entry in self.folder.list():
+            name = parse_folder_name(entry)
+            if name and name[1] < self.attempt and not (self.folder / entry).exists(MANIFEST):
+                with contextlib.suppress(FileNotFoundError):  # its attempt has just removed it
+                    (self.folder / entry).create(MANIFEST, sealed({GIVEN_UP: self.attempt}))
 
     def newest_whole(self) -> Saved | None:
         """The newest checkpoint whose files are all whole; damaged ones are reported and renamed ``.bad``.
@@ -176,6 +193,24 @@ class CheckpointStore:
         state.loss_scale = saved.manifest["loss_scale"]
         self._whole_step, self._resumed_from = saved.step, saved.folder.name
 
+    def prepare(self, state: EngineState, device: torch.device) -> None:
+        """Have the system find the memory for the copies, in a thread: the first save then need not wait for it.
+
+        Args:
+            state: what will be saved.
+            device: where it lies.
+        """
+        image = self._image = FileImage(state.saved_fragments())
+
+        def find() -> None:
+            yield_to_others()
+            image.find_memory()
+            if device.type == "cuda":
+                image.pin(device)
+
+        self._preparing = threading.Thread(target=find, name="checkpoint-memory", daemon=True)
+        self._preparing.start()
+
     def begin_save(
         self,
         step: int,
@@ -208,11 +243,15 @@ class CheckpointStore:
             "loss_scale": state.loss_scale,
             **facts,
         }
-        # Memory that the system has yet to find takes longer to fill than to copy: it is kept between saves.
-        fragments = [fragment.on_host(self._memory.get(fragment.key)) for fragment in state.saved_fragments()]
-        self._memory = {fragment.key: fragment.data for fragment in fragments}
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+        fragments = state.saved_fragments()
+        if self._image is None or not self._image.fits(fragments):
+            self._image = FileImage(fragments)
+        self._image.take(fragments)
         folder = self.folder / folder_name(step, self.attempt)
-        self._writing = _Writing(self, folder, step, fragments, manifest, copies or {})
+        self._writing = _Writing(self, folder, step, self._image, manifest, copies or {})
         self._writing.start()
 
     @property
@@ -275,6 +314,7 @@ class CheckpointStore:
         self.refuse_if_superseded()
         manifest = {**manifest, "saved_at": time.time(), "state_digests": summed(digests), "files": files}
         if not folder.create(MANIFEST, sealed(manifest)):
+            self.refuse_if_superseded()
             raise FileExistsError(f"{folder} is committed already")
         if self.folder.is_local:
             sync_folder(self.folder.path)
@@ -298,6 +338,22 @@ class CheckpointStore:
             raise OSError(f"{failed[0].removesuffix(FAILED)} could not write")
         return [rank for rank in range(self._world) if f"rank-{rank:05d}.json" not in names]
 
+    @contextlib.contextmanager
+    def unless_superseded(self) -> Iterator[None]:
+        """What fails inside while a newer attempt runs fails because of that: it is no failure of the run.
+
+        The others of this attempt may be gone, or a checkpoint that is being read.
+
+        Raises:
+            SupersededError: in place of any other.
+        """
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):
+                self.refuse_if_superseded()
+            raise
+
     def refuse_if_superseded(self) -> None:
         """Raise SupersededError when a newer attempt has begun."""
         newest = self._newest_attempt()
@@ -320,9 +376,13 @@ class CheckpointStore:
         whole = {saved.folder.name for saved in found}
         for entry in self.folder.list():
             name = parse_folder_name(entry)
-            unfinished = name and name[1] < self.attempt and entry not in whole
-            if unfinished and not (self.folder / entry).exists(MANIFEST):  # what is damaged has one, and stays
+            if name and name[1] < self.attempt and entry not in whole and not self._is_damaged(entry):
                 self._remove(entry)
+
+    def _is_damaged(self, entry: str) -> bool:
+        """Whether a checkpoint was committed but cannot be used; it stays, for somebody to look at."""
+        folder = self.folder / entry
+        return folder.exists(MANIFEST) and GIVEN_UP not in read_manifest(folder)
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(OSError):
@@ -358,6 +418,13 @@ def _set_aside(folder: Place) -> None:
         folder.write(BAD, b"")
 
 
+def yield_to_others() -> None:
+    """Let this thread, and those that it starts, run when the training does not want the core (Linux only)."""
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
+
+
 class _Writing(threading.Thread):
     """One rank's part of a save; on rank 0 also the wait for the others, and the commit.
 
@@ -370,7 +437,7 @@ class _Writing(threading.Thread):
         store: CheckpointStore,
         folder: Place,
         step: int,
-        fragments: Sequence[Fragment],
+        image: FileImage,
         manifest: dict[str, Any],
         copies: Mapping[str, Path],
     ) -> None:
@@ -379,16 +446,16 @@ class _Writing(threading.Thread):
         self.fault = ""
         self.superseded = ""
         self.seconds = 0.0
-        self._store, self._fragments, self._manifest, self._copies = store, fragments, manifest, copies
+        self._store, self._image, self._manifest, self._copies = store, image, manifest, copies
         self._began = time.monotonic()
 
     def run(self) -> None:
         """Write, then on rank 0 commit; whatever goes wrong is kept for ``finish_save``."""
         store = self._store
         try:
+            yield_to_others()
             self.folder.make()
-            write_fragments(self.folder, store.rank, self._fragments)
-            self._fragments = ()
+            write_fragments(self.folder, store.rank, self._image)
             if store.rank == 0:
                 self._wait_for_others()
                 store.commit(self.folder, self._manifest, self._copies)

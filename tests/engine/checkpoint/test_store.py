@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import safe_open
 
 from beit_dist.config import CheckpointConfig
 from beit_dist.engine.checkpoint.files import write_fragments
+from beit_dist.engine.checkpoint.image import FileImage
 from beit_dist.engine.checkpoint.layout import Fragment, Saved, committed, rank_records
 from beit_dist.engine.checkpoint.ranges import FragmentReader
 from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError
@@ -96,7 +98,7 @@ def test_the_files_are_plain_safetensors(three: Path) -> None:
 def test_fragments_are_read_across_other_cuts(tmp_path: Path) -> None:
     values = torch.randn(100, generator=torch.Generator().manual_seed(0))
     for rank, (low, high) in enumerate([(0, 37), (37, 40), (40, 100)]):
-        write_fragments(LocalPlace(tmp_path), rank, [Fragment("p", "weight", low, values[low:high])])
+        write_fragments(LocalPlace(tmp_path), rank, FileImage.of([Fragment("p", "weight", low, values[low:high])]))
     records = [json.loads((tmp_path / f"rank-{rank:05d}.json").read_bytes()) for rank in range(3)]
     reader = FragmentReader(LocalPlace(tmp_path), records)
     for low, high in [(0, 100), (36, 41), (99, 100), (38, 39)]:
@@ -188,6 +190,16 @@ def test_the_older_of_two_attempts_stops_and_harms_nothing(three: Path) -> None:
     assert SupersededError.exit_code == 1
 
 
+def test_what_fails_beside_a_newer_attempt_is_no_failure_of_the_run(three: Path) -> None:
+    """A slow start may be reading a checkpoint that the newer one has just replaced."""
+    older = store(three)
+    with pytest.raises(FileNotFoundError), older.unless_superseded():
+        raise FileNotFoundError("rank-00000.safetensors")
+    store(three)
+    with pytest.raises(SupersededError, match="superseded by attempt 3"), older.unless_superseded():
+        raise FileNotFoundError("rank-00000.safetensors")
+
+
 def test_what_an_older_attempt_still_commits_is_not_continued(
     three: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +209,40 @@ def test_what_an_older_attempt_still_commits_is_not_continued(
     monkeypatch.setattr(older, "refuse_if_superseded", lambda: None)
     assert save(older, 9, State(9))
     assert (newest(three).step, newest(three).attempt) == (4, 3)
+
+
+@pytest.mark.parametrize("newer_saves", [False, True])
+def test_what_the_newer_attempt_has_not_found_is_never_committed(
+    three: Path, monkeypatch: pytest.MonkeyPatch, newer_saves: bool
+) -> None:
+    """The newer one begins while the older is between its check and its commit, and may die before it saves.
+
+    Were the older one's step 4 there afterwards, a third attempt would continue it: without the lines of numbers
+    that the second has removed, and whatever settings the second was started with.
+    """
+    older = store(three)
+    check = older.refuse_if_superseded
+    newer: list[CheckpointStore] = []
+
+    def late() -> None:
+        check()
+        if not newer:
+            newer.append(store(three))
+            found = newer[0].newest_whole()
+            assert found is not None
+            assert (found.step, found.attempt) == (3, 1)
+
+    monkeypatch.setattr(older, "refuse_if_superseded", late)
+    with pytest.raises(SupersededError, match="superseded by attempt 3"):
+        save(older, 4, State(4))
+    if newer_saves:
+        assert save(newer[0], 5, State(5))
+        assert names(three) == ["step-00000002.a0001", "step-00000003.a0001", "step-00000005.a0003"]
+    third = store(three)
+    found = third.newest_whole()
+    assert found is not None
+    assert (found.step, found.attempt) == ((5, 3) if newer_saves else (3, 1))
+    assert third.passed_over == 0
 
 
 def test_training_goes_on_while_a_copy_is_written(tmp_path: Path) -> None:
@@ -232,7 +278,7 @@ def test_chunk_checksums_cover_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     import zlib
 
     monkeypatch.setattr("beit_dist.engine.checkpoint.files.CHUNK", 1000)
-    write_fragments(LocalPlace(tmp_path), 0, [Fragment("p", "weight", 0, torch.arange(777.0))])
+    write_fragments(LocalPlace(tmp_path), 0, FileImage.of([Fragment("p", "weight", 0, torch.arange(777.0))]))
     record = json.loads((tmp_path / "rank-00000.json").read_bytes())
     content = (tmp_path / "rank-00000.safetensors").read_bytes()
     assert record["bytes"] == len(content)
@@ -245,3 +291,37 @@ def test_another_format_is_refused(three: Path) -> None:
     with pytest.raises(CheckpointError, match="got format 2, expected 1"):
         store(three).restore(saved, State(0))
     assert len(rank_records(saved)) == 1
+
+
+def test_the_copy_is_laid_out_as_the_file_and_its_memory_is_found_once_and_beforehand(tmp_path: Path) -> None:
+    """The second save, and the first one that was prepared, need no memory that the system has yet to find."""
+
+    def faults(work: Callable[[], object]) -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        work()
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    state = State(1)
+    state.tensors[0] = Fragment("a.weight", "weight", 0, torch.ones(2**23))  # 32 MiB: 16 huge pages, or 8,192
+    image = FileImage(state.tensors)
+    unprepared = faults(lambda: image.take(state.tensors))
+    assert unprepared >= 16
+
+    writer = store(tmp_path)
+    writer.prepare(state, torch.device("cpu"))  # type: ignore[arg-type]
+    memory = writer._image
+    assert memory is not None
+    assert writer._preparing is not None
+    writer._preparing.join()
+    assert faults(lambda: memory.take(state.tensors)) < unprepared / 4
+    for step in (1, 2):
+        assert save(writer, step, state)
+        assert writer._image is memory
+        written = (tmp_path / f"step-{step:08d}.a0001" / "rank-00000.safetensors").read_bytes()
+        assert written == memory.bytes
+    state.tensors = state.tensors[:2]
+    assert save(writer, 3, state)
+    restored = State(0)
+    restored.tensors = [Fragment(f.parameter, f.role, f.start, torch.zeros(f.length)) for f in state.tensors]
+    store(tmp_path).restore(newest(tmp_path), restored)
+    assert torch.equal(restored.tensors[0].data, state.tensors[0].data)

@@ -1,0 +1,210 @@
+"""Weights of Hugging Face, timm and unilm for a new run. No file is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from beit_dist.config import HALF, IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from beit_dist.engine.export import FILE
+from beit_dist.errors import WeightsError
+from beit_dist.models.vit import NORM_EPS
+from beit_dist.models.weights import from_hf, from_unilm, is_hf, without_extras
+from beit_dist.safe_pickle.files import read_torch_file
+from beit_dist.safe_pickle.machine import Inert
+from beit_dist.storage.place import is_url
+
+_PICKLE = "pytorch_model.bin"
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+_CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
+_WRAPPERS = ("model", "module", "state_dict")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Weights that another project's files hold, as those of our model.
+
+    Attributes:
+        weights: by our names, fp32; what has no name here keeps its own.
+        digest: sha256 of the files.
+        known: what they say of settings that shapes do not show: heads, pixel_mean, pixel_std.
+        left_out: names of tensors that fine-tuning had added behind the backbone.
+        notes: what is computed otherwise there, in words.
+    """
+
+    weights: dict[str, Tensor]
+    digest: str
+    known: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def is_foreign(source: str) -> bool:
+    """Whether ``source`` is a file of weights, or a folder with one, and not a run."""
+    path = Path(source)
+    if is_url(source):
+        return path.suffix in _SUFFIXES
+    return path.suffix in _SUFFIXES or any((path / name).is_file() for name in (_CONFIG, FILE, _PICKLE))
+
+
+def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:
+    """Read weights of Hugging Face, timm or unilm, or an export of ours, for ``model``; resampled for its grid.
+
+    Raises:
+        WeightsError: there is no such file, it is damaged or would run code, or holds no BEiT v1 model.
+    """
+    if is_url(str(source)):
+        raise WeightsError(f"{source}: got a URL, expected a local file or folder. Copy it here first")
+    path = Path(source)
+    known: dict[str, Any] = {}
+    notes: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    digest = hashlib.sha256()
+    for file in _files(path):
+        found, said = _read(file, digest)
+        if twice := found.keys() & tensors.keys():
+            raise WeightsError(f"{file}: got {min(twice)}, which another file of {path} has too")
+        tensors |= found
+        known |= said
+    room = sum(file.stat().st_size for file in _files(path))
+    if sum(tensor.numel() for tensor in tensors.values()) > room:
+        raise WeightsError(f"{path}: got tensors that share their values, and are more than the files hold")
+    try:
+        if path.is_dir():
+            known |= _settings(path, notes)
+        tensors, left_out = without_extras(_unwrapped(tensors))
+        weights = from_unilm(from_hf(tensors) if is_hf(tensors) else tensors, model)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    return Foreign(weights, digest.hexdigest(), known, left_out, notes)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of the weights at ``path``: itself, or in a folder one, or the parts that an index names."""
+    if not path.is_dir():
+        return [path]
+    for name in (FILE, _PICKLE):
+        index = path / f"{name}.index.json"
+        if (path / name).is_file():
+            return [path / name]
+        if index.is_file():
+            places = _json(index).get("weight_map")
+            parts = set(places.values()) if isinstance(places, dict) else set()
+            if not parts or not all(isinstance(part, str) and Path(part).name == part for part in parts):
+                raise WeightsError(f"{index}: got no weight_map of files beside it")
+            return [path / part for part in sorted(parts)]
+    raise WeightsError(f"{path}: got no {FILE}, expected it beside {_CONFIG}")
+
+
+def _read(path: Path, digest: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's tensors, and what it says of settings; its bytes go into ``digest``."""
+    try:
+        with open(path, "rb") as file:
+            if path.suffix == ".safetensors":
+                content = file.read()
+                digest.update(content)
+            else:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
+    if path.suffix != ".safetensors":
+        found = read_torch_file(path)
+        arguments = found.get("args") if isinstance(found, dict) else None
+        return _state(path, found), _unilm_known(arguments.state) if isinstance(arguments, Inert) else {}
+    try:
+        tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path}: got no whole safetensors file ({error})") from None
+    return tensors, _our_known(header.get("__metadata__") or {})
+
+
+def _state(path: Path, found: Any) -> dict[str, Tensor]:
+    """The state dict in what a file held: by itself, or under ``model``, ``module`` or ``state_dict``."""
+    for _ in _WRAPPERS:
+        if isinstance(found, dict):
+            found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)), found)
+    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise WeightsError(f"{path}: got no state of a model, expected tensors by name")
+    return {str(name): tensor for name, tensor in found.items()}
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what data-parallel training and segmentation put before them."""
+    return {name.removeprefix("module.").removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: got {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def _settings(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """Heads and normalisation from a folder of Hugging Face or timm."""
+    config, look = ({} if not (folder / n).is_file() else _json(folder / n) for n in (_CONFIG, _PROCESSOR))
+    known: dict[str, Any] = {}
+    timm, arguments = config.get("pretrained_cfg"), config.get("model_args")
+    heads = config.get("num_attention_heads")
+    if isinstance(arguments, dict):
+        heads = arguments.get("num_heads", heads)
+    if isinstance(heads, int):
+        known["heads"] = heads
+    if isinstance(timm, dict):
+        known |= _units({"pixel_mean": timm.get("mean"), "pixel_std": timm.get("std")})
+    if look.get("do_normalize") is False:
+        known |= {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (1.0, 1.0, 1.0)}
+    else:
+        known |= _units({"pixel_mean": look.get("image_mean"), "pixel_std": look.get("image_std")})
+    scale = look.get("rescale_factor")
+    if look.get("do_rescale") is False or (isinstance(scale, float) and abs(scale * 255 - 1) > 1e-6):
+        raise WeightsError(f"{_PROCESSOR}: got pixels that are not divided by 255 (do_rescale, rescale_factor)")
+    activation, eps = config.get("hidden_act", "gelu"), config.get("layer_norm_eps", NORM_EPS)
+    if activation != "gelu":
+        raise WeightsError(f"{_CONFIG}: hidden_act: got {activation!r}, expected 'gelu'")
+    if eps != NORM_EPS:
+        notes.append(f"its config.json has layer_norm_eps {eps}; here, as in the original, it is {NORM_EPS}")
+    return known
+
+
+def _unilm_known(state: Any) -> dict[str, Any]:
+    """unilm's normalisation is one flag; ours writes the numbers beside it."""
+    state = state if isinstance(state, dict) else {}
+    if numbers := _units({name: state.get(name) for name in ("pixel_mean", "pixel_std")}):
+        return numbers
+    if "imagenet_default_mean_and_std" not in state:
+        return {}
+    imagenet = bool(state["imagenet_default_mean_and_std"])
+    return {"pixel_mean": IMAGENET_MEAN if imagenet else HALF, "pixel_std": IMAGENET_STD if imagenet else HALF}
+
+
+def _our_known(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export of ours says in its file, whatever its names are."""
+    with suppress(KeyError, ValueError, TypeError):
+        model = json.loads(metadata["model"])
+        return {"heads": int(model["heads"]), **_units({n: model[n] for n in ("pixel_mean", "pixel_std")})}
+    return {}
+
+
+def _units(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are three numbers, as tuples."""
+    return {name: tuple(value) for name, value in given.items() if _is_unit(value)}
+
+
+def _is_unit(value: Any) -> bool:
+    numbers: Iterator[Any] = iter(value) if isinstance(value, (list, tuple)) else iter(())
+    return sum(isinstance(number, (int, float)) for number in numbers) == 3

@@ -1,0 +1,128 @@
+"""Checkpoints of a loop: when one is due, beside which steps it is written, and what a failed one means."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from beit_dist.config import CheckpointConfig
+from beit_dist.engine.checkpoint.fragments import EngineState
+from beit_dist.engine.checkpoint.store import CheckpointStore, SaveResult
+from beit_dist.engine.distributed import Agreement
+from beit_dist.engine.metrics import Metrics
+from beit_dist.engine.timeouts import Timeouts
+from beit_dist.engine.watchdog import Watchdog
+from beit_dist.errors import TrainingError
+
+_log = logging.getLogger(__name__)
+
+
+class Saving:
+    """The saves of one start of a run; every method but the properties is called by all ranks together.
+
+    Args:
+        store: the run's checkpoints.
+        state: what is saved.
+        settings: when to save, and how many failures in a row to bear.
+        metrics: rank 0's metrics; None on the other ranks.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        state: EngineState,
+        settings: CheckpointConfig,
+        agreement: Agreement,
+        timeouts: Timeouts,
+        watchdog: Watchdog,
+        metrics: Metrics | None,
+    ) -> None:
+        self._store, self._state, self._settings = store, state, settings
+        self._agreement, self._timeouts, self._watchdog, self._metrics = agreement, timeouts, watchdog, metrics
+        self._failed = 0
+        self._fault = ""
+        self._last = time.monotonic()
+
+    @property
+    def is_due_by_clock(self) -> bool:
+        """Whether ``checkpoint.every_minutes`` have passed. Rank 0's clock alone decides."""
+        minutes = self._settings.every_minutes
+        return self._store.rank == 0 and minutes is not None and time.monotonic() - self._last > 60 * minutes
+
+    def is_due_by_step(self, step: int) -> bool:
+        """Whether ``checkpoint.every_steps`` asks for one after this step."""
+        every = self._settings.every_steps
+        return every is not None and step % every == 0
+
+    @property
+    def has_written(self) -> bool:
+        """Whether this rank's part of the save in flight is over."""
+        return self._store.has_written
+
+    def begin(self, step: int, facts: dict[str, Any], copies: Mapping[str, Path], fault: str) -> None:
+        """Start to save beside the next steps; they wait for the copy to host memory, and for a save before.
+
+        Args:
+            step: steps attempted so far.
+            facts: what the manifest says.
+            copies: local files to save with the state, by their name in the checkpoint.
+            fault: rank 0: why the numbers of the steps so far, which a checkpoint vouches for, are not on the
+                disk; empty when they are.
+        """
+        self.finish()
+        began = time.monotonic()
+        if fault := self._agreement.from_rank_0(fault):
+            if self._store.rank == 0:
+                _log.error("checkpoint of step %d was not saved: %s", step, fault)
+            self._last = began
+            self._count(SaveResult(step, fault, 0.0))
+            return
+        self._store.begin_save(step, self._state, facts, copies)
+        self._last = time.monotonic()
+        if self._metrics is not None:
+            self._metrics.observe("beit_checkpoint_stall_seconds", self._last - began)
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if there is one, and count how it ended.
+
+        Raises:
+            TrainingError: ``checkpoint.max_failed_saves`` in a row failed.
+        """
+        if not self._store.is_saving:
+            return
+        with self._timeouts.saving():
+            result = self._store.finish_save()
+        self._watchdog.beat()
+        if result is not None:
+            self._count(result)
+
+    def finish_last(self, step: int) -> None:
+        """Wait for the save that ends this start of the run; without it the run has not ended well.
+
+        Raises:
+            TrainingError: it failed.
+        """
+        self.finish()
+        if self._failed:
+            raise TrainingError(
+                f"the checkpoint of step {step}, the last one, could not be saved: {self._fault}. Make room, or "
+                "look at the disk, and start again: the run goes on from the checkpoint before."
+            )
+
+    def _count(self, result: SaveResult) -> None:
+        limit = self._settings.max_failed_saves
+        self._failed = 0 if result.ok else self._failed + 1
+        self._fault = result.fault
+        if self._metrics is not None:
+            self._metrics.add("beit_checkpoint_saves", result="ok" if result.ok else "failed")
+            self._metrics.observe("beit_checkpoint_duration_seconds", result.seconds)
+            if result.ok:
+                self._metrics.set({"beit_checkpoint_last_success_timestamp_seconds": time.time()})
+        if self._failed >= limit:
+            raise TrainingError(
+                f"{limit} checkpoints in a row could not be saved, the last at step {result.step}: "
+                f"{result.fault}. Look at the disk, or raise checkpoint.max_failed_saves."
+            )

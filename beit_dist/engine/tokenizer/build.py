@@ -1,0 +1,345 @@
+"""From a recipe to a loop: images, model, engine, and the newest whole checkpoint, in that order."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import deepspeed
+import torch
+
+from beit_dist.config import OptimizerConfig
+from beit_dist.data.crops import CropBatches, ImageFile, ImagePool, centred_view
+from beit_dist.data.draws import Purpose, permutation
+from beit_dist.engine.average import WeightAverage
+from beit_dist.engine.checkpoint.fragments import EngineState
+from beit_dist.engine.checkpoint.layout import AVERAGE, Saved
+from beit_dist.engine.checkpoint.store import CheckpointStore
+from beit_dist.engine.distributed import Agreement
+from beit_dist.engine.dry_run import state_bytes
+from beit_dist.engine.metrics import TOKENIZER_METRICS, Metrics
+from beit_dist.engine.optimizer import build_optimizer
+from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.preflight import Needs, memory_faults, raise_faults, trial
+from beit_dist.engine.resolve import Resolved, combine
+from beit_dist.engine.resume import compare_recipes
+from beit_dist.engine.run_folder import RunFolder, versions
+from beit_dist.engine.saving import Saving
+from beit_dist.engine.sinks import open_sinks
+from beit_dist.engine.timeouts import Timeouts
+from beit_dist.engine.tokenizer.codebook import Codebook
+from beit_dist.engine.tokenizer.draws import weights_seed
+from beit_dist.engine.tokenizer.record import TokenizerRecorder
+from beit_dist.engine.tokenizer.training import Parts, Progress, views
+from beit_dist.engine.watchdog import Watchdog
+from beit_dist.errors import CheckpointError, ConfigError, DataError
+from beit_dist.tokenizer_config import TokenizerRecipe
+from beit_dist.visual_tokens.dvae import DVAE
+
+BUILT_IN: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+"""DeepSpeed's settings when none are given: nothing sharded, weights and gradients in fp32."""
+
+FROZEN = ("model", "seed", "batch", "view_size", "image_size", "crop_scale", "held_out")
+"""Settings that make another run."""
+SHOWN = (
+    *("steps", "lr", "min_lr", "lr_steps", "warmup_steps", "betas", "weight_decay", "clip_grad", "ema"),
+    *("temperature", "temperature_steps", "kl_weight", "kl_warmup_steps", "usage_weight", "precision"),
+)
+"""Settings that may change, and change what is learnt: the difference is printed."""
+
+Arithmetic = Literal["fp32", "bf16", "fp16"]
+
+
+def resolve(recipe: TokenizerRecipe, ds_config: Mapping[str, Any] | None, ranks: int) -> Resolved:
+    """Combine recipe and JSON, or the built-in one, for ``ranks`` ranks.
+
+    Raises:
+        ConfigError: they conflict, the ranks do not divide the batch, or DeepSpeed cannot do it.
+    """
+    resolved = combine(
+        BUILT_IN if ds_config is None else ds_config,
+        ranks,
+        batch=recipe.batch,
+        micro_batch=recipe.micro_batch,
+        clip_grad=recipe.clip_grad,
+        field="batch",
+    )
+    if ds_config is not None and recipe.precision not in ("auto", resolved.precision):
+        raise ConfigError(
+            "precision", recipe.precision, f"{resolved.precision} as --ds_config has it, or auto", "Change one."
+        )
+    return resolved
+
+
+def choose_arithmetic(
+    recipe: TokenizerRecipe,
+    resolved: Resolved,
+    built_in: bool,
+    device: torch.device,
+    processor: Path = Path("/proc/cpuinfo"),
+) -> Arithmetic:
+    """In what the convolutions are computed: what recipe or JSON say, else what is fast on ``device``.
+
+    A CPU without AMX has no matrix unit for bf16. Steps of ``tokenizer_demo.yaml`` on one core of an AMD EPYC
+    (Zen 5): fp32 60 ms; bf16 56 ms with AVX-512's bf16 instructions, 87 ms with AVX-512 alone, 380 ms with AVX2.
+
+    Args:
+        built_in: there is no JSON.
+        processor: where the system tells what the CPU can do.
+    """
+    if not built_in:
+        return cast(Arithmetic, resolved.precision)
+    if recipe.precision != "auto":
+        return recipe.precision
+    amx = processor.exists() and "amx_bf16" in processor.read_text().split()
+    return "bf16" if device.type == "cuda" or amx else "fp32"
+
+
+def build(
+    recipe: TokenizerRecipe,
+    resolved: Resolved,
+    built_in: bool,
+    files: list[ImageFile],
+    agreement: Agreement,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    timeouts: Timeouts,
+) -> Parts:
+    """Build what a trainer needs and restore the newest whole checkpoint. Collective.
+
+    Raises:
+        DataError: there are too few images, or the ranks see different ones.
+        PreflightError: a rank's host has too little memory, or the ranks' collectives are wrong.
+        CheckpointError: the run in the folder is another one.
+    """
+    run = RunFolder(str(recipe.run), recipe.storage.access)
+    if agreement.ranks.rank == 0:
+        run.create()
+    agreement.from_rank_0(None)  # the folder is there before anyone uses it
+    store = CheckpointStore(run.checkpoints, recipe.checkpoint, agreement)
+    store.begin_attempt()
+    with store.unless_superseded():
+        return _build(recipe, resolved, built_in, files, agreement, device, stop, watchdog, timeouts, run, store)
+
+
+def _build(
+    recipe: TokenizerRecipe,
+    resolved: Resolved,
+    built_in: bool,
+    files: list[ImageFile],
+    agreement: Agreement,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    timeouts: Timeouts,
+    run: RunFolder,
+    store: CheckpointStore,
+) -> Parts:
+    ranks = agreement.ranks
+    saved = store.newest_whole()
+    if saved is not None:
+        compare_recipes(recipe, saved.manifest, loud=ranks.rank == 0, frozen=FROZEN, shown=SHOWN)
+
+    pool = open_pool(recipe, files, agreement)
+    if saved is not None and saved.manifest["images"] != pool.digest:
+        raise CheckpointError(
+            f"run {recipe.run} cannot be continued: it was begun on other images (or with another cache_gib, when "
+            "some cannot be decoded). Give the same images, or choose another run folder."
+        )
+    order = permutation(recipe.seed, Purpose.SOURCE_ORDER, (), len(pool)).tolist()
+    held_out = views([centred_view(pool[number], recipe.view_size) for number in order[: recipe.held_out]])
+
+    model = DVAE(recipe.model, seed=weights_seed(recipe.seed))
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    if recipe.preflight:
+        _check_hosts(resolved, sum(map(math.prod, shapes.values())), agreement, device)
+    engine = build_engine(model, recipe, resolved)
+    state = EngineState(engine, ranks)
+    average = WeightAverage(state, recipe.ema) if recipe.ema else None
+    progress = _restore(store, saved, state)
+    if average is not None and not (saved and AVERAGE in saved.manifest["state_digests"]):
+        average.restart()
+    if ranks.rank == 0:
+        run.take_copies(saved.folder if saved else None)
+        run.forget_steps_after(progress.step)
+        run.remove_markers()
+        run.write_config(recipe)
+
+    metrics = _metrics(recipe, resolved, progress, store) if ranks.rank == 0 else None
+    watchdog.metrics = metrics
+    port = metrics.serve(recipe.logging) if metrics else None
+    arithmetic = choose_arithmetic(recipe, resolved, built_in, device)
+    everyone = agreement.gather({"rank": ranks.rank, "host": socket.gethostname(), "pid": os.getpid()})
+    facts = {
+        "stage": resolved.stage,
+        "precision": resolved.precision,
+        "arithmetic": arithmetic,
+        "images": pool.digest,
+        "parameters": shapes,
+        "config": recipe.model_dump(mode="json"),
+        "versions": versions(),
+    }
+    if ranks.rank == 0:
+        run.write_run(
+            {
+                "attempt": store.attempt,
+                "started": time.time(),
+                "resumed_from": saved.folder.name if saved else None,
+                "world_size": ranks.world,
+                "metrics_port": port,
+                "ranks": everyone,
+                **{name: facts[name] for name in ("stage", "precision", "arithmetic", "images", "versions")},
+            }
+        )
+        print(
+            f"{len(order) - recipe.held_out} images, {recipe.held_out} held out; batch {recipe.batch} = "
+            f"{ranks.world} ranks × {resolved.micro_batch} × {resolved.accumulation}; "
+            f"ZeRO stage {resolved.stage}, weights {resolved.precision}, convolutions {arithmetic}",
+            flush=True,
+        )
+    codebook = Codebook(recipe, saved.manifest["codebook"] if saved else None)
+    recorder = TokenizerRecorder(
+        run,
+        metrics,
+        codebook,
+        recipe,
+        store.attempt,
+        open_sinks(recipe, run.path, progress.step) if ranks.rank == 0 else None,
+    )
+    size = resolved.rank_batch
+    return Parts(
+        recipe=recipe,
+        resolved=resolved,
+        arithmetic=arithmetic,
+        engine=engine,
+        device=device,
+        batches=CropBatches(
+            pool,
+            order[recipe.held_out :],
+            batch=recipe.batch,
+            side=recipe.image_size,
+            scale=recipe.crop_scale,
+            share=recipe.image_size / recipe.view_size,
+            seed=recipe.seed,
+            workers=recipe.workers,
+            rows=range(ranks.rank * size, (ranks.rank + 1) * size),
+            first=progress.step,
+        ),
+        images=len(pool) - recipe.held_out,
+        held_out=held_out,
+        agreement=agreement,
+        store=store,
+        state=state,
+        average=average,
+        shapes=shapes,
+        codebook=codebook,
+        recorder=recorder,
+        saving=Saving(store, state, recipe.checkpoint, agreement, timeouts, watchdog, metrics),
+        watchdog=watchdog,
+        timeouts=timeouts,
+        metrics=metrics,
+        run=run,
+        stop=stop,
+        progress=progress,
+        facts=facts,
+    )
+
+
+def open_pool(recipe: TokenizerRecipe, files: list[ImageFile], agreement: Agreement) -> ImagePool:
+    """The images, the same on every rank. Collective.
+
+    Raises:
+        DataError: there are too few, or the ranks see different ones.
+    """
+    needed = math.ceil(recipe.view_size / recipe.crop_scale[0])
+    pool = ImagePool(files, needed, int(recipe.cache_gib * 2**30), recipe.workers, recipe.held_out + 1)
+    if pool.rejected and agreement.ranks.rank == 0:
+        print(f"{len(pool.rejected)} images left out, first {pool.rejected[0]}", flush=True)
+    found = agreement.gather((socket.gethostname(), len(pool), pool.digest))
+    others = [
+        f"rank {rank} on {host} has {count}" for rank, (host, count, own) in enumerate(found) if own != found[0][2]
+    ]
+    if others:
+        raise DataError(
+            f"the ranks see different images: rank 0 on {found[0][0]} has {found[0][1]}, {'; '.join(others[:4])}. "
+            "Give all hosts the same folder or tars."
+        )
+    return pool
+
+
+def build_engine(model: DVAE, recipe: TokenizerRecipe, resolved: Resolved) -> Any:
+    """The optimizer, and DeepSpeed's engine around it and the model."""
+    named = list(model.named_parameters())
+    decayed = [parameter for name, parameter in named if name.endswith(".w")]
+    others = [parameter for name, parameter in named if not name.endswith(".w")]
+    settings = OptimizerConfig(
+        lr=recipe.lr,
+        min_lr=recipe.min_lr,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        clip_grad=recipe.clip_grad,
+    )
+    optimizer = build_optimizer(
+        [
+            {"name": "decay", "params": decayed, "weight_decay": recipe.weight_decay},
+            {"name": "no_decay", "params": others, "weight_decay": 0.0},
+        ],
+        settings,
+        guarded=resolved.stage == 0 and resolved.precision == "fp32",
+        fused=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures that nothing turns off
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=resolved.deepspeed, dist_init_required=False
+        )
+    engine.train()
+    return engine
+
+
+def _check_hosts(resolved: Resolved, parameters: int, agreement: Agreement, device: torch.device) -> None:
+    """Refuse a start for which a host has too little memory, or whose ranks do not hear each other right."""
+    host = socket.gethostname()
+    neighbours = agreement.gather(host).count(host)
+    average_and_measured = 8 * parameters
+    needed = Needs(sum(state_bytes(resolved, parameters).values()) + average_and_measured, shared=0)
+    faults = memory_faults(needed, device, neighbours)
+    _, fault = trial(agreement, device)
+    raise_faults(agreement.gather((host, [*faults, fault] if fault else faults)))
+
+
+def _restore(store: CheckpointStore, saved: Saved | None, state: EngineState) -> Progress:
+    if saved is None:
+        return Progress()
+    store.restore(saved, state)
+    if store.rank == 0:
+        print(f"resumed from {saved.folder.name}: step {saved.step}", flush=True)
+    return Progress(step=saved.step, skipped=saved.manifest["counters"]["skipped"])
+
+
+def _metrics(recipe: TokenizerRecipe, resolved: Resolved, progress: Progress, store: CheckpointStore) -> Metrics:
+    """Rank 0's metrics, with the counters where the run left them."""
+    metrics = Metrics(TOKENIZER_METRICS)
+    named = {name: str(value) for name, value in versions().items() if name != "commit"}
+    metrics.describe(
+        **named, zero_stage=str(resolved.stage), precision=resolved.precision, run=Path(str(recipe.run)).name
+    )
+    metrics.add("beit_train_steps", progress.step)
+    metrics.add("beit_train_steps_skipped", progress.skipped)
+    metrics.add("beit_train_samples", progress.step * recipe.batch)
+    metrics.add("beit_checkpoint_damaged", store.passed_over)
+    metrics.set(
+        {
+            "beit_train_target_steps": recipe.steps,
+            "beit_train_world_size": resolved.ranks,
+            "beit_tokenizer_vocabulary": recipe.model.vocabulary,
+        }
+    )
+    return metrics

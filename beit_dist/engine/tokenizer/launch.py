@@ -1,0 +1,184 @@
+"""One start of a tokenizer's training on one rank: join, build, train, write the tokenizer, leave a marker."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beit_dist.data.crops import ImageFile, find_images
+from beit_dist.durable import write_whole
+from beit_dist.engine.distributed import (
+    Agreement,
+    Ranks,
+    check_precision,
+    close_process_groups,
+    init_process_groups,
+    store_of_ranks,
+)
+from beit_dist.engine.launch import failures_marked, quieten
+from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.run_folder import DONE, RunFolder
+from beit_dist.engine.sinks import check_packages
+from beit_dist.engine.timeouts import Timeouts
+from beit_dist.engine.tokenizer.build import build
+from beit_dist.engine.tokenizer.quality import Quality, picture
+from beit_dist.engine.tokenizer.training import TokenizerTrainer
+from beit_dist.engine.watchdog import Watchdog, record_collectives
+from beit_dist.errors import TokenizerError, UserError
+from beit_dist.tokenizer_config import TokenizerRecipe
+from beit_dist.visual_tokens.weights import check_writable, save_tokenizer, tokenizer_digest
+
+_OF_THE_HOST = {"run", "checkpoint", "storage", "logging", "watchdog", "timeouts", "workers", "cache_gib"}
+"""Settings that are no part of how a tokenizer was made; some are places."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for."""
+
+    images: str
+    """A folder of images, a tar, or a webdataset specification of tars."""
+    out: Path
+    """The tokenizer's file; its picture lies beside it."""
+    recipe: TokenizerRecipe
+    """With its run folder."""
+    resolved: Resolved
+    built_in: bool
+    """Whether DeepSpeed's settings are the built-in ones."""
+
+    @property
+    def picture(self) -> Path:
+        """Held-out images over their reconstructions."""
+        return self.out.with_suffix(".png")
+
+
+def launch(job: Job, ranks: Ranks) -> int:
+    """Train on this rank; 0 when the tokenizer is written, or the run was stopped with a whole checkpoint.
+
+    What every rank would find wrong alike is raised before the ranks join. After that a failure ends this
+    process at once, without further collectives: others may be stuck in one, and follow when they notice.
+    """
+    since = time.time()
+    quieten()
+    recipe = job.recipe
+    check_precision(job.resolved.precision)
+    check_packages(recipe)
+    if ranks.rank == 0:
+        check_writable(job.out)
+    files = find_images(job.images)
+    run = RunFolder(str(recipe.run), recipe.storage.access)
+    run.check_writable()
+    # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
+    stop = StopRequest(max_minutes=recipe.max_minutes if ranks.rank == 0 else None).install()
+    timeouts = Timeouts(recipe.timeouts, recipe.checkpoint.timeout_seconds)
+    with failures_marked(run, ranks, timeouts, since):
+        record_collectives(run.ranks)
+        watchdog = Watchdog(recipe.watchdog, run.ranks, ranks.rank).start()
+        device = init_process_groups(ranks, timeouts.start)
+        stop.share(store_of_ranks())
+        agreement = Agreement(ranks, timeouts.start)
+        train(job, files, agreement, device, stop, watchdog, timeouts)
+        watchdog.close()
+        stop.close()
+        close_process_groups()
+    return 0
+
+
+def train(
+    job: Job,
+    files: list[ImageFile],
+    agreement: Agreement,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    timeouts: Timeouts,
+) -> str:
+    """Train from where the run is, and write the tokenizer if it is done; the marker that was left. Collective."""
+    recipe, ranks = job.recipe, agreement.ranks
+    run = RunFolder(str(recipe.run), recipe.storage.access)
+    written = agreement.from_rank_0(finished(job, run) if ranks.rank == 0 else None)
+    if written is not None:
+        if ranks.rank == 0:
+            print(f"already done: {job.out} (digest {written[:16]}), run folder {recipe.run}", flush=True)
+        return DONE
+    parts = build(recipe, job.resolved, job.built_in, files, agreement, device, stop, watchdog, timeouts)
+    trainer = TokenizerTrainer(parts)
+    with parts.store.unless_superseded():
+        marker = trainer.run()
+        if ranks.rank == 0:
+            parts.store.refuse_if_superseded()
+        facts = _write(job, trainer, len(files)) if marker == DONE else {"reason": trainer.reason}
+    parts.close()  # not after a failure: the others shall not wait for this rank
+    if ranks.rank == 0:
+        run.mark(marker, attempt=parts.store.attempt, step=parts.progress.step, **facts)
+        ended = "done" if marker == DONE else "stopped on request"
+        print(f"{ended}: step {parts.progress.step} of {recipe.steps}, run folder {recipe.run}", flush=True)
+    return marker
+
+
+def finished(job: Job, run: RunFolder) -> str | None:
+    """The digest of the tokenizer that this run has written, if it is done with as many steps as are asked for."""
+    try:
+        said = json.loads(run.place.read(DONE))
+        if said["step"] >= job.recipe.steps and tokenizer_digest(job.out) == said["digest"]:
+            return str(said["digest"])
+    except (FileNotFoundError, ValueError, KeyError, TokenizerError):
+        pass
+    return None
+
+
+def _write(job: Job, trainer: TokenizerTrainer, images: int) -> dict[str, Any]:
+    """Measure the averaged weights, write file and picture on rank 0, say how good they are. Collective."""
+    parts = trainer.parts
+    quality = trainer.measure()
+    if parts.agreement.ranks.rank != 0:
+        return {}
+    model = trainer.measured
+    about = {
+        "recipe": job.recipe.model_dump(mode="json", exclude=_OF_THE_HOST),
+        "arithmetic": parts.arithmetic,
+        "images": parts.images + len(parts.held_out),
+        "ranks": parts.resolved.ranks,
+        "steps": parts.progress.step,
+        "skipped": parts.progress.skipped,
+        "quality": asdict(quality),
+    }
+    _write_picture(job.picture, picture(model, parts.held_out))
+    digest = save_tokenizer(job.out, model, job.recipe.model, about)
+    print(f"wrote {job.out} (digest {digest[:16]}) and {job.picture}")
+    _say_quality(quality, parts.progress.skipped)
+    return {"digest": digest, **asdict(quality)}
+
+
+def _say_quality(quality: Quality, skipped: int) -> None:
+    print(
+        f"held-out PSNR {quality.psnr:.2f} dB, tokens in use {quality.used} of {quality.vocabulary}, "
+        f"perplexity {quality.perplexity:.1f}",
+        flush=True,
+    )
+    if skipped:
+        _warn(f"{skipped} steps were skipped for gradients that were not finite")
+    if quality.collapsed:
+        _warn(
+            f"the codebook has COLLAPSED: perplexity {quality.perplexity:.1f} of {quality.vocabulary} tokens. "
+            "Such tokens teach a model nothing. Raise usage_weight, lower kl_weight, train for more steps, or "
+            "choose a smaller model.vocabulary"
+        )
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _write_picture(path: Path, png: bytes) -> None:
+    try:
+        write_whole(path, png)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,91 @@
+"""The codebook's use is told from the tokens of all ranks, and a collapse is noticed and named."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+
+from beit_dist.engine.distributed import Agreement, Ranks
+from beit_dist.engine.tokenizer.codebook import Codebook
+from beit_dist.engine.tokenizer.quality import Quality
+from beit_dist.errors import TrainingError
+from beit_dist.settings import validate
+from beit_dist.tokenizer_config import TokenizerRecipe
+
+VOCABULARY = 100
+
+
+def recipe(**collapse: Any) -> TokenizerRecipe:
+    settings = {"below": 0.05, "after_steps": 10, "for_steps": 20} | collapse
+    return validate(TokenizerRecipe, {"model": {"vocabulary": VOCABULARY}, "steps": 1000, "collapse": settings})
+
+
+def counts(used: int) -> np.ndarray:
+    """Of a step in which so many tokens are used alike."""
+    found = np.zeros(VOCABULARY, np.int64)
+    found[:used] = 7
+    return found
+
+
+def fed(codebook: Codebook, used: int, steps: range) -> Codebook:
+    for step in steps:
+        codebook.take(step, counts(used))
+    return codebook
+
+
+def test_perplexity_and_dead_tokens_follow_the_use() -> None:
+    codebook = fed(Codebook(recipe()), 80, range(1, 400))
+    assert codebook.perplexity == pytest.approx(80)
+    assert codebook.dead == 20
+    fed(codebook, 10, range(400, 1500))
+    assert codebook.perplexity == pytest.approx(10, rel=1e-3)
+    assert codebook.dead == 90
+
+
+def test_a_token_is_dead_after_two_hundred_steps_without_use() -> None:
+    codebook = Codebook(recipe())
+    codebook.take(1, np.ones(VOCABULARY, np.int64))
+    assert fed(codebook, 1, range(2, 201)).dead == 0
+    assert fed(codebook, 1, range(201, 203)).dead == VOCABULARY - 1
+
+
+def test_the_alarm_needs_low_use_for_long_after_the_first_steps() -> None:
+    codebook = fed(Codebook(recipe()), 2, range(1, 30))  # judged from step 11 on
+    assert not codebook.alarm
+    assert fed(codebook, 2, range(30, 31)).alarm
+    recovered = fed(fed(Codebook(recipe()), 2, range(1, 30)), VOCABULARY, range(30, 40))
+    assert not fed(recovered, 2, range(40, 45)).alarm, "it counts from the last good step"
+    assert not fed(Codebook(recipe(below=None)), 1, range(1, 900)).alarm
+
+
+def test_by_default_it_is_judged_once_the_kl_weight_has_risen() -> None:
+    chosen = validate(TokenizerRecipe, {"steps": 1000, "model": {"vocabulary": 512}})
+    assert (chosen.judged_after, chosen.collapse_patience) == (250, 50)
+    assert chosen.least_perplexity == pytest.approx(10.24)
+    long = validate(TokenizerRecipe, {"steps": 3_000_000, "kl_warmup_steps": 5000})
+    assert (long.judged_after, long.collapse_patience) == (5000, 2000)
+
+
+def test_the_message_names_what_to_change_with_its_values() -> None:
+    with pytest.raises(TrainingError, match=r"usage_weight \(0\), a smaller kl_weight \(6.6\)") as caught:
+        fed(Codebook(recipe()), 2, range(1, 31)).stop(Agreement(Ranks(), timedelta(minutes=1)))
+    assert caught.value.exit_code == 1
+    assert "at step 30 the perplexity is 2.0 of 100 tokens, for 20 steps now below 5.0" in str(caught.value)
+
+
+def test_a_continued_codebook_judges_like_one_that_never_stopped() -> None:
+    whole = fed(Codebook(recipe()), 3, range(1, 25))
+    saved = json.loads(json.dumps(fed(Codebook(recipe()), 3, range(1, 20)).state))
+    cut = fed(Codebook(recipe(), saved), 3, range(20, 25))
+    assert (cut.perplexity, cut.state) == (whole.perplexity, whole.state)
+
+
+def test_quality_knows_a_collapsed_codebook() -> None:
+    assert Quality(20.0, 1.5, 2, 512).collapsed
+    assert Quality(20.0, 9.0, 30, 512).collapsed
+    assert not Quality(20.0, 90.0, 200, 512).collapsed
+    assert Quality(20.0, 90.0, 200, 512).dead == 312
