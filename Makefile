@@ -29,7 +29,7 @@ test: $(VENV)/.installed-test ## all tests; those that need a server skip with t
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the tests, in .venv-swift; names what else they want
-	@for wanted in memcached promtool:prometheus; do \
+	@for wanted in memcached promtool:prometheus srun:slurm-wlm munge; do \
 	  command -v $${wanted%:*} >/dev/null || echo "still missing, from Debian: apt-get install $${wanted#*:}" >&2; \
 	done
 

@@ -32,8 +32,9 @@ def start_method() -> str:
     any handler can be set. Call it in the thread that starts the workers, not in the main thread.
     """
     torch_multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOAD])
-    resource_tracker.ensure_running()  # first, since starting it unblocks signals again
     signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
+    resource_tracker.ensure_running()  # Python's own helper; by itself it would die of SIGUSR1
+    signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)  # starting it has unblocked some of them
     forkserver.ensure_running()
     return "forkserver"
 

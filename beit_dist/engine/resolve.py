@@ -184,6 +184,14 @@ def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str, str]:
         raise ConfigError(
             "--ds_config fp16.fp16_master_weights_and_grads", True, "false", "Checkpoints hold fp32 state."
         )
+    for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if ds_config.get(section, {}).get(name) is False:
+            raise ConfigError(
+                f"--ds_config {section}.{name}",
+                False,
+                "true",
+                "Without it DeepSpeed updates the weights from gradients that are not finite.",
+            )
     asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
     if asked not in ("fp32", precision, None):
         raise ConfigError("--ds_config data_types.grad_accum_dtype", asked, f"fp32 or {precision}, the precision")

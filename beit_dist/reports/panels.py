@@ -93,6 +93,15 @@ def check_fit(model: MaskedImageModel, dvae: DVAE, manifest: Manifest) -> None:
                 f"the run's {expected}",
                 "Name the shards the run was trained on with --data.",
             )
+    check_tokenizer(dvae, manifest)
+
+
+def check_tokenizer(dvae: DVAE, manifest: Manifest) -> None:
+    """Refuse a tokenizer that did not make the shards.
+
+    Raises:
+        TokenizerError: it is another one.
+    """
     if manifest.tokenizer not in digests_of(dvae):
         raise TokenizerError(
             f"tokenizer: got digest {dvae.digest[:12]}, expected {manifest.tokenizer[:12]}, the one that made the "
@@ -192,6 +201,12 @@ def _outline(axes: Axes, hidden: NDArray[np.bool_], side: int) -> None:
     cell = side // len(hidden)
     area = np.kron(hidden, np.ones((cell, cell)))
     axes.contour(area, levels=[0.5], colors="white", linewidths=0.8)
+
+
+def decode_tokens(dvae: DVAE, tokens: Sequence[NDArray[np.int16]]) -> Pixels:
+    """What the tokenizer makes of grids of tokens: (B, height, width, 3)."""
+    with torch.no_grad():
+        return _decode(dvae, torch.from_numpy(np.stack(tokens)).long().flatten(1))
 
 
 def _decode(dvae: DVAE, tokens: torch.Tensor) -> Pixels:

@@ -250,6 +250,13 @@ def test_no_worker_outlives_its_rank(data: DataSet, tmp_path: Path, ending: str,
         workers = [psutil.Process(int(pid)) for pid in rank.stdout.readline().split()]
         assert len(workers) == 2
         if ending == "wait":
+            helpers = psutil.Process(rank.pid).children(recursive=True)
+            assert any("resource_tracker" in " ".join(helper.cmdline()) for helper in helpers)
+            for helper in helpers:  # as a scheduler does to all processes of a job
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+                    helper.send_signal(number)
+            time.sleep(0.2)
+            assert all(helper.status() != psutil.STATUS_ZOMBIE for helper in helpers)
             fork_server = workers[0].parent()
             rank.kill()
             psutil.wait_procs([*workers, *([fork_server] if fork_server else [])], timeout=30)

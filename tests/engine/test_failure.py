@@ -166,7 +166,7 @@ def torchrun(run: Any) -> None:
 
     def start(*overrides: str) -> list[str]:
         line = command(*overrides)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(run.ranks)]
         launcher += [
             "--master-port",
             line[line.index("--master_port") + 1],
@@ -181,29 +181,34 @@ def torchrun(run: Any) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_fails_is_named_once_and_takes_the_others_with_it(new_run: Callable[..., Any]) -> None:
-    """Rank 1 fails by itself in step 4, of 4000."""
-    run = new_run("run", ranks=2, overrides=["loader.workers=0", "steps=4000"])
+    """Rank 2 of 4 fails by itself in step 4, of 4000, between blocks whose weights all ranks gather together."""
+    ds = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    run = new_run("run", ds, ranks=4, overrides=["loader.workers=0", "steps=4000"])
     run.entry = run.folder.parent / "failing.py"
     run.entry.write_text(
         "import os, runpy\n"
-        "from beit_dist.data.stream import RankBatches\n"
         "from beit_dist.errors import SampleError\n"
-        "assemble = RankBatches._assemble\n"
-        "def fail(self, parts, buffer, consumed):\n"
-        "    if os.environ['RANK'] == '1' and consumed >= 3 * self.per_lane:\n"
+        "from beit_dist.models.vit import Block\n"
+        "forward, calls = Block.forward, []\n"
+        "def fail(self, *inputs):\n"
+        "    calls.append(None)\n"
+        "    if os.environ['RANK'] == '2' and len(calls) == 2 * 4:\n"
         "        raise SampleError('shard x cannot be read')\n"
-        "    return assemble(self, parts, buffer, consumed)\n"
-        "RankBatches._assemble = fail\n"
+        "    return forward(self, *inputs)\n"
+        "Block.forward = fail\n"
         f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
     )
     torchrun(run)
     code, output = run.finish()
     assert code == 1
     host = socket.gethostname()
-    assert output.count(f"error: rank 1 on {host}: shard x cannot be read") == 1
-    assert "error: rank 0" not in output
+    assert output.count(f"error: rank 2 on {host}: shard x cannot be read") == 1
+    assert output.count("error: rank") == 1
+    for rank in (0, 1, 3):  # by themselves, though they were in a collective
+        assert output.count(f"rank {rank} on {host} ends: rank 2 on {host} failed first") == 1, output
+    assert len(run.lines()) == 3
     failed = json.loads((run.folder / FAILED).read_text())
-    assert (failed["rank"], failed["exit_code"], failed["error"]) == (1, 1, "shard x cannot be read")
+    assert (failed["rank"], failed["exit_code"], failed["error"]) == (2, 1, "shard x cannot be read")
 
 
 @pytest.mark.slow

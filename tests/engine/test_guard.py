@@ -166,21 +166,31 @@ def test_at_stage_3_the_comparison_is_left_out_with_a_notice(caplog: pytest.LogC
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [{"stage": 0}, {"stage": 1, "bf16": True}])
+@pytest.mark.parametrize(
+    "stage", [{"stage": 0}, {"stage": 1, "bf16": True}, {"stage": 2}, {"stage": 3, "bf16": True}]
+)
 def test_a_nan_on_one_rank_changes_no_parameter_on_any_and_its_maker_is_named(
     new_run: Callable[..., Any], stage: dict[str, Any]
 ) -> None:
     """Rank 1's loss is NaN in its second micro-batch of steps 3 and 4 and of all from 6 on; 2 in a row may be."""
     settings: dict[str, Any] = {"zero_optimization": {"stage": stage["stage"]}}
     if stage.get("bf16"):
-        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        settings |= {"bf16": {"enabled": True}}
+        settings |= {"data_types": {"grad_accum_dtype": "fp32"}} if stage["stage"] == 1 else {}
     overrides = ["steps=12", "loader.workers=0", "checkpoint.every_steps=1", "checkpoint.keep=20"]
     overrides += ["max_skipped_in_a_row=3", "guard.check_parameters_every_steps=1"]
     run = new_run("run", settings, ranks=2, overrides=overrides)
     run.entry = run.folder.parent / "nan.py"
     run.entry.write_text(
         "import os, runpy\n"
+        "from prometheus_client import generate_latest\n"
+        "from beit_dist.engine.guard import Guard\n"
         "from beit_dist.models.mim import MaskedImageModel\n"
+        "blame = Guard.blame\n"
+        "def blaming(self):\n"
+        "    if self._metrics: print(generate_latest(self._metrics.registry).decode(), flush=True)\n"
+        "    return blame(self)\n"
+        "Guard.blame = blaming\n"
         "forward, calls = MaskedImageModel.forward, [0]\n"
         "def poisoned(self, *inputs, **named):\n"
         "    output = forward(self, *inputs, **named)\n"
@@ -197,12 +207,19 @@ def test_a_nan_on_one_rank_changes_no_parameter_on_any_and_its_maker_is_named(
     expected = [False, False, True, True, False, True, True, True]
     assert [line["skipped"] for line in run.lines()] == expected, output
 
+    def manifest(step: int) -> dict[str, Any]:
+        (found,) = run.folder.glob(f"checkpoints/step-{step:08d}.*/manifest.json")
+        read: dict[str, Any] = json.loads(found.read_text())
+        return read
+
     def tensors(step: int) -> list[str]:
-        (manifest,) = run.folder.glob(f"checkpoints/step-{step:08d}.*/manifest.json")
-        files = json.loads(manifest.read_text())["files"]
-        return [file["sha256"] for file in files if file["file"].endswith(".safetensors")]
+        return [file["sha256"] for file in manifest(step)["files"] if file["file"].endswith(".safetensors")]
 
     assert tensors(1) != tensors(2) == tensors(3) == tensors(4) != tensors(5) == tensors(6)
+    assert len(tensors(1)) == 2
+    assert [manifest(step)["counters"]["skipped"] for step in range(1, 7)] == [0, 0, 1, 2, 2, 3]
+    assert [manifest(step)["updates"] for step in range(1, 7)] == [1, 2, 2, 2, 3, 3]
+    assert "beit_train_steps_skipped_total 5.0" in output
 
     failed = json.loads((run.folder / "FAILED").read_text())
     assert "3 steps in a row up to step 8" in failed["error"]

@@ -73,6 +73,8 @@ def test_shipped_files_accumulate_in_fp32() -> None:
         ({**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, "zero_optimization.stage to 1"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "fp32 or fp32, the precision"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "fp32 state"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "gradients that are not finite"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "gradients that are not finite"),
     ],
 )
 def test_conflicts_and_what_cannot_be_run_are_refused(setting: dict[str, Any], said: str) -> None:

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import slurm as slurm_cluster
 from support.fault_proxy import FaultProxy
 from support.http_files import HttpFiles
 from support.object_store import ObjectStore, Unavailable, running
 
 from beit_dist.storage import remote
 
-_NEED_A_SERVER = {"object_store"}
+_NEED_A_SERVER = {"object_store", "slurm"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -40,6 +41,16 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
     try:
         with running(tmp_path_factory.mktemp("object_store")) as store:
             yield store
+    except Unavailable as missing:
+        unavailable(missing)
+
+
+@pytest.fixture
+def slurm() -> Iterator[slurm_cluster.Slurm]:
+    """A real SLURM cluster of two nodes."""
+    try:
+        with slurm_cluster.running() as cluster:
+            yield cluster
     except Unavailable as missing:
         unavailable(missing)
 
