@@ -34,9 +34,10 @@ servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the t
 	done
 
 soak: export BEIT_KILLS ?= 100
+soak: export BEIT_STREAM_EXAMPLES ?= 100
 soak: export OMP_NUM_THREADS ?= 1
 soak: $(VENV)/.installed-test ## a run killed BEIT_KILLS=100 times with -9 must end as if it never was (an hour or so)
-	$(BIN)/python -m pytest tests/engine/test_kills.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/data/test_stream_properties.py tests/engine/test_kills.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .
