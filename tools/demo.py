@@ -76,6 +76,8 @@ class Stage:
     title: str
     arguments: tuple[str, ...]
     output: str
+    besides: tuple[str, ...] = ()
+    """What else it leaves, which another command must not find."""
 
 
 class Shown:
@@ -200,6 +202,7 @@ class Demo:
                     *("--config", "configs/tokenizer_demo.yaml", *self.size.tokenizer),
                 ),
                 "tokenizer.safetensors",
+                ("tokenizer.png", "tokenizer.run"),
             ),
             Stage(
                 "shards",
@@ -252,8 +255,9 @@ class Demo:
     def _forget(self, stages: Sequence[Stage]) -> None:
         """Remove what these stages left, and the run that was made of it."""
         for stage in stages:
-            output = self.out / stage.output
-            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+            for name in (stage.output, *stage.besides):
+                output = self.out / name
+                shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
             (self._records / f"{stage.name}.json").unlink(missing_ok=True)
         shutil.rmtree(self.run, ignore_errors=True)
 
@@ -349,6 +353,7 @@ class Demo:
             ("shards", ("shards",)),
             ("tokenizer", ("tokenizer.safetensors",)),
             ("what it can draw", ("tokenizer.png",)),
+            ("how it learnt to", ("tokenizer.run", "pictures")),
         ]
         print("\n== where to look")
         for what, parts in rows:

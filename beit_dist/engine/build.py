@@ -20,7 +20,7 @@ from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import RankBatches
 from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import AVERAGE, Saved
+from beit_dist.engine.checkpoint.layout import AVERAGE, BYTES_OF_AVERAGE, BYTES_OF_STATE, Saved
 from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.distributed import Agreement, Ranks
@@ -45,9 +45,6 @@ from beit_dist.engine.watchdog import Watchdog
 from beit_dist.errors import SpaceError
 from beit_dist.models.flops import flops_per_image
 from beit_dist.models.mim import MaskedImageModel
-
-BYTES_OF_STATE = 12  # a checkpoint holds the fp32 weight and two moments of each parameter
-BYTES_OF_AVERAGE = 4
 
 
 def build(
@@ -118,12 +115,12 @@ def _build(
         average.restart()
         if saved and ranks.rank == 0:
             print("ema: the run had no average; it begins with the weights of this checkpoint", flush=True)
-    _refuse_if_superseded(store, agreement)
+    refuse_if_superseded(store, agreement)
     store.prepare(state, device)
     if ranks.rank == 0:
         size = BYTES_OF_STATE + (BYTES_OF_AVERAGE if average else 0)
         if run.place.is_local:
-            _check_space(run.path, size * parameters, config.checkpoint.keep)
+            check_space(run.path, size * parameters, config.checkpoint.keep)
         else:
             print(
                 f"lines of numbers grow in {run.path} and are uploaded with each checkpoint",
@@ -257,7 +254,7 @@ def build_engine(config: TrainConfig, resolved: Resolved, device: torch.device) 
     return engine
 
 
-def _refuse_if_superseded(store: CheckpointStore, agreement: Agreement) -> None:
+def refuse_if_superseded(store: CheckpointStore, agreement: Agreement) -> None:
     """Of two starts at once the older may be the slower one: what it is about to write is the newer one's now."""
     said = ""
     if store.rank == 0:
@@ -313,7 +310,16 @@ def _group_names(engine: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _check_space(folder: Path, size: int, keep: int) -> None:
+def check_space(folder: Path, size: int, keep: int) -> None:
+    """Refuse a start whose checkpoints the disk has no room for.
+
+    Args:
+        size: bytes of a checkpoint.
+        keep: how many are kept.
+
+    Raises:
+        SpaceError: it has not.
+    """
     needed = size * (keep + 1)
     free = shutil.disk_usage(folder).free
     if free < needed:

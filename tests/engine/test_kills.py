@@ -245,5 +245,5 @@ def _those_of(run: Any) -> list[psutil.Process]:
 def _no_stray_folder_is_left(checkpoints: Path) -> None:
     folders = list(checkpoints.glob("step-*"))
     assert all((folder / "manifest.json").exists() for folder in folders)
-    assert not list(checkpoints.rglob("*.tmp"))
+    assert not list(checkpoints.parent.rglob("*.tmp"))
     assert len(folders) == 2  # checkpoint.keep

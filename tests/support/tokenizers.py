@@ -89,10 +89,10 @@ class Training:
         text = (self.run / name).read_text()
         return [{k: v for k, v in json.loads(line).items() if k != "attempt"} for line in text.splitlines()]
 
-    def state(self) -> tuple[int, dict[str, str]]:
-        """Step and digests of weights, moments and average in the newest checkpoint."""
+    def state(self) -> tuple[int, dict[str, str], dict[str, Any]]:
+        """Of the newest checkpoint: step, digests of weights, moments and average, and the codebook's counts."""
         saved = committed(LocalPlace(self.run / "checkpoints"))[0]
-        return saved.step, saved.manifest["state_digests"]
+        return saved.step, saved.manifest["state_digests"], saved.manifest["codebook"]
 
 
 def picture(number: int, side: int = 40) -> np.ndarray:

@@ -19,6 +19,7 @@ print("tool", *sys.argv[1:])
 if out is not None and out.suffix:
     out.write_text("weights")
     out.with_suffix(".png").write_text("picture")
+    out.with_suffix(".run").joinpath("pictures").mkdir(parents=True)
 elif out is not None:
     out.mkdir(exist_ok=True)
 if "draw_pictures" in sys.argv[0]:
@@ -122,12 +123,13 @@ def test_another_size_makes_everything_anew(
 ) -> None:
     out = tmp_path / "demo"
     call(demo, out)
-    left = out / "corpus" / "of the first call"
-    left.write_text("")
+    left = [out / folder / "of the first call" for folder in ("corpus", "tokenizer.run")]
+    for path in left:
+        path.write_text("")
     capfdbinary.readouterr()
     call(demo, out, "--fast")
     assert b"skipped" not in capfdbinary.readouterr().out
-    assert not left.exists()
+    assert not any(path.exists() for path in left)
 
 
 def test_an_unfinished_run_is_gone_on_with(

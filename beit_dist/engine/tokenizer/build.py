@@ -19,8 +19,9 @@ from beit_dist.config import OptimizerConfig
 from beit_dist.data.crops import CropBatches, ImageFile, ImagePool, centred_view
 from beit_dist.data.draws import Purpose, permutation
 from beit_dist.engine.average import WeightAverage
+from beit_dist.engine.build import check_space, refuse_if_superseded
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import AVERAGE, Saved
+from beit_dist.engine.checkpoint.layout import AVERAGE, BYTES_OF_AVERAGE, BYTES_OF_STATE, Saved
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.dry_run import state_bytes
@@ -159,15 +160,20 @@ def _build(
 
     model = DVAE(recipe.model, seed=weights_seed(recipe.seed))
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = sum(map(math.prod, shapes.values()))
     if recipe.preflight:
-        _check_hosts(resolved, sum(map(math.prod, shapes.values())), agreement, device)
+        _check_hosts(resolved, parameters, agreement, device)
     engine = build_engine(model, recipe, resolved)
     state = EngineState(engine, ranks)
     average = WeightAverage(state, recipe.ema) if recipe.ema else None
     progress = _restore(store, saved, state)
     if average is not None and not (saved and AVERAGE in saved.manifest["state_digests"]):
         average.restart()
+    refuse_if_superseded(store, agreement)
+    store.prepare(state, device)
     if ranks.rank == 0:
+        if run.place.is_local:
+            check_space(run.path, (BYTES_OF_STATE + BYTES_OF_AVERAGE) * parameters, recipe.checkpoint.keep)
         run.take_copies(saved.folder if saved else None)
         run.forget_steps_after(progress.step)
         run.remove_markers()
@@ -340,6 +346,7 @@ def _metrics(recipe: TokenizerRecipe, resolved: Resolved, progress: Progress, st
             "beit_train_target_steps": recipe.steps,
             "beit_train_world_size": resolved.ranks,
             "beit_tokenizer_vocabulary": recipe.model.vocabulary,
+            **{metric.name: math.nan for metric in TOKENIZER_METRICS if "held_out" in metric.name},  # not yet
         }
     )
     return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -31,14 +32,16 @@ def joined() -> Iterator[torch.device]:
     """The process groups of a rank that is alone, and its device."""
     import deepspeed
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        device = init_process_groups(Ranks(), timedelta(minutes=5))
-        yield device
-        close_process_groups()
-        deepspeed.comm.comm.cdb = None  # or it believes to be joined still
+    before = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    device = init_process_groups(Ranks(), timedelta(minutes=5))
+    os.environ.clear()  # what it has set is not for the processes that tests start
+    os.environ.update(before)
+    yield device
+    close_process_groups()
+    deepspeed.comm.comm.cdb = None  # or it believes to be joined still
 
 
 @pytest.fixture

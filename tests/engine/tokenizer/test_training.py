@@ -186,9 +186,13 @@ def test_gradients_that_are_not_finite_change_nothing_are_counted_and_bounded(
     def noise(seed: int, step: int, *rest: Any) -> torch.Tensor:
         return original(seed, step, *rest) * (torch.nan if step in broken else 1)
 
+    averaged = []
+    update = loop.WeightAverage.update
+    monkeypatch.setattr(loop.WeightAverage, "update", lambda self, **most: averaged.append(update(self, **most)))
     monkeypatch.setattr(loop, "noise_of_rows", noise)
     trained = training("t", steps=8, max_skipped_in_a_row=4)
     assert trained.start() == "DONE"
+    assert len(averaged) == 5
     assert [line["step"] for line in trained.lines() if line["skipped"]] == [3, 4, 5]
     assert tokenizer_extra(trained.out)["skipped"] == 3
     for name, tensor in load_tokenizer(trained.out).state_dict().items():
