@@ -65,7 +65,8 @@ def elbo(
 
     The KL term is the information a position carries about its image plus the KL of the *average* token
     distribution (Hoffman and Johnson, "ELBO surgery", 2016). The paper weighs both alike. ``usage_weight`` adds
-    to the second only: it keeps the codebook in use in short trainings on little data, and costs no information.
+    to the second only: it keeps the codebook in use in short trainings on little data, and asks no position to say
+    less about its image. (Too much of it drowns the likelihood nevertheless.)
 
     All terms but that one are means over the images, so a batch can be cut into parts of equal size whose losses
     and gradients are averaged. The average distribution is that of the whole batch: d KL(q̄ ‖ uniform) / d q̄ is

@@ -135,12 +135,10 @@ def finished(job: Job, run: RunFolder) -> str | None:
 
 
 def _write(job: Job, trainer: TokenizerTrainer, images: int) -> dict[str, Any]:
-    """Measure the averaged weights, write file and picture on rank 0, say how good they are. Collective."""
-    parts = trainer.parts
-    quality = trainer.measure()
-    if parts.agreement.ranks.rank != 0:
+    """On rank 0: write file and picture of the last measured weights, and say how good they are."""
+    parts, model, quality = trainer.parts, trainer.measured, trainer.quality
+    if parts.agreement.ranks.rank != 0 or quality is None:
         return {}
-    model = trainer.measured
     about = {
         "recipe": job.recipe.model_dump(mode="json", exclude=_OF_THE_HOST),
         "arithmetic": parts.arithmetic,

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class TokenizerRecorder:
         self._numbers: list[Tensor] = []
         self._counts: list[Tensor] = []
         self._lines = Lines(run.metrics) if metrics is not None else None
+        self._measured = _last_step(run.validation) if metrics is not None else 0
         self._results = Lines(run.validation) if metrics is not None else None
         self._since = time.perf_counter()
         self._terminal = sys.stdout.isatty()
@@ -114,8 +116,9 @@ class TokenizerRecorder:
         if self._metrics is None or self._results is None:
             return
         measured = {**asdict(quality), "dead": quality.dead}
-        self._results.add(json.dumps({"step": step, **measured, "attempt": self._attempt}))
-        self._results.flush()
+        if step > self._measured:  # a start that finds nothing left to do measures once more
+            self._results.add(json.dumps({"step": step, **measured, "attempt": self._attempt}))
+            self._results.flush()
         self._metrics.set(
             {
                 "beit_tokenizer_held_out_psnr_decibels": quality.psnr,
@@ -220,6 +223,11 @@ class TokenizerRecorder:
         """A line on a terminal that the next one replaces, or a ``whole`` one that stays."""
         if self._recipe.logging.progress:
             print(f"\r\033[K{text}" if self._terminal else text, end="\n" if whole else "", flush=True)
+
+
+def _last_step(path: Path) -> int:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def _finite(value: float) -> float | None:

@@ -100,6 +100,7 @@ class TokenizerTrainer:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.progress = parts.progress
+        self.quality: Quality | None = None  # of what was measured last
         self.reason: str | None = None  # why the run was stopped before its last step
         self._skipped_in_a_row = 0
         self._low = _LOW.get(parts.arithmetic)
@@ -137,6 +138,7 @@ class TokenizerTrainer:
         parts.recorder.flush()
         if any(parts.agreement.gather(parts.codebook.alarm)):
             parts.codebook.stop(parts.agreement)
+        self.measure()
         self._save()
         parts.saving.finish_last(progress.step)
         return DONE
@@ -258,23 +260,23 @@ class TokenizerTrainer:
             [parts.stop.requested, saving.is_due_by_clock, saving.has_written, parts.codebook.alarm]
         )
 
-    def measure(self) -> Quality:
+    def measure(self) -> None:
         """Measure the averaged weights on held-out images, note it and draw a picture. Collective.
 
-        ``measured`` then has these weights, whole on every rank.
+        ``measured`` then has these weights, whole on every rank, and ``quality`` says how good they are. Comes
+        before a save of the same step, so that no result is missing behind it.
         """
         parts, step, model = self.parts, self.progress.step, self.measured
         began = time.monotonic()
         parts.recorder.flush()
         fragments = parts.average.fragments if parts.average is not None else parts.state.owned_weights()
         model.load_state_dict(gathered(fragments, parts.shapes, parts.device))
-        quality = measure(model, parts.held_out, parts.agreement, parts.watchdog.beat)
+        self.quality = quality = measure(model, parts.held_out, parts.agreement, parts.watchdog.beat)
         if parts.agreement.ranks.rank == 0:
             (parts.run.place / "pictures").write(f"step-{step:08d}.png", picture(model, parts.held_out))
         parts.recorder.add_quality(step, quality, time.monotonic() - began)
         parts.recorder.pause()
         parts.watchdog.beat()
-        return quality
 
     def _save(self) -> None:
         """Begin a checkpoint, with the numbers of all steps before it on the disk."""

@@ -71,6 +71,18 @@ def test_a_stopped_and_resumed_training_equals_one_that_never_stopped(training: 
     assert load_tokenizer(cut.out).digest == load_tokenizer(whole.out).digest
 
 
+def test_a_start_that_dies_before_the_tokenizer_is_written_writes_it_next_time(training: Make) -> None:
+    trained = training("t")
+    trained.start()
+    digest = load_tokenizer(trained.out).digest
+    (trained.run / "DONE").unlink()
+    trained.out.unlink()
+    lines = trained.lines(), trained.lines("validation.jsonl")
+    assert trained.start() == "DONE"
+    assert load_tokenizer(trained.out).digest == digest
+    assert (trained.lines(), trained.lines("validation.jsonl")) == lines
+
+
 def test_a_killed_training_goes_on_from_its_newest_whole_checkpoint(training: Make) -> None:
     settings = {"steps": 8, "checkpoint": {"every_steps": 3, "every_minutes": None}}
     whole, cut = training("whole", **settings), training("cut", **settings)
