@@ -29,14 +29,15 @@ test: $(VENV)/.installed-test ## all tests; those that need a server skip with t
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the tests, in .venv-swift; names what else they want
-	@for wanted in memcached promtool:prometheus; do \
+	@for wanted in memcached promtool:prometheus srun:slurm-wlm munge; do \
 	  command -v $${wanted%:*} >/dev/null || echo "still missing, from Debian: apt-get install $${wanted#*:}" >&2; \
 	done
 
 soak: export BEIT_KILLS ?= 100
+soak: export BEIT_STREAM_EXAMPLES ?= 100
 soak: export OMP_NUM_THREADS ?= 1
 soak: $(VENV)/.installed-test ## a run killed BEIT_KILLS=100 times with -9 must end as if it never was (an hour or so)
-	$(BIN)/python -m pytest tests/engine/test_kills.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/data/test_stream_properties.py tests/engine/test_kills.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .

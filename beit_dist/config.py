@@ -216,6 +216,8 @@ class StorageConfig(Section):
     """How long a store may take until the next bytes of an answer."""
     connections: int = Field(32, ge=1)
     """Of one process to one store, at most."""
+    s3_reader: Literal["s3fs", "obstore"] = "s3fs"
+    """What reads ranges of objects in S3. obstore is a package of its own and takes less of the processor."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """For fsspec, by protocol: ``{s3: {endpoint_url: "https://..."}}``."""
 
@@ -234,7 +236,14 @@ class StorageConfig(Section):
     @property
     def access(self) -> Access:
         """The settings as the storage layer takes them."""
-        return Access(self.retry_seconds, self.connect_seconds, self.read_seconds, self.connections, self.options)
+        return Access(
+            retry_seconds=self.retry_seconds,
+            connect_seconds=self.connect_seconds,
+            read_seconds=self.read_seconds,
+            connections=self.connections,
+            options=self.options,
+            s3_reader=self.s3_reader,
+        )
 
 
 def _keys(tree: Any, path: str) -> Iterator[str]:

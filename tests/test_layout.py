@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "beit_dist"
 
 LAYERS: list[set[str]] = [
-    {"errors", "durable"},
+    {"errors", "checksums", "durable"},
     {"storage"},
     {"settings", "safe_pickle"},
     {"config"},

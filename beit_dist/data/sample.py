@@ -12,12 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from beit_dist.checksums import crc32
 from beit_dist.errors import ConfigError, DataError
-
-try:
-    from isal.isal_zlib import crc32  # the same numbers, up to ten times as fast as what zlib 1.2 computes
-except ImportError:
-    from zlib import crc32
 
 JSON_BYTES = 512
 """Size of the json member; what does not fit is cut (see :func:`encode_notes`)."""

@@ -20,7 +20,7 @@ from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import RankBatches
 from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import AVERAGE, Saved
+from beit_dist.engine.checkpoint.layout import AVERAGE, BYTES_OF_AVERAGE, BYTES_OF_STATE, Saved
 from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.distributed import Agreement, Ranks
@@ -45,9 +45,6 @@ from beit_dist.engine.watchdog import Watchdog
 from beit_dist.errors import SpaceError
 from beit_dist.models.flops import flops_per_image
 from beit_dist.models.mim import MaskedImageModel
-
-BYTES_OF_STATE = 12  # a checkpoint holds the fp32 weight and two moments of each parameter
-BYTES_OF_AVERAGE = 4
 
 
 def build(
@@ -76,7 +73,27 @@ def build(
         run.create()
     agreement.from_rank_0(None)  # the folder is there before anyone uses it
     store = CheckpointStore(run.checkpoints, config.checkpoint, agreement)
-    attempt = store.begin_attempt()
+    store.begin_attempt()
+    with store.unless_superseded():
+        return _build(
+            config, resolved, manifest, device, stop, watchdog, timeouts, held_out, agreement, run, store
+        )
+
+
+def _build(
+    config: TrainConfig,
+    resolved: Resolved,
+    manifest: Manifest,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    timeouts: Timeouts,
+    held_out: Manifest | None,
+    agreement: Agreement,
+    run: RunFolder,
+    store: CheckpointStore,
+) -> Parts:
+    ranks = agreement.ranks
     saved = store.newest_whole()
     if saved is not None:
         compare_recipes(config, saved.manifest, loud=ranks.rank == 0)
@@ -135,7 +152,7 @@ def build(
     if ranks.rank == 0:
         run.write_run(
             {
-                "attempt": attempt,
+                "attempt": store.attempt,
                 "started": time.time(),
                 "resumed_from": saved.folder.name if saved else None,
                 "init_from": origin,
@@ -153,7 +170,7 @@ def build(
         run,
         metrics,
         every=config.logging.every_steps,
-        attempt=attempt,
+        attempt=store.attempt,
         total_steps=total_steps,
         global_batch=config.global_batch,
         flops_per_sample=flops_per_image(config.model, expected_masked(config.model, masks)),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from beit_dist.errors import ConfigError
+from beit_dist.errors import ConfigError, PreflightError
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def init_process_groups(ranks: Ranks, timeout: timedelta) -> torch.device:
         # This op serves inference only; leaving it on compiles C++ at every first start (needs g++ and ninja).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
+        check_devices(ranks, accelerator.device_count(), accelerator.device_name())
         accelerator.set_device(ranks.local_rank)
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(),
@@ -76,6 +77,20 @@ def init_process_groups(ranks: Ranks, timeout: timedelta) -> torch.device:
     )
     name = accelerator.device_name()
     return torch.device(name) if name == "cpu" else torch.device(name, ranks.local_rank)
+
+
+def check_devices(ranks: Ranks, count: int, kind: str) -> None:
+    """Refuse a rank for which its host has no device, before it joins the others.
+
+    Raises:
+        PreflightError: names the rank and its host.
+    """
+    if ranks.local_rank >= count:
+        raise PreflightError(
+            f"rank {ranks.rank} on {socket.gethostname()}: {count} {kind} devices, expected one for each rank of "
+            f"this host, at least {ranks.local_rank + 1}. Start fewer ranks there, or look for a device that is "
+            "gone (nvidia-smi, CUDA_VISIBLE_DEVICES)."
+        )
 
 
 def check_precision(precision: str) -> None:

@@ -89,16 +89,10 @@ def _train(
     parts = build(config, resolved, manifest, ranks, device, stop, watchdog, timeouts, held_out)
     first_step = parts.progress.step
     trainer = Trainer(parts)
-    try:
+    with parts.store.unless_superseded():
         marker = trainer.run()
         if ranks.rank == 0:
             parts.store.refuse_if_superseded()
-    except Exception:
-        # A rank of an older attempt may fail because the others of its attempt are gone: that is no failure of
-        # the run that goes on in this folder.
-        with contextlib.suppress(OSError):
-            parts.store.refuse_if_superseded()
-        raise
     if ranks.rank == 0:
         step, total = parts.progress.step, parts.total_steps
         run.mark(marker, attempt=parts.store.attempt, step=step, reason=trainer.reason)

@@ -21,6 +21,7 @@ from beit_dist.data import shared_memory
 from beit_dist.data.manifest import Manifest
 from beit_dist.data.pipeline import drop_path_depth
 from beit_dist.data.stream import shared_memory_bytes
+from beit_dist.engine.checkpoint.layout import BYTES_OF_AVERAGE, BYTES_OF_STATE
 from beit_dist.engine.dataset import mask_generator
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.dry_run import count_parameters, state_bytes
@@ -41,6 +42,8 @@ class Needs:
     """Weights, gradients and optimizer state; the activations, which are only estimated, are not in it."""
     shared: int
     """/dev/shm for one step read ahead."""
+    copy: int = 0
+    """Memory of the host for the copy that a checkpoint is written from."""
 
 
 def preflight(
@@ -71,7 +74,9 @@ def needs(config: TrainConfig, resolved: Resolved, manifest: Manifest) -> Needs:
         loader=config.loader.model_copy(update={"prefetch": 1}),
         depth=drop_path_depth(config.model.drop_path_rates),
     )
-    return Needs(sum(state_bytes(resolved, count_parameters(config)).values()), shared)
+    parameters = count_parameters(config)
+    copied = BYTES_OF_STATE + (BYTES_OF_AVERAGE if config.ema.decay is not None else 0)
+    return Needs(sum(state_bytes(resolved, parameters).values()), shared, copied * parameters // resolved.ranks)
 
 
 def memory_faults(needed: Needs, device: torch.device, neighbours: int) -> list[str]:
@@ -83,18 +88,23 @@ def memory_faults(needed: Needs, device: torch.device, neighbours: int) -> list[
         neighbours: ranks on this host, itself included, which share the host's memory.
     """
     faults = []
+    host = free_host_memory()
+    share = None if host is None else host // neighbours
+    in_host = f"memory of the host for each of {neighbours} ranks"
+    state, copy = "weights, gradients and optimizer", "the copy that a checkpoint is written from"
     if device.type == "cuda":
-        free: int | None = torch.cuda.mem_get_info(device)[0]
-        kind = f"memory of {device}"
+        looked_at = [
+            (torch.cuda.mem_get_info(device)[0], needed.model, f"memory of {device}", state),
+            (share, needed.copy, in_host, copy),
+        ]
     else:
-        host = free_host_memory()
-        free = None if host is None else host // neighbours
-        kind = f"memory of the host for each of {neighbours} ranks"
-    if free is not None and free < needed.model:
-        faults.append(
-            f"{_gib(free)} free {kind}, expected at least {_gib(needed.model)} for weights, gradients and "
-            "optimizer. Use a higher ZeRO stage, more ranks, or end what else runs there"
-        )
+        looked_at = [(share, needed.model + needed.copy, in_host, f"{state}, and {copy}")]
+    for free, wanted, where, purpose in looked_at:
+        if free is not None and free < wanted:
+            faults.append(
+                f"{_gib(free)} free {where}, expected at least {_gib(wanted)} for {purpose}. Use a higher ZeRO "
+                "stage, more ranks, or end what else runs there"
+            )
     room = shared_memory.room(neighbours)
     if room is not None and room < needed.shared:
         faults.append(

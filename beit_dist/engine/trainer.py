@@ -266,8 +266,11 @@ class Trainer:
         every = self.parts.config.checkpoint.every_steps
         return every is not None and self.progress.step % every == 0
 
-    def _begin_save(self) -> None:
-        """Start saving beside the next steps; they wait for the copy to host memory, and for a save before."""
+    def _begin_save(self, urgent: bool = False) -> None:
+        """Start saving beside the next steps; they wait for the copy to host memory, and for a save before.
+
+        ``urgent``: there are no next steps.
+        """
         parts, progress = self.parts, self.progress
         self._finish_save()
         began = time.monotonic()
@@ -290,6 +293,7 @@ class Trainer:
             parts.state,
             {**parts.facts, "position": position, "counters": counters, "guard": parts.guard.state},
             parts.run.copies,
+            urgent=urgent,
         )
         self._last_save = time.monotonic()
         if parts.metrics is not None:
@@ -328,7 +332,7 @@ class Trainer:
 
     def _save_and_wait(self) -> None:
         """The last checkpoint of this start; without it the run has not ended well."""
-        self._begin_save()
+        self._begin_save(urgent=True)
         self._finish_save()
         if self._failed_saves:
             raise TrainingError(

@@ -96,5 +96,6 @@ def _draw_labels(axes: Axes, found: Inspection) -> None:
     counted, what = (found.labels, "labels") if found.labels else (found.folders, "source folders")
     most = counted.most_common(15)[::-1]
     axes.barh([name if len(name) <= 24 else f"{name[:23]}…" for name, _ in most], [count for _, count in most])
+    axes.set_ylim(-0.6, max(len(most), 6) - 0.4)  # few bars stay thin
     axes.set_title(f"{what}: {len(counted):,}" + (", the most frequent" if len(counted) > 15 else ""), fontsize=9)
     axes.tick_params(labelsize=7)

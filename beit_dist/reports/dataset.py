@@ -142,7 +142,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
     tokens, low_high = facts["tokens"], facts["samples_of_a_shard"]
     few, many = (f"{number:,}" for number in low_high)
     whole, grid = facts["samples"] * facts["views"], facts["grid"]
-    looked = "all" if facts["looked_at"] == whole else f"{facts['looked_at']:,} of {whole:,}, evenly spread"
+    looked = "all" if facts["looked_at"] == whole else f"{facts['looked_at']:,} of {whole:,}"
+    spread = "" if facts["looked_at"] == whole else ", evenly spread over all shards"
 
     def listed(pairs: Sequence[Sequence[Any]], form: Callable[[Any], str]) -> str:
         return ", ".join(f"{name} {form(value)}" for name, value in pairs)
@@ -156,7 +157,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"  images     {facts['image_size']} px in {grid}×{grid} patches of {facts['patch_size']} px",
         f"  tokenizer  {facts['tokenizer'][:16]}..., {facts['vocabulary']:,} tokens",
         f"  digest     {facts['digest']}",
-        f"looked at {looked} samples",
+        f"looked at {looked} samples{spread}",
         f"  tokens     {tokens['used']:,} of {facts['vocabulary']:,} used, perplexity {tokens['perplexity']:,.1f} "
         f"({tokens['entropy_nats']:.2f} nats, the loss of guessing)",
         f"             {tokens['distinct_of_a_sample']:.1f} of {grid**2} in a sample are distinct",

@@ -219,13 +219,20 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _device(kind: Any, index: Any = None) -> str:
+    """A device is only ever named."""
+    if not isinstance(kind, str) or not (index is None or type(index) is int):
+        raise RefusalError("got a device without a name")
+    return kind
+
+
 _BUILDERS: dict[Name, Callable[..., Any]] = {
     Name("torch._utils", "_rebuild_tensor"): rebuild_tensor,
     Name("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
     Name("torch._utils", "_rebuild_parameter"): rebuild_parameter,
     Name("torch._utils", "_rebuild_parameter_with_state"): rebuild_parameter,
     Name("torch", "Size"): lambda sizes=(): tuple(map(size_of, sizes)),
-    Name("torch", "device"): lambda kind, index=0: (kind, index),
+    Name("torch", "device"): _device,
     Name("collections", "OrderedDict"): _ordered,
     Name("builtins", "set"): lambda values=(): set(map(_key, values)),
     Name("builtins", "frozenset"): lambda values=(): frozenset(map(_key, values)),

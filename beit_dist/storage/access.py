@@ -16,6 +16,7 @@ class Access:
         connect_seconds: limit for a connection to be made.
         read_seconds: limit for the next bytes of an answer.
         connections: at most so many to one store from one process.
+        s3_reader: what reads ranges of objects in S3: ``s3fs`` or ``obstore``.
         options: for fsspec, by protocol: ``{"s3": {"endpoint_url": "https://..."}}``.
     """
 
@@ -24,3 +25,4 @@ class Access:
     read_seconds: float = 30.0
     connections: int = 32
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    s3_reader: str = "s3fs"

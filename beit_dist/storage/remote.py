@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 import fsspec
@@ -21,12 +21,13 @@ from beit_dist.storage.access import Access
 from beit_dist.storage.listings import folder_files, s3_files
 from beit_dist.storage.place import Buffer, Place, shown
 from beit_dist.storage.retries import ShortReadError, retrying
+from beit_dist.storage.uploads import S3Upload
 
 _Result = TypeVar("_Result")
 _S3 = ("s3", "s3a")
 _HTTP = ("http", "https")  # fsspec takes the links of a page for a list, which has no sizes
 _PART = 16 << 20
-"""Bytes of one part of an upload; S3 takes 10,000 parts, so 156 GiB."""
+"""Bytes of one part of an upload to a store other than S3."""
 
 _systems: dict[tuple[int, str, int], Any] = {}
 _lock = threading.Lock()
@@ -176,6 +177,15 @@ class RemotePlace(Place):
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
         key = self._key(name)
+        if urlsplit(self._url).scheme in _S3:
+            upload = S3Upload(self.system(), *key.partition("://")[2].split("/", 1))
+            try:
+                yield cast(BinaryIO, upload)
+                upload.complete()
+            except BaseException:
+                upload.abort()
+                raise
+            return
         file = self._try(lambda fs: fs.open(key, "wb", block_size=_PART), key)
         try:
             yield file
@@ -187,13 +197,7 @@ class RemotePlace(Place):
             else:  # memory:// has the file from its opening on
                 self.remove(name)
             raise
-        size = file.tell()
-        try:
-            file.close()
-        except FileNotFoundError:
-            # The upload is complete but the answer was lost: when asked again the store knows of no such upload.
-            if self.size(name) != size:
-                raise
+        file.close()
 
     def remove(self, name: str) -> None:
         key = self._key(name)

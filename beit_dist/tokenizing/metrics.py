@@ -31,15 +31,17 @@ class Metrics:
     def __init__(self, worker: int) -> None:
         self.registry = CollectorRegistry()
         self._worker = str(worker)
-        self._images = self._new(Counter, "images", "Images of this worker's shards that are done.")
+        self._images = self._new(
+            Counter, "images", "Images of this worker's shards that are done, those of earlier starts included."
+        )
         self._planned = self._new(Gauge, "images_planned", "Images of this worker's shards, done or not.")
         self._rejected = self._new(
-            Counter, "images_rejected", "Images found unusable, by class of reason.", "reason"
+            Counter, "images_rejected", "Images found unusable since the start, by class of reason.", "reason"
         )
         self._shards = self._new(Gauge, "shards_finished", "Shards of this worker that are committed.")
         self._shards_planned = self._new(Gauge, "shards_planned", "Shards of this worker, committed or not.")
         self._stages = self._new(
-            Counter, "stage_seconds", "Time spent in each stage, summed over its threads and processes.", "stage"
+            Counter, "stage_seconds", "Time spent in each stage, over all its processes.", "stage"
         )
         self._progress = self._new(
             Gauge, "last_progress_timestamp_seconds", "Unix time at which images were last written."

@@ -169,7 +169,10 @@ def read_source(source: Source, access: Access | None = None) -> bytes:
             with open(source.place, "rb") as file:
                 raw = file.read()
         else:
-            raw = _read_range(_descriptor(source.place).number, source.offset, source.size)
+            # Kept by its name until the read is done: it closes with its last reference, and of two threads that
+            # open a tar at once only one's is in the cache.
+            descriptor = _descriptor(source.place)
+            raw = _read_range(descriptor.number, source.offset, source.size)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{source.place}: gone since the list was frozen. Put it back, or start over in another --out"

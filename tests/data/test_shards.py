@@ -8,6 +8,7 @@ import io
 import json
 import tarfile
 import uuid
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def write(layout: SampleLayout, samples: int) -> bytes:
     written = writer.close()
     assert (written.bytes, written.samples) == (len(stream.getvalue()), samples)
     return stream.getvalue()
+
+
+def test_the_checksum_is_zlibs_crc32_whatever_computes_it() -> None:
+    patches, tokens = np.arange(200_000, dtype=np.uint64).view(np.uint8), np.arange(196, dtype=np.int16)
+    whole = b"v00-000000000007" + patches.tobytes() + tokens.tobytes()
+    assert sample_crc("v00-000000000007", patches.data, tokens.data.cast("B")) == zlib.crc32(whole)
 
 
 def test_the_layout_at_224_16_is_the_documented_one() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from beit_dist.engine.distributed import Agreement, Ranks, ranks_from_environment
-from beit_dist.errors import ConfigError
+from beit_dist.engine.distributed import Agreement, Ranks, check_devices, ranks_from_environment
+from beit_dist.errors import ConfigError, PreflightError
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2", "SLURM_STEP_ID": "0"}
@@ -38,6 +38,12 @@ def test_srun_without_its_number_of_tasks_is_refused() -> None:
 def test_a_rank_beyond_the_world_is_refused() -> None:
     with pytest.raises(ConfigError, match="RANK: got 8"):
         ranks_from_environment({**TORCH, "RANK": "8"})
+
+
+def test_a_rank_without_a_device_is_named_before_it_joins() -> None:
+    check_devices(Ranks(9, 16, 1), 2, "cuda")
+    with pytest.raises(PreflightError, match=r"rank 10 on .*: 2 cuda devices, expected .* at least 3\."):
+        check_devices(Ranks(10, 16, 2), 2, "cuda")
 
 
 def test_alone_a_rank_agrees_with_itself() -> None:

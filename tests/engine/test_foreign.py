@@ -352,7 +352,10 @@ BLOCK = "blocks.{}.attn.relative_position_bias_table"
             r"cls_token: got torch\.float32 values that are",
         ),
         ({"blocks.0.gamma_1": torch.ones(32, dtype=torch.int8)}, r"blocks\.0\.gamma_1: got torch\.int8 values"),
-        ({BLOCK.format(0): torch.zeros(52, 2)}, rf"there are blocks\.0\.attn.* and {TABLE}"),
+        (
+            {BLOCK.format(block): torch.zeros(52, 2) for block in range(3)},
+            rf"there are blocks\.0\.attn.* and {TABLE}",
+        ),
         ({TABLE: None, BLOCK.format(0): torch.zeros(52, 2)}, "and blocks that have none"),
         ({TABLE: torch.zeros(53, 2)}, "table of 53 rows belongs to no square grid"),
         ({TABLE: torch.zeros(52)}, r"has 2 dimensions, not \[52\]"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -24,7 +25,7 @@ import pytest
 KILLS = int(os.environ.get("BEIT_KILLS", "5"))
 SEED = int(os.environ.get("BEIT_SEED", "0"))
 # 38 MB a save and steps of a tenth of a second, a save after every second one: one is nearly always under way.
-LARGE = ["model.width=256", "model.depth=4", "micro_batch=8", "checkpoint.every_steps=2", "logging.every_steps=1"]
+LARGE = ["model.width=256", "model.depth=4", "micro_batch=8", "optimizer.lr=1e-3", "checkpoint.every_steps=2"]
 STEPS = 20 + 10 * KILLS  # a start gets through 6 or so before it is killed
 LIMIT = 180 + 15 * KILLS  # seconds for one start that runs to the end; a soak may share its machine
 MOMENTS = ("in a save", "after steps", "in a save", "as it starts")
@@ -181,6 +182,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(new_run: Cal
     struck: Counter[str] = Counter()
     processes: list[psutil.Process] = []
     frozen: list[psutil.Process] = []
+    outlived: list[Start] = []
     cut_short = 0
 
     def wake() -> None:
@@ -202,6 +204,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(new_run: Cal
             cut_short += in_a_save
             if kill.target == "the launcher":
                 frozen += members.ranks
+                outlived.append(start)
             struck[kill.moment] += 1
             struck[kill.target] += 1
             print(f"{time.strftime('%H:%M:%S')} attempt {number}: {kill} in a save: {in_a_save}", flush=True)
@@ -209,11 +212,14 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(new_run: Cal
         last.until_begun()
         wake()
         assert last.process.wait(timeout=LIMIT) == 0, last.said
-        _, alive = psutil.wait_procs(processes, timeout=LIMIT)
-        assert not alive, "ranks that were superseded, or lost their launcher, did not end"
+        _, alive = psutil.wait_procs([*processes, *_those_of(run)], timeout=LIMIT)
+        assert not alive, "ranks that were superseded, or workers that lost their rank, did not end"
     finally:
-        for process in processes:
+        for process in [*processes, *_those_of(run)]:
             signal_to(process, signal.SIGKILL)
+    for start in outlived:  # frozen and woken beside a newer attempt
+        said = rf"superseded by attempt \d+: this run \(attempt {start.attempt}\) stops"
+        assert re.search(said, start.log.read_text()), start.said
     assert sum(struck[target] for target in TARGETS) == KILLS
     assert all(struck[name] for name in (*MOMENTS, *TARGETS)), struck
     assert 3 * cut_short >= KILLS, (cut_short, struck)
@@ -226,8 +232,18 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(new_run: Cal
     _no_stray_folder_is_left(run.folder / "checkpoints")
 
 
+def _those_of(run: Any) -> list[psutil.Process]:
+    """The living processes of all starts of a run, loader workers too: they were started beside its folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.cwd() == str(run.folder.parent):
+                found.append(process)
+    return found
+
+
 def _no_stray_folder_is_left(checkpoints: Path) -> None:
     folders = list(checkpoints.glob("step-*"))
     assert all((folder / "manifest.json").exists() for folder in folders)
-    assert not list(checkpoints.rglob("*.tmp"))
+    assert not list(checkpoints.parent.rglob("*.tmp"))
     assert len(folders) == 2  # checkpoint.keep

@@ -37,6 +37,16 @@ def test_ranks_share_their_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert memory_faults(Needs(model=2 * GIB, shared=GIB // 4), CPU, neighbours=4) == []
     (fault,) = memory_faults(Needs(model=2 * GIB, shared=0), CPU, neighbours=5)
     assert "1.60 GiB free memory of the host for each of 5 ranks, expected at least 2.00 GiB" in fault
+    (fault,) = memory_faults(Needs(model=GIB, copy=GIB, shared=0), CPU, neighbours=5)
+    assert "at least 2.00 GiB for weights, gradients and optimizer, and the copy that a checkpoint" in fault
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 80 * GIB))
+    gpu = torch.device("cuda", 1)
+    assert memory_faults(Needs(model=GIB, copy=GIB, shared=0), gpu, neighbours=8) == []
+    first, second = memory_faults(Needs(model=2 * GIB, copy=2 * GIB, shared=0), gpu, neighbours=8)
+    assert "1.00 GiB free memory of cuda:1, expected at least 2.00 GiB for weights" in first
+    assert (
+        "1.00 GiB free memory of the host for each of 8 ranks, expected at least 2.00 GiB for the copy" in second
+    )
     (fault,) = memory_faults(Needs(model=0, shared=GIB // 4), CPU, neighbours=5)
     assert "0.20 GiB of /dev/shm for each of 5 ranks, expected at least 0.25 GiB" in fault
     monkeypatch.setattr(shared_memory, "room", lambda ranks: None)

@@ -29,7 +29,7 @@ from beit_dist.train import main
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = ["loader.workers=0", "steps=20", "checkpoint.every_steps=3"]
+SETTINGS = ["loader.workers=0", "loader.block_samples=8", "steps=20", "checkpoint.every_steps=3"]
 NUMBERS = ("step", "samples", "loss", "accuracy", "lr", "grad_norm", "masked", "bad", "skipped", "batch")
 FAULTS = [
     Fault("stall", method="GET", path="/v0", times=1, after=100, seconds=20),

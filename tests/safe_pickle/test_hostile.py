@@ -162,11 +162,11 @@ def test_a_persistent_id_reaches_nothing_outside_the_file(
 
 def doubled(levels: int) -> bytes:
     """A list of two lists of two lists ...: 2^levels of them for whoever walks through it or prints it."""
-    content, last = b"]q\x00", 0
+    content, last = b"]q\x000", 0
     for level in range(1, levels + 1):
-        content += b"]q" + bytes([level]) + b"(h" + bytes([last]) + b"h" + bytes([last]) + b"e"
+        content += b"]q" + bytes([level]) + b"(h" + bytes([last]) + b"h" + bytes([last]) + b"e0"
         last = level
-    return content
+    return content + b"h" + bytes([last])
 
 
 def copies(call: bytes, arguments: bytes, times: int) -> bytes:
@@ -255,9 +255,9 @@ def test_many_views_of_one_storage_are_not_made_whole(tmp_path: Path) -> None:
 
 def test_modules_that_share_a_module_are_not_walked_through_again_and_again(tmp_path: Path) -> None:
     shell = torch.nn.Sequential(torch.nn.ReLU())
-    for _ in range(8):
+    for _ in range(5):
         shell, inner = torch.nn.Sequential(), shell
-        shell._modules.update({str(number): inner for number in range(50)})
+        shell._modules.update({str(number): inner for number in range(300)})
     torch.save(shell, tmp_path / "a.pkl")
     with pytest.raises(UserError, match="got no module of DALL-E's"):
         read_weights(tmp_path / "a.pkl")

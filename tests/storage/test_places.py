@@ -6,6 +6,7 @@ import pickle
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
-def behind(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Place, FaultProxy]]:
-    """A place in the store, and the proxy through which it is reached."""
+def behind(request: pytest.FixtureRequest, object_store: ObjectStore) -> Iterator[tuple[Place, FaultProxy]]:
+    """A place in the store, and the proxy through which it is reached; its parameter is what reads ranges."""
     with FaultProxy(object_store.endpoint_url, whole=object_store.whole) as proxy:
         access = store_access(object_store, proxy.url, retry_seconds=20.0)
+        if getattr(request, "param", "s3fs") == "obstore":
+            pytest.importorskip("obstore")
+            access = replace(access, s3_reader="obstore")
         counts.take()
         yield open_place(f"s3://{object_store.new_bucket()}/place", access), proxy
 
@@ -172,6 +176,7 @@ def test_a_place_travels_to_another_process(place: Place) -> None:
     assert pickle.loads(pickle.dumps(place)).read("name") == b"content"
 
 
+@pytest.mark.parametrize("behind", ["s3fs", "obstore"], indirect=True)
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
@@ -192,7 +197,7 @@ def test_requests_that_fail_are_tried_again_and_counted(
     place.write("file", CONTENT[:1_000_000])
     assert counts.take() == {}
     times = fault.times
-    proxy.inject(fault)
+    proxy.inject(replace(fault))  # the proxy counts in it
     buffer = bytearray(200_000)
     place.read_into("file", 50_000, memoryview(buffer))
     assert buffer == CONTENT[50_000:250_000]
@@ -200,6 +205,26 @@ def test_requests_that_fail_are_tried_again_and_counted(
     assert found.get(cause, 0) >= 1, found
     # aiohttp sends a request again by itself when the connection it kept turns out to be closed.
     assert sum(found.values()) == times or fault.kind == "reset", found
+
+
+def test_obstore_reads_ranges_and_says_what_is_wrong_as_s3fs_does(object_store: ObjectStore) -> None:
+    pytest.importorskip("obstore")
+    url = f"s3://{object_store.new_bucket()}/some/place"
+    place = open_place(url, replace(store_access(object_store), s3_reader="obstore"))
+    write(place, "large", CONTENT)
+    assert bytes(place.read_range("large", 12_345, 1000)) == CONTENT[12_345:13_345]
+    assert b"".join(place.chunks("large")) == CONTENT
+    for offset in (len(CONTENT) - 10, len(CONTENT) + 10):
+        with pytest.raises(
+            EOFError, match=f"large: byte {offset}: expected 20 bytes, the file has {len(CONTENT)}"
+        ):
+            place.read_range("large", offset, 20)
+    with pytest.raises(FileNotFoundError):
+        place.read_range("other", 0, 20)
+    wrong = replace(store_access(object_store, secret="not-the-secret"), s3_reader="obstore")
+    with pytest.raises(AccessError, match="Check the credentials in the environment") as raised:
+        open_place(url, wrong).read_range("large", 0, 20)
+    assert "not-the-secret" not in str(raised.value)
 
 
 def test_an_upload_in_parts_survives_failing_requests(behind: tuple[Place, FaultProxy]) -> None:

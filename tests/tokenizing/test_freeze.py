@@ -6,7 +6,9 @@ import gzip
 import json
 import os
 import tarfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from beit_dist.errors import ConfigError, DataError, SampleError
 from beit_dist.storage.local import LocalPlace
+from beit_dist.tokenizing import sources
 from beit_dist.tokenizing.freeze import expand_sources, freeze
 from beit_dist.tokenizing.sources import SourceList, read_source
 
@@ -251,3 +254,28 @@ def test_an_image_that_may_not_be_read_ends_the_worker_with_its_name(
     monkeypatch.setattr("builtins.open", refused)
     with pytest.raises(SampleError, match=r"\.png cannot be read \(Permission denied\)"):
         read_source(entry)
+
+
+def test_threads_that_open_a_tar_at_once_do_not_close_it_for_one_another(
+    tmp_path: Path, bench: Any, pack_tar: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack_tar(bench.images, tmp_path / "images.tar")
+    freeze([str(tmp_path / "images.tar")], LocalPlace(tmp_path / "out"), 0)
+    entries = SourceList(LocalPlace(tmp_path / "out"), 99).read(0)
+    opened, read = os.open, os.pread
+    together = threading.Barrier(2)
+
+    def slow_open(*arguments: Any) -> int:
+        together.wait(5)  # both have missed the cache
+        return opened(*arguments)
+
+    def slow_read(*arguments: Any) -> bytes:
+        together.wait(5)  # whatever is to be closed is closed
+        return read(*arguments)
+
+    sources._descriptor.cache_clear()
+    monkeypatch.setattr(os, "open", slow_open)
+    monkeypatch.setattr(os, "pread", slow_read)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(read_source, entries[:2]))
+    assert found == [(bench.images / entry.name).read_bytes() for entry in entries[:2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import urllib.request
 from pathlib import Path
@@ -115,3 +116,11 @@ def test_the_summary_counts_by_class_and_gives_examples() -> None:
         "  9.png: 1×1 px: a side shorter than 8 px",
     ]
     assert summary([]) == []
+
+
+def test_the_page_lists_the_metrics_with_their_kinds_and_meanings() -> None:
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    rows = re.findall(r"^\| `(beit_\w+)` \| (\w+) \|[^|]*\| ([^|]*) \|$", page, re.MULTILINE)
+    families = Metrics(0).registry.collect()
+    endings = {"counter": "_total", "gauge": ""}
+    assert rows == [(one.name + endings[one.type], one.type, one.documentation) for one in families]

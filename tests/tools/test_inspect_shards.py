@@ -93,7 +93,7 @@ def test_a_part_is_looked_at_evenly_and_the_text_says_so(
 
     monkeypatch.setattr(RemotePlace, "read_into", noting)
     assert tool.main([str(place), "--samples", "6"]) == 0
-    assert "looked at 6 of 42, evenly spread samples" in capsys.readouterr().out
+    assert "looked at 6 of 42 samples, evenly spread over all shards" in capsys.readouterr().out
     rows = [0, 7, 14, 21, 28, 35]  # of 42: shards of 9, 8, 4 in two views
     starts = {"v00/shard-000000.tar": 0, "v00/shard-000001.tar": 9, "v01/shard-000000.tar": 21}
     starts |= {"v01/shard-000001.tar": 30}

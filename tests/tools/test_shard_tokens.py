@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,7 @@ from beit_dist.config import DVAEConfig
 from beit_dist.data.shards import load_manifest
 from beit_dist.data.verification import verify
 from beit_dist.errors import ConfigError, DataError, SpaceError, TokenizerError, UserError
+from beit_dist.storage.opening import open_place
 from beit_dist.visual_tokens.dvae import DVAE
 from beit_dist.visual_tokens.weights import save_tokenizer
 
@@ -193,6 +196,38 @@ def test_needed_flags_are_asked_for(command: Command) -> None:
         command.plain("--out", str(command.root / "out"))
     with pytest.raises(ConfigError, match="--tokenizer"):
         command.plain("--out", str(command.root / "out"), "--images", str(command.images))
+
+
+def test_images_tokenizer_and_shards_may_all_be_at_urls(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (command.images / "class-0/0.png").write_bytes(b"no image")
+    command("local", "--max-rejected", "1")
+    place = open_place(f"memory://{uuid.uuid4()}/place")
+    for path in [*command.images.rglob("*.png"), command.tokenizer]:
+        place.write(path.relative_to(command.root).as_posix(), path.read_bytes())
+    where = ("--images", f"{place}/images", "--out", f"{place}/shards", "--tokenizer", f"{place}/dvae.safetensors")
+    options = [*where, "--decoders", "0", "--device", "cpu", *SMALL]
+    assert command.plain(*options, "--index-only") == 0
+    for index in "01":
+        assert command.plain(*options, "--index", index, "--count", "2", "--max-rejected", "1") == 0
+    assert "rejected, not an image: 1\n  class-0/0.png: not an image that Pillow reads" in capsys.readouterr().out
+    assert command.plain(*where[2:4], "--finish", "--max-rejected", "1") == 0
+    out = capsys.readouterr().out
+    assert "9 samples × 1 views in 3 shards" in out
+    assert "rejected, not an image: 1\n" in out
+    local = command.root / "local"
+    for name in [*files(local), "rejected.jsonl"]:
+        assert (place / "shards").read(name) == (local / name).read_bytes(), name
+    assert command.plain(*options, "--max-rejected", "1") == 0
+    assert capsys.readouterr().out.startswith("already complete: ")
+    usage = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SpaceError, match="a copy of the tokenizer"):
+        command.plain(*options)
+    place.remove("dvae.safetensors")
+    with pytest.raises(TokenizerError, match=r"dvae\.safetensors: got no file"):
+        command.plain(*options)
 
 
 @pytest.mark.slow

@@ -112,8 +112,8 @@ def _measure(
     size = 4 * sum(fragment.length for fragment in state.saved_fragments())
     numbers = iter(range(1, 1000))
 
-    def begin_save() -> float:
-        return seconds(lambda: store.begin_save(next(numbers), state, {}))
+    def begin_save(urgent: bool = False) -> float:
+        return seconds(lambda: store.begin_save(next(numbers), state, {}, urgent=urgent))
 
     with _PeakMemory() as peak:
         store.prepare(state, device)
@@ -133,7 +133,7 @@ def _measure(
         taken.beside.append(seconds(step))
         store.finish_save()
         began = time.perf_counter()
-        begin_save()
+        begin_save(urgent=True)
         store.finish_save()
         taken.saves.append(time.perf_counter() - began)
         taken.plain.append(seconds(lambda: _plain_write(folder / "plain", state.saved_fragments())))

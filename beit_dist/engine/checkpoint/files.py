@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
+from beit_dist.checksums import crc32 as crc32_of
 from beit_dist.engine.checkpoint.image import FileImage
 from beit_dist.engine.checkpoint.layout import role_digests
 from beit_dist.errors import StorageError
@@ -46,7 +46,7 @@ def write_fragments(folder: Place, rank: int, image: FileImage) -> None:
 
 def _checksums(image: FileImage) -> tuple[list[int], dict[str, int]]:
     """crc32 of each chunk, and the digest of each role."""
-    crc32 = [zlib.crc32(image.bytes[low : low + CHUNK]) for low in range(0, len(image.bytes), CHUNK)]
+    crc32 = [crc32_of(image.bytes[low : low + CHUNK]) for low in range(0, len(image.bytes), CHUNK)]
     return crc32, role_digests(image.fragments)
 
 

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from beit_dist.engine.checkpoint.layout import Fragment
@@ -68,8 +69,7 @@ class FileImage:
     def find_memory(self) -> None:
         """Have the system find all the memory now, which is what takes long the first time it is filled."""
         for low in range(0, len(self._values), _TOUCHED):
-            part = self._values[low : low + _TOUCHED]
-            torch.frombuffer(part, dtype=torch.uint8).zero_()
+            np.frombuffer(self._values[low : low + _TOUCHED], np.uint8).fill(0)  # torch would start threads for it
 
     def pin(self, device: torch.device) -> None:
         """Let a CUDA device copy into the memory directly; without that the copy is slower, and is still right.

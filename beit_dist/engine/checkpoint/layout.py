@@ -25,6 +25,9 @@ WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "ema"
 """Exponential moving average of the weight; only in runs that keep one."""
+BYTES_OF_STATE = 12
+"""Of each parameter in a checkpoint: the fp32 weight and two moments."""
+BYTES_OF_AVERAGE = 4
 
 _DIGEST_BLOCK = 1 << 18  # values at a time, so that the temporaries stay in the cache
 _DIGEST_STEP = 2 * 0x9E3779B1  # twice 2³² / the golden ratio: its multiples spread evenly, and odd stays odd

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from beit_dist.checksums import crc32
 from beit_dist.engine.checkpoint.layout import Fragment
 from beit_dist.errors import CheckpointError, StorageError
 from beit_dist.storage.place import Place
@@ -102,7 +102,7 @@ class _ChunkedFile:
             raise CheckpointError(f"{self._folder}: {self._name} cannot be read: {error}") from None
         for number in range(first, last):
             low = (number - first) * self._chunk
-            if zlib.crc32(memoryview(self._held)[low : low + self._chunk]) != self._crc32[number]:
+            if crc32(memoryview(self._held)[low : low + self._chunk]) != self._crc32[number]:
                 raise CheckpointError(
                     f"{self._folder}: {self._name} is damaged in the {self._chunk} bytes from "
                     f"{number * self._chunk}. Start again: the checkpoint before it is used."

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from beit_dist.config import CheckpointConfig
-from beit_dist.durable import sync_folder
+from beit_dist.durable import leftovers, sync_folder
 from beit_dist.engine.checkpoint.files import file_fault, write_copy, write_fragments
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.image import FileImage
@@ -92,6 +92,7 @@ class CheckpointStore:
         self._agreement = agreement
         self._rank, self._world = agreement.ranks.rank, agreement.ranks.world
         self.attempt = 0
+        self._stale: list[Path] = []  # temporary files that killed writers had left before this attempt
         self._mark = b""  # what this attempt's file says, unlike any other's
         self.passed_over = 0  # damaged checkpoints met while looking for a whole one
         self._image: FileImage | None = None  # memory for the copies, kept between saves
@@ -130,6 +131,11 @@ class CheckpointStore:
                     "Without that, two starts of a run could both believe to be the only one.",
                 )
             self._give_up_unfinished()
+            if self.folder.is_local:
+                folder = self.folder.path
+                self._stale = [
+                    file for place in (folder, attempts.path, folder.parent) for file in leftovers(place)
+                ]
         self.attempt = self._agreement.from_rank_0(self.attempt)
         return self.attempt
 
@@ -203,7 +209,6 @@ class CheckpointStore:
         image = self._image = FileImage(state.saved_fragments())
 
         def find() -> None:
-            yield_to_others()
             image.find_memory()
             if device.type == "cuda":
                 image.pin(device)
@@ -217,6 +222,8 @@ class CheckpointStore:
         state: EngineState,
         facts: dict[str, Any],
         copies: Mapping[str, Path] | None = None,
+        *,
+        urgent: bool = False,
     ) -> None:
         """Copy the state to host memory and write it in a thread; training goes on meanwhile.
 
@@ -225,6 +232,7 @@ class CheckpointStore:
             state: the engine's state.
             facts: what the manifest shall say besides: position, plan, configuration, versions.
             copies: local files that rank 0 saves with the state, by their name in the checkpoint.
+            urgent: nothing goes on meanwhile, so the writing need not give way to anything.
 
         Raises:
             RuntimeError: the save before was not waited for.
@@ -251,7 +259,7 @@ class CheckpointStore:
             self._image = FileImage(fragments)
         self._image.take(fragments)
         folder = self.folder / folder_name(step, self.attempt)
-        self._writing = _Writing(self, folder, step, self._image, manifest, copies or {})
+        self._writing = _Writing(self, folder, step, self._image, manifest, copies or {}, urgent)
         self._writing.start()
 
     @property
@@ -338,6 +346,22 @@ class CheckpointStore:
             raise OSError(f"{failed[0].removesuffix(FAILED)} could not write")
         return [rank for rank in range(self._world) if f"rank-{rank:05d}.json" not in names]
 
+    @contextlib.contextmanager
+    def unless_superseded(self) -> Iterator[None]:
+        """What fails inside while a newer attempt runs fails because of that: it is no failure of the run.
+
+        The others of this attempt may be gone, or a checkpoint that is being read.
+
+        Raises:
+            SupersededError: in place of any other.
+        """
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):
+                self.refuse_if_superseded()
+            raise
+
     def refuse_if_superseded(self) -> None:
         """Raise SupersededError when a newer attempt has begun."""
         newest = self._newest_attempt()
@@ -350,6 +374,8 @@ class CheckpointStore:
 
     def _tidy(self) -> None:
         """Remove what need not be kept, and what older attempts left unfinished."""
+        while self._stale:
+            self._stale.pop().unlink(missing_ok=True)
         found = committed(self.folder)
         for_good = kept_for_good(found, self._settings)
         for saved in found[self._settings.keep :]:
@@ -402,7 +428,7 @@ def _set_aside(folder: Place) -> None:
         folder.write(BAD, b"")
 
 
-def yield_to_others() -> None:
+def _yield_to_others() -> None:
     """Let this thread, and those that it starts, run when the training does not want the core (Linux only)."""
     thread = threading.get_native_id()
     with contextlib.suppress(OSError):
@@ -424,6 +450,7 @@ class _Writing(threading.Thread):
         image: FileImage,
         manifest: dict[str, Any],
         copies: Mapping[str, Path],
+        urgent: bool,
     ) -> None:
         super().__init__(name=f"checkpoint-{step}", daemon=True)
         self.folder, self.step = folder, step
@@ -431,13 +458,15 @@ class _Writing(threading.Thread):
         self.superseded = ""
         self.seconds = 0.0
         self._store, self._image, self._manifest, self._copies = store, image, manifest, copies
+        self._urgent = urgent
         self._began = time.monotonic()
 
     def run(self) -> None:
         """Write, then on rank 0 commit; whatever goes wrong is kept for ``finish_save``."""
         store = self._store
         try:
-            yield_to_others()
+            if not self._urgent:
+                _yield_to_others()
             self.folder.make()
             write_fragments(self.folder, store.rank, self._image)
             if store.rank == 0:

@@ -19,9 +19,9 @@ from beit_dist.config import OptimizerConfig
 from beit_dist.data.crops import CropBatches, ImageFile, ImagePool, centred_view
 from beit_dist.data.draws import Purpose, permutation
 from beit_dist.engine.average import WeightAverage
-from beit_dist.engine.build import BYTES_OF_AVERAGE, BYTES_OF_STATE, check_space, refuse_if_superseded
+from beit_dist.engine.build import check_space, refuse_if_superseded
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import AVERAGE, Saved
+from beit_dist.engine.checkpoint.layout import AVERAGE, BYTES_OF_AVERAGE, BYTES_OF_STATE, Saved
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.dry_run import state_bytes
@@ -121,13 +121,30 @@ def build(
         PreflightError: a rank's host has too little memory, or the ranks' collectives are wrong.
         CheckpointError: the run in the folder is another one.
     """
-    ranks = agreement.ranks
     run = RunFolder(str(recipe.run), recipe.storage.access)
-    if ranks.rank == 0:
+    if agreement.ranks.rank == 0:
         run.create()
     agreement.from_rank_0(None)  # the folder is there before anyone uses it
     store = CheckpointStore(run.checkpoints, recipe.checkpoint, agreement)
-    attempt = store.begin_attempt()
+    store.begin_attempt()
+    with store.unless_superseded():
+        return _build(recipe, resolved, built_in, files, agreement, device, stop, watchdog, timeouts, run, store)
+
+
+def _build(
+    recipe: TokenizerRecipe,
+    resolved: Resolved,
+    built_in: bool,
+    files: list[ImageFile],
+    agreement: Agreement,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    timeouts: Timeouts,
+    run: RunFolder,
+    store: CheckpointStore,
+) -> Parts:
+    ranks = agreement.ranks
     saved = store.newest_whole()
     if saved is not None:
         compare_recipes(recipe, saved.manifest, loud=ranks.rank == 0, frozen=FROZEN, shown=SHOWN)
@@ -179,7 +196,7 @@ def build(
     if ranks.rank == 0:
         run.write_run(
             {
-                "attempt": attempt,
+                "attempt": store.attempt,
                 "started": time.time(),
                 "resumed_from": saved.folder.name if saved else None,
                 "world_size": ranks.world,
@@ -200,7 +217,7 @@ def build(
         metrics,
         codebook,
         recipe,
-        attempt,
+        store.attempt,
         open_sinks(recipe, run.path, progress.step) if ranks.rank == 0 else None,
     )
     size = resolved.rank_batch

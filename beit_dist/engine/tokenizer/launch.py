@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
@@ -111,17 +110,11 @@ def train(
         return DONE
     parts = build(recipe, job.resolved, job.built_in, files, agreement, device, stop, watchdog, timeouts)
     trainer = TokenizerTrainer(parts)
-    try:
+    with parts.store.unless_superseded():
         marker = trainer.run()
         if ranks.rank == 0:
             parts.store.refuse_if_superseded()
         facts = _write(job, trainer, len(files)) if marker == DONE else {"reason": trainer.reason}
-    except Exception:
-        # A rank of an older attempt may fail because the others of its attempt are gone: that is no failure of
-        # the run that goes on in this folder.
-        with contextlib.suppress(OSError):
-            parts.store.refuse_if_superseded()
-        raise
     parts.close()  # not after a failure: the others shall not wait for this rank
     if ranks.rank == 0:
         run.mark(marker, attempt=parts.store.attempt, step=parts.progress.step, **facts)

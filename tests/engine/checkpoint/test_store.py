@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -190,6 +192,29 @@ def test_the_older_of_two_attempts_stops_and_harms_nothing(three: Path) -> None:
     assert SupersededError.exit_code == 1
 
 
+def test_temporary_files_of_killed_writers_are_removed_after_the_first_commit(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    store(folder)
+    stale = [place / ".latest.host-1-2.tmp" for place in (folder, folder / "attempts", folder.parent)]
+    for file in stale:
+        file.touch()
+    newer = store(folder)
+    (folder / ".latest.host-3-4.tmp").touch()  # of somebody who may still write it
+    assert all(file.exists() for file in stale)
+    assert save(newer, 1, State(1))
+    assert [file.name for file in folder.parent.rglob("*.tmp")] == [".latest.host-3-4.tmp"]
+
+
+def test_what_fails_beside_a_newer_attempt_is_no_failure_of_the_run(three: Path) -> None:
+    """A slow start may be reading a checkpoint that the newer one has just replaced."""
+    older = store(three)
+    with pytest.raises(FileNotFoundError), older.unless_superseded():
+        raise FileNotFoundError("rank-00000.safetensors")
+    store(three)
+    with pytest.raises(SupersededError, match="superseded by attempt 3"), older.unless_superseded():
+        raise FileNotFoundError("rank-00000.safetensors")
+
+
 def test_what_an_older_attempt_still_commits_is_not_continued(
     three: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,3 +340,25 @@ def test_the_copy_is_laid_out_as_the_file_and_its_memory_is_found_once_and_befor
     restored.tensors = [Fragment(f.parameter, f.role, f.start, torch.zeros(f.length)) for f in state.tensors]
     store(tmp_path).restore(newest(tmp_path), restored)
     assert torch.equal(restored.tensors[0].data, state.tensors[0].data)
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_writing_gives_way_to_training_unless_nothing_goes_on_beside(
+    tmp_path: Path, urgent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    seen = []
+    write = write_fragments
+
+    def watched(*arguments: Any) -> None:
+        seen.append(nice())
+        write(*arguments)
+
+    monkeypatch.setattr("beit_dist.engine.checkpoint.store.write_fragments", watched)
+    before, writer = nice(), store(tmp_path)
+    writer.begin_save(1, State(1), {}, urgent=urgent)  # type: ignore[arg-type]
+    writer.finish_save()
+    assert seen == [before if urgent else min(19, before + 10)]
+    assert nice() == before
