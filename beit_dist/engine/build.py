@@ -35,6 +35,7 @@ from beit_dist.engine.record import Recorder
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
+from beit_dist.engine.saving import Saving
 from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.engine.sinks import open_sinks
 from beit_dist.engine.stragglers import Stragglers
@@ -212,7 +213,7 @@ def _build(
         ),
         agreement=agreement,
         store=store,
-        state=state,
+        saving=Saving(store, state, config.checkpoint, agreement, timeouts, watchdog, metrics),
         average=average,
         validation=None
         if held_out is None

@@ -62,7 +62,9 @@ class Saving:
         """Whether this rank's part of the save in flight is over."""
         return self._store.has_written
 
-    def begin(self, step: int, facts: dict[str, Any], copies: Mapping[str, Path], fault: str) -> None:
+    def begin(
+        self, step: int, facts: dict[str, Any], copies: Mapping[str, Path], fault: str, *, urgent: bool = False
+    ) -> None:
         """Start to save beside the next steps; they wait for the copy to host memory, and for a save before.
 
         Args:
@@ -71,6 +73,7 @@ class Saving:
             copies: local files to save with the state, by their name in the checkpoint.
             fault: rank 0: why the numbers of the steps so far, which a checkpoint vouches for, are not on the
                 disk; empty when they are.
+            urgent: there are no next steps.
         """
         self.finish()
         began = time.monotonic()
@@ -80,7 +83,7 @@ class Saving:
             self._last = began
             self._count(SaveResult(step, fault, 0.0))
             return
-        self._store.begin_save(step, self._state, facts, copies)
+        self._store.begin_save(step, self._state, facts, copies, urgent=urgent)
         self._last = time.monotonic()
         if self._metrics is not None:
             self._metrics.observe("beit_checkpoint_stall_seconds", self._last - began)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +13,7 @@ from beit_dist.config import TrainConfig
 from beit_dist.data.plan import Plan
 from beit_dist.data.stream import RankBatch, RankBatches
 from beit_dist.engine.average import WeightAverage
-from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.store import CheckpointStore, SaveResult
+from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.metrics import Metrics
@@ -25,14 +22,13 @@ from beit_dist.engine.profiling import Profiler
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
+from beit_dist.engine.saving import Saving
 from beit_dist.engine.schedule import Schedule
 from beit_dist.engine.stragglers import Stragglers
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.validation import Validation
 from beit_dist.engine.watchdog import Watchdog
 from beit_dist.errors import SampleError, TrainingError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,7 +60,7 @@ class Parts:
     batches: RankBatches
     agreement: Agreement
     store: CheckpointStore
-    state: EngineState
+    saving: Saving
     average: WeightAverage | None
     validation: Validation | None
     recorder: Recorder
@@ -102,9 +98,6 @@ class Trainer:
         self.parts = parts
         self.progress = parts.progress
         self._skipped_in_a_row = 0
-        self._failed_saves = 0
-        self._fault = ""  # of the last save
-        self._last_save = time.monotonic()
         self.reason: str | None = None  # why the run was stopped before its last step
 
     def run(self) -> str:
@@ -125,7 +118,7 @@ class Trainer:
             if stop:
                 return self._stop()
             if written == parts.resolved.ranks:
-                self._finish_save()
+                parts.saving.finish()
             self._count_bad(bad)
             assert batch is not None  # a rank without one has posted a stop; for the type checker
             digest = (halves[0] + (halves[1] << 32)) % 2**64
@@ -135,8 +128,8 @@ class Trainer:
                 if left:
                     parts.agreement.result()  # of a batch that is not trained on any more
                 return self._stop()
-            if left and (save or self._save_is_due()):
-                self._begin_save()
+            if left and (save or parts.saving.is_due_by_step(progress.step)):
+                self._save()
         self._save_and_wait()
         return DONE
 
@@ -229,10 +222,7 @@ class Trainer:
         expected = self.progress.consumed + (self._per_lane() if after is not None else 0)
         if batch is not None and batch.consumed != expected:
             raise RuntimeError(f"the stream is at {batch.consumed}, the trainer at {expected}")
-        minutes = parts.config.checkpoint.every_minutes
-        rank_0 = parts.agreement.ranks.rank == 0
-        save = rank_0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
-        written = parts.store.has_written
+        save, written = parts.saving.is_due_by_clock, parts.saving.has_written
         masked, bad, stop = (batch.masked, batch.bad, parts.stop.requested) if batch else (0, 0, True)
         # 64 bits in halves, so that sums over any number of ranks stay below 2⁶³.
         halves = (batch.digest % 2**32, batch.digest >> 32) if batch else (0, 0)
@@ -262,83 +252,30 @@ class Trainer:
         parts.watchdog.beat()
         return result is not None
 
-    def _save_is_due(self) -> bool:
-        every = self.parts.config.checkpoint.every_steps
-        return every is not None and self.progress.step % every == 0
-
-    def _begin_save(self, urgent: bool = False) -> None:
-        """Start saving beside the next steps; they wait for the copy to host memory, and for a save before.
+    def _save(self, urgent: bool = False) -> None:
+        """Begin a checkpoint, with the numbers of all steps before it on the disk.
 
         ``urgent``: there are no next steps.
         """
         parts, progress = self.parts, self.progress
-        self._finish_save()
-        began = time.monotonic()
         parts.recorder.flush(durable=True)
-        if fault := parts.agreement.from_rank_0(parts.recorder.fault):
-            # A checkpoint promises that the numbers of all steps before it are there.
-            if parts.agreement.ranks.rank == 0:
-                _log.error("checkpoint of step %d was not saved: %s", progress.step, fault)
-            self._last_save = began
-            self._count_save(SaveResult(progress.step, fault, 0.0))
-            return
-        position = {
-            "consumed": progress.consumed,
-            "samples": progress.samples,
-            "first_batch": progress.first_batch,
+        facts = {
+            **parts.facts,
+            "position": {
+                "consumed": progress.consumed,
+                "samples": progress.samples,
+                "first_batch": progress.first_batch,
+            },
+            "counters": dict(progress.counters),
+            "guard": parts.guard.state,
         }
-        counters = dict(progress.counters)
-        parts.store.begin_save(
-            progress.step,
-            parts.state,
-            {**parts.facts, "position": position, "counters": counters, "guard": parts.guard.state},
-            parts.run.copies,
-            urgent=urgent,
-        )
-        self._last_save = time.monotonic()
-        if parts.metrics is not None:
-            parts.metrics.observe("beit_checkpoint_stall_seconds", self._last_save - began)
+        parts.saving.begin(progress.step, facts, parts.run.copies, parts.recorder.fault, urgent=urgent)
         parts.recorder.pause()
 
-    def _finish_save(self) -> None:
-        """Wait for the save in flight, if there is one, and count how it ended."""
-        if not self.parts.store.is_saving:
-            return
-        with self.parts.timeouts.saving():
-            result = self.parts.store.finish_save()
-        self.parts.watchdog.beat()
-        if result is not None:
-            self._count_save(result)
-
-    def _count_save(self, result: SaveResult) -> None:
-        """Export how a save ended; too many failures in a row end the run.
-
-        Raises:
-            TrainingError: ``checkpoint.max_failed_saves`` failed.
-        """
-        metrics, limit = self.parts.metrics, self.parts.config.checkpoint.max_failed_saves
-        self._failed_saves = 0 if result.ok else self._failed_saves + 1
-        self._fault = result.fault
-        if metrics is not None:
-            metrics.add("beit_checkpoint_saves", result="ok" if result.ok else "failed")
-            metrics.observe("beit_checkpoint_duration_seconds", result.seconds)
-            if result.ok:
-                metrics.set({"beit_checkpoint_last_success_timestamp_seconds": time.time()})
-        if self._failed_saves >= limit:
-            raise TrainingError(
-                f"{limit} checkpoints in a row could not be saved, the last at step {result.step}: "
-                f"{result.fault}. Look at the disk, or raise checkpoint.max_failed_saves."
-            )
-
     def _save_and_wait(self) -> None:
-        """The last checkpoint of this start; without it the run has not ended well."""
-        self._begin_save(urgent=True)
-        self._finish_save()
-        if self._failed_saves:
-            raise TrainingError(
-                f"the checkpoint of step {self.progress.step}, the last one, could not be saved: {self._fault}. "
-                "Make room, or look at the disk, and start again: the run goes on from the checkpoint before."
-            )
+        """The last checkpoint of this start."""
+        self._save(urgent=True)
+        self.parts.saving.finish_last(self.progress.step)
 
     def _count_bad(self, bad: int) -> None:
         counters, allowed = self.progress.counters, self.parts.config.loader.bad_samples

@@ -124,8 +124,7 @@ class TokenizerTrainer:
             if stop:
                 asked = [name for name in parts.agreement.gather(parts.stop.name) if name]
                 self.reason = asked[0] if asked else None
-                self._save()
-                parts.saving.finish_last(progress.step)
+                self._save_and_wait()
                 return PREEMPTED
             if written == parts.resolved.ranks:
                 parts.saving.finish()
@@ -139,8 +138,7 @@ class TokenizerTrainer:
         if any(parts.agreement.gather(parts.codebook.alarm)):
             parts.codebook.stop(parts.agreement)
         self.measure()
-        self._save()
-        parts.saving.finish_last(progress.step)
+        self._save_and_wait()
         return DONE
 
     @property
@@ -278,8 +276,11 @@ class TokenizerTrainer:
         parts.recorder.pause()
         parts.watchdog.beat()
 
-    def _save(self) -> None:
-        """Begin a checkpoint, with the numbers of all steps before it on the disk."""
+    def _save(self, urgent: bool = False) -> None:
+        """Begin a checkpoint, with the numbers of all steps before it on the disk.
+
+        ``urgent``: there are no next steps.
+        """
         parts, progress = self.parts, self.progress
         parts.recorder.flush(durable=True)
         facts = {
@@ -288,8 +289,13 @@ class TokenizerTrainer:
             "counters": {"skipped": progress.skipped},
             "codebook": parts.codebook.state,
         }
-        parts.saving.begin(progress.step, facts, parts.run.copies, parts.recorder.fault)
+        parts.saving.begin(progress.step, facts, parts.run.copies, parts.recorder.fault, urgent=urgent)
         parts.recorder.pause()
+
+    def _save_and_wait(self) -> None:
+        """The last checkpoint of this start."""
+        self._save(urgent=True)
+        self.parts.saving.finish_last(self.progress.step)
 
     def _count_skipped(self, applied: bool) -> None:
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
