@@ -118,5 +118,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "RANK",
         "WORLD_SIZE",
         "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
     ):
         monkeypatch.delenv(name, raising=False)

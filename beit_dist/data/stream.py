@@ -6,6 +6,7 @@ import atexit
 import logging
 import multiprocessing
 import queue
+import tempfile
 import threading
 import time
 import warnings
@@ -415,7 +416,14 @@ def _check_division(global_batch: int, lanes: int, world: int) -> None:
 def _explained(error: BaseException) -> BaseException:
     """What torch and the system say when a worker was killed, in our words; anything else as it is."""
     lost = isinstance(error, (OSError, EOFError)) or "exited unexpectedly" in str(error)
-    if lost and not isinstance(error, UserError):
+    if "AF_UNIX path too long" in str(error):  # of the fork server's socket; Linux allows 107 bytes
+        error = ConfigError(
+            "TMPDIR",
+            tempfile.gettempdir(),
+            "a path of at most about 60 characters, for the sockets of the loader's processes",
+            "Set it to a shorter one, such as /tmp.",
+        )
+    elif lost and not isinstance(error, UserError):
         cause = str(error) or type(error).__name__
         error = SampleError(
             f"a loader worker was killed ({cause}). Most often that is the system's memory running out, or"

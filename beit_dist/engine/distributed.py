@@ -48,17 +48,14 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
 def init_process_groups(ranks: Ranks, timeout: timedelta) -> torch.device:
     """Join the other ranks through DeepSpeed and return this rank's device.
 
-    A rank that is alone needs no launcher: an address and a free port are chosen for it.
+    A rank that is alone needs no launcher, address or port.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if ranks.world == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
+    if missing and ranks.world > 1:
         raise ConfigError(
             ", ".join(missing), None, "the address of rank 0", "Launch by deepspeed or torchrun, or export them."
         )
@@ -69,8 +66,13 @@ def init_process_groups(ranks: Ranks, timeout: timedelta) -> torch.device:
     else:
         check_devices(ranks, accelerator.device_count(), accelerator.device_name())
         accelerator.set_device(ranks.local_rank)
+    backend = accelerator.communication_backend_name()
+    if ranks.world == 1 and not dist.is_initialized():
+        # DeepSpeed takes the group that is there. By address, a port that looked free may be taken by now.
+        store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in __all__
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(),
+        dist_backend=backend,
         auto_mpi_discovery=False,
         timeout=timeout,
         verbose=False,
@@ -184,9 +186,3 @@ def close_process_groups() -> None:
     """Leave all groups; harmless when there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

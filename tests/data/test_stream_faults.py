@@ -22,7 +22,7 @@ from support.stream_data import FIELDS, DataSet, advance, assert_equal, copied
 from beit_dist.data import stream
 from beit_dist.data.shards import Manifest
 from beit_dist.data.storage import LocalReader
-from beit_dist.errors import SampleError
+from beit_dist.errors import ConfigError, SampleError
 
 # ----------------------------------------------------------------------------------------------- bad samples
 
@@ -164,6 +164,12 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(data: DataSet) -> None:
     with pytest.raises(SampleError, match=r"a loader worker was killed .*lower loader\.workers"):
         advance(batches, 20)
     batches.close()
+
+
+def test_a_folder_of_temporary_files_too_deep_for_sockets_is_named() -> None:
+    error = stream._explained(OSError("AF_UNIX path too long"))  # what multiprocessing says, without the path
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("TMPDIR: ")
 
 
 def test_workers_and_their_fork_server_ignore_the_signals_of_a_scheduler(data: DataSet) -> None:

@@ -11,10 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from beit_dist.engine.distributed import Ranks, init_process_groups
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
@@ -141,3 +145,24 @@ def new_run(tmp_path: Path, small_data: Path) -> Callable[..., Run]:
         return Run(tmp_path / name, small_data, recipe, ds_config, ranks, list(overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _joined() -> torch.device:
+    """The process groups of a rank that is alone; once and for good, as DeepSpeed keeps hold of them."""
+    before = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    device = init_process_groups(Ranks(), timedelta(minutes=5))
+    os.environ.clear()  # what it has set is not for the processes that tests start
+    os.environ.update(before)
+    return device
+
+
+@pytest.fixture
+def joined(_joined: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """This process as the only rank, and its device; DeepSpeed wants the ranks' variables."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    return _joined

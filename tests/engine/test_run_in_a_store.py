@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +45,26 @@ FAULTS = [
 
 
 @pytest.fixture
+def hosts() -> Iterator[Path]:
+    """Where the hosts' temporary files are; sockets lie there, whose paths must be short."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def environment(
-    object_store: ObjectStore, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    object_store: ObjectStore, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, hosts: Path
 ) -> None:
     """Ranks find the store behind the proxy, and have a folder of temporary files of their own."""
     for name, value in object_store.environment(fault_proxy.url).items():
         monkeypatch.setenv(name, value)
-    use_host(monkeypatch, tmp_path, "first")
+    use_host(monkeypatch, hosts, "first")
 
 
-def use_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+def use_host(monkeypatch: pytest.MonkeyPatch, hosts: Path, name: str) -> None:
     """Have what a host keeps in its temporary files."""
-    (tmp_path / name).mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / name))
+    (hosts / name).mkdir()
+    monkeypatch.setenv("TMPDIR", str(hosts / name))
 
 
 def lines(place: Place) -> list[tuple[Any, ...]]:
@@ -110,6 +119,7 @@ def test_a_run_in_a_store_that_fails_is_killed_and_ends_on_another_host_as_a_loc
     object_store: ObjectStore,
     fault_proxy: FaultProxy,
     monkeypatch: pytest.MonkeyPatch,
+    hosts: Path,
     tmp_path: Path,
     small_data: Path,
 ) -> None:
@@ -124,8 +134,8 @@ def test_a_run_in_a_store_that_fails_is_killed_and_ends_on_another_host_as_a_loc
     run = new_run("unused", ranks=2, overrides=[*settings, "loader.workers=1"])
     fault_proxy.inject(*FAULTS)
     kill_after(place, 6, run.start())
-    shutil.rmtree(tmp_path / "first")
-    use_host(monkeypatch, tmp_path, "second")
+    shutil.rmtree(hosts / "first")
+    use_host(monkeypatch, hosts, "second")
     process = run.start()
     said = scrape(process, place, attempt=2)
     output, _ = process.communicate(timeout=180)
@@ -156,8 +166,9 @@ def test_a_run_in_a_store_that_fails_is_killed_and_ends_on_another_host_as_a_loc
     client, bucket = object_store.client(), url.split("/")[2]
     for entry in client.list_objects_v2(Bucket=bucket)["Contents"]:
         assert secret not in client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read(), entry["Key"]
-    for folder, _, names in os.walk(tmp_path):
-        assert not any(secret in (Path(folder) / name).read_bytes() for name in names)
+    for folder, _, names in itertools.chain(os.walk(tmp_path), os.walk(hosts)):
+        files = [Path(folder) / name for name in names]
+        assert not any(secret in file.read_bytes() for file in files if file.is_file())
     assert object_store.secret not in output
 
 

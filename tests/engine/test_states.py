@@ -5,7 +5,6 @@ One rank in this process; several ranks, other stages and the whole program are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from beit_dist.config import TrainConfig
 from beit_dist.engine.build import build_engine
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.store import CheckpointStore
-from beit_dist.engine.distributed import Agreement, Ranks, close_process_groups, init_process_groups
+from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.resolve import resolve
 from beit_dist.storage.local import LocalPlace
 
@@ -40,28 +39,14 @@ IMPOSSIBLE = {(0, "bf16, sums in fp32"), (0, "fp16, sums in fp32")}  # refused e
 CELLS = [(stage, name) for stage in (0, 1, 2, 3) for name in PRECISIONS if (stage, name) not in IMPOSSIBLE]
 
 
-@pytest.fixture(scope="module")
-def joined() -> Iterator[torch.device]:
-    """This process as the only rank; fp16 is let through on any CPU: slow is fast enough for a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")  # so that it is put back as it was
-            patch.delenv(name)
-        from deepspeed.accelerator import get_accelerator
-
-        kind = type(get_accelerator())
-        patch.setattr(kind, "is_fp16_supported", lambda self: True)
-        patch.setattr(kind, "supported_dtypes", lambda self: [torch.float, torch.half, torch.bfloat16])
-        yield init_process_groups(Ranks(), LIMIT)
-        close_process_groups()
-
-
 @pytest.fixture
 def device(joined: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where to train; DeepSpeed wants the ranks' variables."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
+    """Where to train; fp16 is let through on any CPU: slow is fast enough for a test."""
+    from deepspeed.accelerator import get_accelerator
+
+    kind = type(get_accelerator())
+    monkeypatch.setattr(kind, "is_fp16_supported", lambda self: True)
+    monkeypatch.setattr(kind, "supported_dtypes", lambda self: [torch.float, torch.half, torch.bfloat16])
     return joined
 
 
