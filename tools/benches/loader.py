@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import webdataset as wds
+from PIL import Image
 
 from beit_dist.config import LoaderConfig, MaskingConfig
+from beit_dist.data.images import crop_box
 from beit_dist.data.manifest import Manifest, ShardInfo, shard_name
 from beit_dist.data.masking import MaskGenerator
 from beit_dist.data.pipeline import PartPipeline
@@ -22,8 +24,10 @@ from beit_dist.data.shards import ShardWriter
 from beit_dist.data.storage import open_reader
 from beit_dist.data.stream import RankBatches
 from benches.measuring import Row, in_turn, row
+from benches.photos import write_photos
 
 LAYOUT = SampleLayout(224, 16, 8192)
+_TAKEN = 2000  # samples a second, about what one GPU trains base on
 
 
 def measure(quick: bool) -> list[Row]:
@@ -44,8 +48,10 @@ def measure(quick: bool) -> list[Row]:
         rates = in_turn(work, 3 if quick else 7, clock=time.process_time)
         unit = "samples/CPU s"
         rows = [row("loader", "into memory", w, [samples / t for t in ts], unit) for w, ts in rates.items()]
+        rows.append(_from_jpegs(Path(folder), 32 if quick else 256))
         for workers in (0, 1, 2):
             rows.append(_through_workers(folder, manifest, batch, workers, 2 if quick else 4))
+        rows.append(_waits(folder, manifest, batch, 50 if quick else 400))
     return rows
 
 
@@ -135,19 +141,42 @@ def _bare_read(folder: str, manifest: Manifest) -> None:
                 pass
 
 
+def _from_jpegs(folder: Path, count: int) -> Row:
+    """What training without shards does for each image: decode, crop, resize; no jitter, second view or tokens."""
+    files = [file.read_bytes() for file in write_photos(folder / "jpegs", count)]
+    batch = np.empty((len(files), 224, 224, 3), np.uint8)
+
+    def decode_all() -> None:
+        for number, raw in enumerate(files):
+            with Image.open(io.BytesIO(raw)) as image:
+                box = crop_box(*image.size, 0, (number, 0))
+                batch[number] = image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC, box=box)
+
+    times = in_turn({"ours": decode_all}, 3, clock=time.process_time)["ours"]
+    return row("loader", "into memory", "JPEGs decoded", [count / t for t in times], "samples/CPU s")
+
+
+def _waits(folder: str, manifest: Manifest, batch: int, steps: int) -> Row:
+    """A trainer that takes 2,000 samples a second, and computes nothing: the share of a step it waits for data."""
+    batches = _batches(folder, manifest, batch, workers=1)
+    step_seconds = batch / _TAKEN
+    shares = []
+    try:
+        for _ in range(10):
+            next(batches)
+        for _ in range(4):
+            waited = 0.0
+            for _ in range(steps // 4):
+                waited += next(batches).wait_seconds
+                time.sleep(step_seconds)
+            shares.append(100 * waited / (steps // 4 * step_seconds))
+    finally:
+        batches.close()
+    return row("loader", f"wait at {_TAKEN:,} samples/s", "ours, 1 worker", shares, "% of a step")
+
+
 def _through_workers(folder: str, manifest: Manifest, batch: int, workers: int, repetitions: int) -> Row:
-    batches = RankBatches(
-        root=folder,
-        manifest=manifest,
-        plan=_plan(manifest, batch),
-        masks=_masks(),
-        drop_path_rates=[0.0] * 12,
-        global_batch=batch,
-        rank=0,
-        world=1,
-        consumed=0,
-        loader=LoaderConfig(workers=workers),
-    )
+    batches = _batches(folder, manifest, batch, workers)
     steps = manifest.samples // batch
 
     def epoch() -> None:
@@ -159,3 +188,18 @@ def _through_workers(folder: str, manifest: Manifest, batch: int, workers: int, 
     finally:
         batches.close()
     return row("loader", f"into batches, {workers} workers", "ours", rates, "samples/s")
+
+
+def _batches(folder: str, manifest: Manifest, batch: int, workers: int) -> RankBatches:
+    return RankBatches(
+        root=folder,
+        manifest=manifest,
+        plan=_plan(manifest, batch),
+        masks=_masks(),
+        drop_path_rates=[0.0] * 12,
+        global_batch=batch,
+        rank=0,
+        world=1,
+        consumed=0,
+        loader=LoaderConfig(workers=workers),
+    )

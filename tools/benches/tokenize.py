@@ -27,8 +27,8 @@ from beit_dist.tokenizing.sources import SourceList
 from beit_dist.tokenizing.worker import Worker
 from beit_dist.visual_tokens.dvae import DVAE
 from benches.measuring import Row, row, seconds
+from benches.photos import write_photos
 
-WIDTH, HEIGHT = 500, 375
 BATCH, SHARD = 64, 128
 RECIPE = Recipe(1, 224, 112, 16, "random", 0)
 
@@ -42,7 +42,7 @@ def measure(quick: bool) -> list[Row]:
     cores = len(os.sched_getaffinity(0))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        _write_photos(Path(folder, "photos"), images)
+        write_photos(Path(folder, "photos"), images)
         freeze([str(Path(folder, "photos"))], LocalPlace(Path(folder)), 0)
         sources = SourceList(LocalPlace(Path(folder)), 10**6)
         files = [source.place for source in sources.read(0)]
@@ -105,17 +105,6 @@ def _encoders() -> dict[str, Encoder]:
 def _wait(images: NDArray[np.uint8]) -> NDArray[np.int16]:
     time.sleep(0.003 * len(images))
     return np.zeros((len(images), 14, 14), np.int16)
-
-
-def _write_photos(folder: Path, count: int) -> None:
-    """Smooth shapes with some noise: JPEGs of about 60 KB."""
-    folder.mkdir()
-    for number in range(count):
-        random = np.random.default_rng(number)
-        coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.int16)
-        noisy = smooth + random.integers(-12, 13, smooth.shape, dtype=np.int16)
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
 
 
 def _job(folder: Path, listed: SourceList, encoder: Encoder, cores: int) -> float:
