@@ -52,6 +52,7 @@ from beit_dist.storage.place import Place
 _log = logging.getLogger(__name__)
 FAILED = ".failed"
 _NICE = 10  # a tenth of the training's share of a core that both want: a save gets on, and is hardly felt
+_LONGEST_POLL = 1.0
 _POLL = 0.02  # seconds between looks for the other ranks' files; the first looks only, later ones are rarer
 
 
@@ -487,5 +488,7 @@ class _Writing(threading.Thread):
                 raise TimeoutError(
                     f"ranks {missing[:8]} wrote nothing within checkpoint.timeout_seconds={limit:g}"
                 )
+            if pause >= _LONGEST_POLL:  # a newer attempt may have removed what they wrote, while this host hung
+                self._store.refuse_if_superseded()
             time.sleep(pause)
-            pause = min(1.0, pause * 1.5)
+            pause = min(_LONGEST_POLL, pause * 1.5)

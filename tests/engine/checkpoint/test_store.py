@@ -226,6 +226,17 @@ def test_what_an_older_attempt_still_commits_is_not_continued(
     assert (newest(three).step, newest(three).attempt) == (4, 3)
 
 
+def test_files_that_a_newer_attempt_has_removed_are_not_waited_for(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks of the older one hung, and woke after the newer had tidied up."""
+    older = store(three, timeout_seconds=30)
+    store(three)
+    monkeypatch.setattr(older, "missing", lambda folder: [1])
+    with pytest.raises(SupersededError, match="superseded by attempt 3"):
+        save(older, 4, State(4))
+
+
 @pytest.mark.parametrize("newer_saves", [False, True])
 def test_what_the_newer_attempt_has_not_found_is_never_committed(
     three: Path, monkeypatch: pytest.MonkeyPatch, newer_saves: bool
