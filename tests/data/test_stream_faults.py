@@ -235,6 +235,7 @@ SCRIPT = """
         )
         next(batches)
         print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        sys.stdin.read()  # until the test has looked at them
         if ending == "raise":
             raise SystemExit(3)
         if ending == "wait":
@@ -249,12 +250,15 @@ SCRIPT = """
 def test_no_worker_outlives_its_rank(data: DataSet, tmp_path: Path, ending: str, code: int) -> None:
     script = tmp_path / "rank.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    rank = subprocess.Popen([sys.executable, script, data.root, ending], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, script, data.root, ending]
+    rank = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     workers: list[psutil.Process] = []
     try:
+        assert rank.stdin is not None
         assert rank.stdout is not None
         workers = [psutil.Process(int(pid)) for pid in rank.stdout.readline().split()]
         assert len(workers) == 2
+        rank.stdin.close()
         if ending == "wait":
             helpers = psutil.Process(rank.pid).children(recursive=True)
             assert any("resource_tracker" in " ".join(helper.cmdline()) for helper in helpers)
