@@ -26,7 +26,7 @@ KILLS = int(os.environ.get("BEIT_KILLS", "5"))
 SEED = int(os.environ.get("BEIT_SEED", "0"))
 # 38 MB a save and steps of a tenth of a second, a save after every second one: one is nearly always under way.
 LARGE = ["model.width=256", "model.depth=4", "micro_batch=8", "optimizer.lr=1e-3", "checkpoint.every_steps=2"]
-STEPS = 20 + 10 * KILLS  # a start gets through 6 or so before it is killed
+STEPS = 30 + 15 * KILLS  # a start gets through 6 or so before it is killed
 LIMIT = 180 + 15 * KILLS  # seconds for one start that runs to the end; a soak may share its machine
 MOMENTS = ("in a save", "after steps", "in a save", "as it starts")
 TARGETS = ("a rank", "the launcher", "all")
@@ -96,14 +96,17 @@ class Start:
             time.sleep(0.2 * kill.delay)
         else:
             seen: set[str] = set()
+            missed: list[str] = []
 
             def struck() -> bool:
                 now = self.unfinished
                 seen.update(now)
                 if len(seen) < kill.count or not now:
                     return False
-                time.sleep(0.1 * kill.delay)
-                return now[0] in self.unfinished  # it may be whole by now: then the next one
+                # A save that is whole by now was too quick: the next one is struck sooner.
+                time.sleep(0.1 * kill.delay / 2 ** len(missed))
+                missed.append(now[0])
+                return now[0] in self.unfinished
 
             self.until(struck, "its saves")
 
