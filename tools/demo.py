@@ -6,10 +6,12 @@ It runs the same commands that a user types, prints each before it runs, and ski
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
 import pty
+import random
 import shlex
 import shutil
 import signal
@@ -369,10 +371,12 @@ def say(name: str, title: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now, from below the range that outgoing connections get theirs from."""
+    for port in random.SystemRandom().sample(range(10000, 32000), 1000):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise StageError("no TCP port between 10000 and 32000 is free for the two ranks to meet at")
 
 
 def recorded_steps(run: Path) -> list[int]:

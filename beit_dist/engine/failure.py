@@ -7,6 +7,7 @@ cause. ``FAILED`` is created exclusively, so it is the first failure's; who come
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import traceback
@@ -16,6 +17,7 @@ from beit_dist.engine.run_folder import RunFolder
 from beit_dist.errors import TrainingError, UserError
 
 _NO_ANSWER = re.compile(r"timed out|timeout|pair closure", re.IGNORECASE)
+_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 _GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|read error|write error|socket", re.IGNORECASE)
 
 
@@ -76,6 +78,12 @@ def _explained(error: BaseException, limit: str) -> str | None:
         return (
             f"another rank gave no answer within {limit}: it hangs, or its host does. RUN/ranks/*.stacks.txt and "
             f"`kill -USR2` show where ranks are. ({cause})"
+        )
+    if _TAKEN.search(said):
+        return (
+            f"port {os.environ.get('MASTER_PORT')} of this host, where the ranks were to meet, is taken by "
+            "another run or by some program's outgoing connection. Give the launcher another --master_port, "
+            f"best below 32768, from where Linux takes ports for outgoing connections. ({cause})"
         )
     if _GONE.search(said):
         return (

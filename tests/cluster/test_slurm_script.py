@@ -71,7 +71,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 def test_one_rank_for_each_task_with_one_rendezvous_and_the_overrides(job: Path) -> None:
     assert ended(start(job, "done"))[0] == 0
     rendezvous, *arguments = (job / "srun.called").read_text().splitlines()
-    assert rendezvous == f"node7:{20000 + 16 * 20}"
+    assert rendezvous == f"node7:{10000 + 16 * 20}"
     assert arguments[arguments.index("-c") + 1] == "8", "srun does not inherit --cpus-per-task"
     assert "--kill-on-bad-exit=1" in arguments
     assert arguments[-3:] == ["run=run", "data=shards", "optimizer.lr=1e-3"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.ports import free_ports
 
 from beit_dist.engine.distributed import Ranks, init_process_groups
 
@@ -48,7 +48,7 @@ class Run:
 
     def command(self, *overrides: str) -> list[str]:
         """The command line: the real launcher for several ranks, plain Python for one."""
-        port = _free_port()
+        (port,) = free_ports(1)
         launcher = [sys.executable]
         if self.ranks > 1:
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(self.ranks)]
@@ -116,12 +116,6 @@ def wait(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str
         output, _ = process.communicate()
         pytest.fail(f"training did not end in {seconds} s: {output[-3000:]}")
     return process.returncode, output
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

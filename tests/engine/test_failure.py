@@ -82,6 +82,11 @@ def test_details_go_into_the_marker_only(tmp_path: Path) -> None:
             "[gloo/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer",
             "connection to another rank broke",
         ),
+        (
+            "The server socket has failed to listen on any local network address. port: 2, EADDRINUSE, message: "
+            "address already in use (gloo)",
+            "another --master_port",
+        ),
         ("[gloo/pair.cc:5] Connection closed by peer [::1]:2", "connection to another rank broke"),
     ],
 )
@@ -151,6 +156,20 @@ def test_a_rank_that_stops_answering_ends_the_other_within_the_short_limit(new_r
     stacks = (run.folder / "ranks" / "rank-00000.stacks.txt").read_text()
     assert "no step has ended for" in stacks
     assert "trainer.py" in stacks
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named_with_the_way_out(new_run: Callable[..., Any]) -> None:
+    run = new_run("run", ranks=2)
+    command = run.command()
+    port = command[command.index("--master_port") + 1]
+    run.command = lambda *overrides: [*command, *overrides]
+    with socket.create_server(("", int(port))):
+        code, output = run.finish()
+    assert code != 0
+    assert f"error: rank 0 on {socket.gethostname()}: port {port} of this host" in output
+    assert "Give the launcher another --master_port" in output
+    assert "Traceback" not in output
 
 
 def until(true: Callable[[], bool]) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-import random
 import secrets
 import shutil
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 
 import botocore.config
 import botocore.session
+from support.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 _BACKENDS = ("account", "container", "object")
@@ -220,18 +220,6 @@ class ObjectStore:
         except Exception:
             return False
         return True
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, from below the range the kernel gives to outgoing connections."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(range(15000, 30000), 1000):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise OSError("no free ports between 15000 and 30000")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
-from support.object_store import Unavailable, free_ports
+from support.object_store import Unavailable
+from support.ports import free_ports
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 _NODES = ("n0", "n1")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.ports import free_ports
 from support.tokenizers import TINY, Training
 
 from beit_dist.visual_tokens.weights import load_tokenizer
@@ -27,9 +27,7 @@ SETTINGS |= {"logging": TINY["logging"] | {"every_steps": 1}}
 
 def start(out: Path, images: Path, *overrides: str) -> subprocess.Popen[str]:
     """Two ranks with the shipped DeepSpeed file, as docs/tokenizers.md has it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     recipe = out.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(TINY | SETTINGS))
     command = [
