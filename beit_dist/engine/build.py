@@ -19,9 +19,10 @@ from beit_dist.config import TrainConfig
 from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import RankBatches
 from beit_dist.engine.average import WeightAverage
+from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import AVERAGE, BYTES_OF_AVERAGE, BYTES_OF_STATE, Saved
-from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError
+from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.guard import Guard

@@ -15,7 +15,7 @@ from typing import NoReturn
 from beit_dist.config import TrainConfig
 from beit_dist.data.shards import Manifest
 from beit_dist.engine.build import build
-from beit_dist.engine.checkpoint.store import SupersededError
+from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.dataset import open_data, open_validation
 from beit_dist.engine.distributed import (
     Ranks,

@@ -12,10 +12,8 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ import torch
 
 from beit_dist.config import CheckpointConfig
 from beit_dist.durable import leftovers, sync_folder
+from beit_dist.engine.checkpoint.attempts import Attempts, SupersededError
 from beit_dist.engine.checkpoint.files import file_fault, write_copy, write_fragments
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.image import FileImage
@@ -46,7 +45,7 @@ from beit_dist.engine.checkpoint.layout import (
 )
 from beit_dist.engine.checkpoint.ranges import FragmentReader
 from beit_dist.engine.distributed import Agreement
-from beit_dist.errors import CheckpointError, ConfigError
+from beit_dist.errors import CheckpointError
 from beit_dist.storage.place import Place
 
 _log = logging.getLogger(__name__)
@@ -54,12 +53,6 @@ FAILED = ".failed"
 _NICE = 10  # a tenth of the training's share of a core that both want: a save gets on, and is hardly felt
 _LONGEST_POLL = 1.0
 _POLL = 0.02  # seconds between looks for the other ranks' files; the first looks only, later ones are rarer
-
-
-class SupersededError(CheckpointError):
-    """A newer attempt runs in the same folder; this one must leave it alone."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -92,9 +85,8 @@ class CheckpointStore:
         self._settings = settings
         self._agreement = agreement
         self._rank, self._world = agreement.ranks.rank, agreement.ranks.world
-        self.attempt = 0
+        self._attempts = Attempts(folder)
         self._stale: list[Path] = []  # temporary files that killed writers had left before this attempt
-        self._mark = b""  # what this attempt's file says, unlike any other's
         self.passed_over = 0  # damaged checkpoints met while looking for a whole one
         self._image: FileImage | None = None  # memory for the copies, kept between saves
         self._preparing: threading.Thread | None = None
@@ -112,45 +104,21 @@ class CheckpointStore:
         """How long rank 0 waits for the others' files."""
         return self._settings.timeout_seconds
 
+    @property
+    def attempt(self) -> int:
+        """The number of this start of the run; 0 before ``begin_attempt``."""
+        return self._attempts.number
+
     def begin_attempt(self) -> int:
         """Take the next attempt number by exclusive creation; the same number on every rank."""
         if self._rank == 0:
-            attempts = self.folder / "attempts"
-            attempts.make()
-            mark = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
-            self._mark = json.dumps(mark).encode()
-            number = self._newest_attempt()
-            while not self.attempt:
-                number += 1
-                if attempts.create(f"{number:06d}", self._mark):
-                    self.attempt = number
-            if not self.folder.is_local and attempts.create(f"{self.attempt:06d}", b"another"):
-                raise ConfigError(
-                    "run",
-                    str(self.folder.parent),
-                    "a store that refuses to create what exists (If-None-Match: *), but it did so",
-                    "Without that, two starts of a run could both believe to be the only one.",
-                )
-            self._give_up_unfinished()
+            self._attempts.begin()
             if self.folder.is_local:
                 folder = self.folder.path
-                self._stale = [
-                    file for place in (folder, attempts.path, folder.parent) for file in leftovers(place)
-                ]
-        self.attempt = self._agreement.from_rank_0(self.attempt)
+                places = (folder, self._attempts.place.path, folder.parent)
+                self._stale = [file for place in places for file in leftovers(place)]
+        self._attempts.number = self._agreement.from_rank_0(self.attempt)
         return self.attempt
-
-    def _give_up_unfinished(self) -> None:
-        """What older attempts have not committed by now they never will: this attempt goes on without it.
-
-        An older rank may be about to do it, having seen no newer attempt. A manifest is created only once, so
-        either it was there before, and is found, or it never will be.
-        """
-        for entry in self.folder.list():
-            name = parse_folder_name(entry)
-            if name and name[1] < self.attempt and not (self.folder / entry).exists(MANIFEST):
-                with contextlib.suppress(FileNotFoundError):  # its attempt has just removed it
-                    (self.folder / entry).create(MANIFEST, sealed({GIVEN_UP: self.attempt}))
 
     def newest_whole(self) -> Saved | None:
         """The newest checkpoint whose files are all whole; damaged ones are reported and renamed ``.bad``.
@@ -365,13 +333,7 @@ class CheckpointStore:
 
     def refuse_if_superseded(self) -> None:
         """Raise SupersededError when a newer attempt has begun."""
-        newest = self._newest_attempt()
-        if newest > self.attempt:
-            raise SupersededError(f"superseded by attempt {newest}: this run (attempt {self.attempt}) stops")
-        # Not every store's conditional PUT lets only one of two succeed: the last one's content stays.
-        attempts = self.folder / "attempts"
-        if self._mark and not self.folder.is_local and attempts.read(f"{newest:06d}") != self._mark:
-            raise SupersededError(f"superseded by another start that took number {newest} too: this run stops")
+        self._attempts.refuse_if_superseded()
 
     def _tidy(self) -> None:
         """Remove what need not be kept, and what older attempts left unfinished."""
@@ -398,9 +360,6 @@ class CheckpointStore:
     def _remove(self, name: str) -> None:
         with contextlib.suppress(OSError):
             self.folder.remove_folder(name)
-
-    def _newest_attempt(self) -> int:
-        return max((int(name) for name in self.folder.list("attempts") if name.isdigit()), default=0)
 
 
 def kept_for_good(found: Sequence[Saved], settings: CheckpointConfig) -> list[Saved]:

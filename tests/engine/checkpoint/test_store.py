@@ -16,11 +16,12 @@ import torch
 from safetensors import safe_open
 
 from beit_dist.config import CheckpointConfig
+from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.checkpoint.files import write_fragments
 from beit_dist.engine.checkpoint.image import FileImage
 from beit_dist.engine.checkpoint.layout import Fragment, Saved, committed, rank_records
 from beit_dist.engine.checkpoint.ranges import FragmentReader
-from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError
+from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.errors import CheckpointError
 from beit_dist.storage.local import LocalPlace

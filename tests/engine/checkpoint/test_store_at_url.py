@@ -12,9 +12,10 @@ import torch
 from engine.checkpoint.test_store import State, save
 
 from beit_dist.config import CheckpointConfig
+from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.checkpoint.layout import Fragment, Saved, committed, rank_records
 from beit_dist.engine.checkpoint.ranges import FragmentReader
-from beit_dist.engine.checkpoint.store import CheckpointStore, SupersededError, kept_for_good
+from beit_dist.engine.checkpoint.store import CheckpointStore, kept_for_good
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.errors import CheckpointError
 from beit_dist.storage.opening import open_place

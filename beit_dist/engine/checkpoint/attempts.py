@@ -1,0 +1,84 @@
+"""Attempts: each start of a run takes the next number, and from then on the run's folder is its own.
+
+``RUN/checkpoints/attempts/NNNNNN`` is created exclusively, so two starts never share a number. An older attempt
+that still runs, or hung and was woken, finds the newer number before it commits anything, and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import uuid
+
+from beit_dist.engine.checkpoint.layout import GIVEN_UP, MANIFEST, parse_folder_name, sealed
+from beit_dist.errors import CheckpointError, ConfigError
+from beit_dist.storage.place import Place
+
+
+class SupersededError(CheckpointError):
+    """A newer attempt runs in the same folder; this one must leave it alone."""
+
+    exit_code = 1
+
+
+class Attempts:
+    """The starts of a run.
+
+    Args:
+        checkpoints: ``RUN/checkpoints``.
+    """
+
+    def __init__(self, checkpoints: Place) -> None:
+        self.number = 0  # of this attempt; 0 until it has begun
+        self._checkpoints, self.place = checkpoints, checkpoints / "attempts"
+        self._mark = b""  # what this attempt's file says, unlike any other's
+
+    def begin(self) -> None:
+        """Take the next number; on rank 0 alone, the others are told.
+
+        Raises:
+            ConfigError: the store would give a number to two.
+        """
+        self.place.make()
+        mark = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self._mark = json.dumps(mark).encode()
+        number = self._newest()
+        while not self.number:
+            number += 1
+            if self.place.create(f"{number:06d}", self._mark):
+                self.number = number
+        if not self.place.is_local and self.place.create(f"{self.number:06d}", b"another"):
+            raise ConfigError(
+                "run",
+                str(self._checkpoints.parent),
+                "a store that refuses to create what exists (If-None-Match: *), but it did so",
+                "Without that, two starts of a run could both believe to be the only one.",
+            )
+        self._give_up_unfinished()
+
+    def refuse_if_superseded(self) -> None:
+        """Raise SupersededError when a newer attempt has begun."""
+        newest = self._newest()
+        if newest > self.number:
+            raise SupersededError(f"superseded by attempt {newest}: this run (attempt {self.number}) stops")
+        # Not every store's conditional PUT lets only one of two succeed: the last one's content stays.
+        if self._mark and not self.place.is_local and self.place.read(f"{newest:06d}") != self._mark:
+            raise SupersededError(f"superseded by another start that took number {newest} too: this run stops")
+
+    def _give_up_unfinished(self) -> None:
+        """What older attempts have not committed by now they never will: this attempt goes on without it.
+
+        An older rank may be about to do it, having seen no newer attempt. A manifest is created only once, so
+        either it was there before, and is found, or it never will be.
+        """
+        for entry in self._checkpoints.list():
+            name = parse_folder_name(entry)
+            folder = self._checkpoints / entry
+            if name and name[1] < self.number and not folder.exists(MANIFEST):
+                with contextlib.suppress(FileNotFoundError):  # its attempt has just removed it
+                    folder.create(MANIFEST, sealed({GIVEN_UP: self.number}))
+
+    def _newest(self) -> int:
+        return max((int(name) for name in self.place.list() if name.isdigit()), default=0)
