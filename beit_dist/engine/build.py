@@ -39,6 +39,7 @@ from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.engine.saving import Saving
 from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.engine.sinks import open_sinks
+from beit_dist.engine.step_log import LogSettings
 from beit_dist.engine.stragglers import Stragglers
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.trainer import Parts, Progress
@@ -171,12 +172,14 @@ def _build(
     recorder = Recorder(
         run,
         metrics,
-        every=config.logging.every_steps,
-        attempt=store.attempt,
-        total_steps=total_steps,
-        global_batch=config.global_batch,
+        LogSettings(
+            every=config.logging.every_steps,
+            attempt=store.attempt,
+            total_steps=total_steps,
+            batch=config.global_batch,
+            progress=config.logging.progress,
+        ),
         flops_per_sample=flops_per_image(config.model, expected_masked(config.model, masks)),
-        progress=config.logging.progress,
         sinks=open_sinks(config, run.path, progress.step) if ranks.rank == 0 else None,
         validates=held_out is not None,
     )

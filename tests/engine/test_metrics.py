@@ -19,6 +19,7 @@ from beit_dist.data import counts
 from beit_dist.engine.metrics import METRICS, TOKENIZER_METRICS, Metric, Metrics
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
+from beit_dist.engine.step_log import LogSettings
 
 
 def facts(step: int, masked: int = 7, applied: bool = True) -> StepFacts:
@@ -37,7 +38,10 @@ def facts(step: int, masked: int = 7, applied: bool = True) -> StepFacts:
 def recorder(run: RunFolder, every: int = 2) -> Recorder:
     run.create()
     return Recorder(
-        run, Metrics(), every=every, attempt=3, total_steps=10, global_batch=8, flops_per_sample=5, progress=False
+        run,
+        Metrics(),
+        LogSettings(every=every, attempt=3, total_steps=10, batch=8, progress=False),
+        flops_per_sample=5,
     )
 
 

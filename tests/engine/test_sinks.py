@@ -20,6 +20,7 @@ from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.run_folder import RunFolder
 from beit_dist.engine.sinks import Sinks, TensorBoardSink, check_packages, open_sinks
+from beit_dist.engine.step_log import LogSettings
 from beit_dist.errors import ConfigError
 
 
@@ -68,16 +69,14 @@ def test_a_recorder_feeds_its_sinks_every_step(tmp_path: Path) -> None:
     recorder = Recorder(
         run,
         Metrics(),
-        every=2,
-        attempt=1,
-        total_steps=9,
-        global_batch=8,
+        LogSettings(every=2, attempt=1, total_steps=9, batch=8, progress=False),
         flops_per_sample=1,
-        progress=False,
         sinks=Sinks([kept]),
     )
     for step in (1, 2):
-        facts = StepFacts(step, 8 * step, step / 4, 0.1, 7, 0, True, 0.0)
+        facts = StepFacts(
+            step=step, samples=8 * step, epoch=step / 4, lr=0.1, masked=7, bad=0, applied=True, wait_seconds=0.0
+        )
         loss = torch.tensor(14.0 if step == 1 else float("nan"))
         recorder.add(facts, loss, torch.tensor(3.0), 0.5)
     recorder.close()
@@ -163,6 +162,7 @@ import sys
 from pathlib import Path
 import psutil
 from beit_dist.config import TrainConfig
+from beit_dist.engine.step_log import LogSettings
 from beit_dist.engine.sinks import open_sinks
 
 run = Path(sys.argv[1])

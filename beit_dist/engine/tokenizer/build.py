@@ -34,6 +34,7 @@ from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.engine.saving import Saving
 from beit_dist.engine.sinks import open_sinks
+from beit_dist.engine.step_log import LogSettings
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.tokenizer.codebook import Codebook
 from beit_dist.engine.tokenizer.draws import weights_seed
@@ -54,6 +55,8 @@ SHOWN = (
     *("temperature", "temperature_steps", "kl_weight", "kl_warmup_steps", "usage_weight", "precision"),
 )
 """Settings that may change, and change what is learnt: the difference is printed."""
+_LOG_LINES = 20
+"""Progress lines of a whole training, when they do not go to a terminal."""
 
 Arithmetic = Literal["fp32", "bf16", "fp16"]
 
@@ -215,9 +218,15 @@ def _build(
     recorder = TokenizerRecorder(
         run,
         metrics,
+        LogSettings(
+            every=recipe.logging.every_steps,
+            attempt=store.attempt,
+            total_steps=recipe.steps,
+            batch=recipe.batch,
+            progress=recipe.logging.progress,
+            log_lines=_LOG_LINES,
+        ),
         codebook,
-        recipe,
-        store.attempt,
         open_sinks(recipe, run.path, progress.step) if ranks.rank == 0 else None,
     )
     size = resolved.rank_batch

@@ -172,6 +172,7 @@ class TokenizerTrainer:
         images = torch.from_numpy(next(parts.batches))
         facts = StepFacts(
             step=progress.step + 1,
+            samples=(progress.step + 1) * recipe.batch,
             epoch=(progress.step + 1) * recipe.batch / parts.images,
             lr=self.lr,
             temperature=self.temperature,
