@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import os
-import shutil
-import socket
-import time
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 
 from beit_dist.config import TrainConfig
 from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import RankBatches
 from beit_dist.engine.average import WeightAverage
-from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import AVERAGE, BYTES_OF_AVERAGE, BYTES_OF_STATE, Saved
+from beit_dist.engine.checkpoint.layout import AVERAGE, Saved, checkpoint_bytes
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.initialisation import initialise_from
-from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.optimizer import build_optimizer
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.preflight import preflight
@@ -39,13 +30,13 @@ from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.engine.saving import Saving
 from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.engine.sinks import open_sinks
+from beit_dist.engine.start import initialize_engine, introduce, open_metrics, open_run, take_over
 from beit_dist.engine.step_log import LogSettings
 from beit_dist.engine.stragglers import Stragglers
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.trainer import Parts, Progress
 from beit_dist.engine.validation import Validation
 from beit_dist.engine.watchdog import Watchdog
-from beit_dist.errors import SpaceError
 from beit_dist.models.flops import flops_per_image
 from beit_dist.models.mim import MaskedImageModel
 
@@ -71,12 +62,7 @@ def build(
         SpaceError: the disk has no room for the checkpoints that are kept.
     """
     agreement = Agreement(ranks, timeouts.start)
-    run = RunFolder(config.run, config.storage.access)
-    if ranks.rank == 0:
-        run.create()
-    agreement.from_rank_0(None)  # the folder is there before anyone uses it
-    store = CheckpointStore(run.checkpoints, config.checkpoint, agreement)
-    store.begin_attempt()
+    run, store = open_run(config, agreement)
     with store.unless_superseded():
         return _build(
             config, resolved, manifest, device, stop, watchdog, timeouts, held_out, agreement, run, store
@@ -118,28 +104,25 @@ def _build(
         average.restart()
         if saved and ranks.rank == 0:
             print("ema: the run had no average; it begins with the weights of this checkpoint", flush=True)
-    refuse_if_superseded(store, agreement)
-    store.prepare(state, device)
-    if ranks.rank == 0:
-        size = BYTES_OF_STATE + (BYTES_OF_AVERAGE if average else 0)
-        if run.place.is_local:
-            check_space(run.path, size * parameters, config.checkpoint.keep)
-        else:
-            print(
-                f"lines of numbers grow in {run.path} and are uploaded with each checkpoint",
-                flush=True,
-            )
-        run.take_copies(saved.folder if saved else None)
-        run.forget_steps_after(progress.step)
-        run.remove_markers()
-        run.write_config(config)
+    size = checkpoint_bytes(parameters, average is not None)
+    take_over(config, run, store, agreement, state, saved, size, device)
 
     total_steps = steps_of(config, plan.samples)
-    metrics = _metrics(config, resolved, progress, total_steps, store) if ranks.rank == 0 else None
+    metrics = None
+    if ranks.rank == 0:
+        metrics = open_metrics(
+            config,
+            resolved,
+            store,
+            steps=progress.step,
+            skipped=progress.counters["skipped"],
+            samples=progress.samples,
+            total_steps=total_steps,
+        )
+        metrics.add("beit_train_masked_patches", progress.counters["masked"])
+        metrics.add("beit_data_bad_samples", progress.counters["bad"])
     watchdog.metrics = metrics
     port = metrics.serve(config.logging) if metrics else None
-    process = {"rank": ranks.rank, "host": socket.gethostname(), "pid": os.getpid()}
-    everyone = agreement.gather(process)
     facts = {
         "stage": resolved.stage,
         "precision": resolved.precision,
@@ -152,23 +135,8 @@ def _build(
         "config": config.model_dump(mode="json"),
         "versions": versions(),
     }
-    if ranks.rank == 0:
-        run.write_run(
-            {
-                "attempt": store.attempt,
-                "started": time.time(),
-                "resumed_from": saved.folder.name if saved else None,
-                "init_from": origin,
-                "world_size": ranks.world,
-                "stage": resolved.stage,
-                "precision": resolved.precision,
-                "dataset": manifest.digest,
-                "metrics_port": port,
-                "preflight": trial,
-                "versions": facts["versions"],
-                "ranks": everyone,
-            }
-        )
+    told = {name: facts[name] for name in ("init_from", "stage", "precision", "dataset", "versions")}
+    hosts = introduce(run, store, agreement, saved, port, {**told, "preflight": trial})
     recorder = Recorder(
         run,
         metrics,
@@ -212,7 +180,7 @@ def _build(
             consumed=progress.consumed,
             loader=config.loader,
             pin=device.type == "cuda",
-            ranks_on_node=sum(other["host"] == process["host"] for other in everyone),
+            ranks_on_node=hosts.count(hosts[ranks.rank]),
             access=config.storage.access,
         ),
         agreement=agreement,
@@ -224,7 +192,7 @@ def _build(
         else Validation(config, held_out, masks, resolved.micro_batch, agreement, device),
         recorder=recorder,
         guard=guard,
-        stragglers=Stragglers(agreement, [other["host"] for other in everyone], device, metrics),
+        stragglers=Stragglers(agreement, hosts, device, metrics),
         profiler=Profiler(config.profile, run.path / "ranks", ranks.rank),
         watchdog=watchdog,
         timeouts=timeouts,
@@ -251,24 +219,7 @@ def build_engine(config: TrainConfig, resolved: Resolved, device: torch.device) 
         guarded=resolved.stage == 0 and resolved.precision == "fp32",
         fused=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures that nothing turns off
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=resolved.deepspeed, dist_init_required=False
-        )
-    engine.train()
-    return engine
-
-
-def refuse_if_superseded(store: CheckpointStore, agreement: Agreement) -> None:
-    """Of two starts at once the older may be the slower one: what it is about to write is the newer one's now."""
-    said = ""
-    if store.rank == 0:
-        try:
-            store.refuse_if_superseded()
-        except SupersededError as error:
-            said = str(error)
-    if said := agreement.from_rank_0(said):
-        raise SupersededError(said)
+    return initialize_engine(model, optimizer, resolved)
 
 
 def _restore(store: CheckpointStore, saved: Saved | None, state: EngineState, config: TrainConfig) -> Progress:
@@ -289,46 +240,8 @@ def _restore(store: CheckpointStore, saved: Saved | None, state: EngineState, co
     )
 
 
-def _metrics(
-    config: TrainConfig, resolved: Resolved, progress: Progress, total_steps: int, store: CheckpointStore
-) -> Metrics:
-    """Rank 0's metrics, with the counters where the run left them."""
-    metrics = Metrics()
-    named = {name: str(value) for name, value in versions().items() if name != "commit"}
-    metrics.describe(
-        **named, zero_stage=str(resolved.stage), precision=resolved.precision, run=Path(config.run).name
-    )
-    metrics.add("beit_train_steps", progress.step)
-    metrics.add("beit_train_steps_skipped", progress.counters["skipped"])
-    metrics.add("beit_train_samples", progress.samples)
-    metrics.add("beit_train_masked_patches", progress.counters["masked"])
-    metrics.add("beit_data_bad_samples", progress.counters["bad"])
-    metrics.add("beit_checkpoint_damaged", store.passed_over)
-    metrics.set({"beit_train_target_steps": total_steps, "beit_train_world_size": resolved.ranks})
-    return metrics
-
-
 def _group_names(engine: Any) -> list[dict[str, Any]]:
     """The optimizer's groups by name, with their weight decay."""
     return [
         {"name": group["name"], "weight_decay": group["weight_decay"]} for group in engine.optimizer.param_groups
     ]
-
-
-def check_space(folder: Path, size: int, keep: int) -> None:
-    """Refuse a start whose checkpoints the disk has no room for.
-
-    Args:
-        size: bytes of a checkpoint.
-        keep: how many are kept.
-
-    Raises:
-        SpaceError: it has not.
-    """
-    needed = size * (keep + 1)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise SpaceError(
-            f"run: {folder} has {free / 2**30:.1f} GiB free, expected {needed / 2**30:.1f} GiB for "
-            f"{keep} checkpoints and the one being written. Free some, or lower checkpoint.keep."
-        )

@@ -11,14 +11,13 @@ from beit_dist.data.lookahead import lanes_of
 from beit_dist.data.pipeline import drop_path_depth
 from beit_dist.data.shards import Manifest
 from beit_dist.data.stream import ring_of, shared_memory_bytes
+from beit_dist.engine.checkpoint.layout import BYTES_OF_STATE, checkpoint_bytes
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.models.flops import multiply_adds
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.storage.place import is_url
-
-_STATE_BYTES = 12  # fp32 master weight and two moments
 
 
 def describe(config: TrainConfig, resolved: Resolved, manifest: Manifest | None) -> str:
@@ -45,7 +44,7 @@ def state_bytes(resolved: Resolved, parameters: int) -> dict[str, int]:
     gradients = low if resolved.accumulation_type == resolved.precision else 4
     if resolved.stage == 1 and resolved.precision == "bf16" and resolved.accumulation_type == "fp32":
         gradients += low  # DeepSpeed's BF16_Optimizer keeps the fp32 sums of all parameters beside the bf16 ones
-    state = _STATE_BYTES if resolved.stage or low == 2 else 8  # fp32 at stage 0: the weights are the masters
+    state = BYTES_OF_STATE if resolved.stage or low == 2 else 8  # fp32 at stage 0: the weights are the masters
     return {
         "weights": low * parameters // (resolved.ranks if resolved.stage >= 3 else 1),
         "gradients": gradients * parameters // (resolved.ranks if resolved.stage >= 2 else 1),
@@ -96,10 +95,9 @@ def _batch_rows(config: TrainConfig, resolved: Resolved) -> Iterator[tuple[str, 
 def _memory_rows(config: TrainConfig, resolved: Resolved) -> Iterator[tuple[str, str]]:
     parameters = count_parameters(config)
     parts = state_bytes(resolved, parameters)
-    size = _STATE_BYTES * parameters
+    size = checkpoint_bytes(parameters, config.ema.decay is not None)
     if config.ema.decay is not None:
         parts["average"] = 4 * parameters // resolved.ranks
-        size += 4 * parameters
     activations = activation_bytes(config, resolved)
     total = sum(parts.values()) + activations
     listed = " + ".join(f"{name} {_size(size)}" for name, size in parts.items())

@@ -21,7 +21,7 @@ from beit_dist.data import shared_memory
 from beit_dist.data.manifest import Manifest
 from beit_dist.data.pipeline import drop_path_depth
 from beit_dist.data.stream import shared_memory_bytes
-from beit_dist.engine.checkpoint.layout import BYTES_OF_AVERAGE, BYTES_OF_STATE
+from beit_dist.engine.checkpoint.layout import checkpoint_bytes
 from beit_dist.engine.dataset import mask_generator
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.dry_run import count_parameters, state_bytes
@@ -75,8 +75,8 @@ def needs(config: TrainConfig, resolved: Resolved, manifest: Manifest) -> Needs:
         depth=drop_path_depth(config.model.drop_path_rates),
     )
     parameters = count_parameters(config)
-    copied = BYTES_OF_STATE + (BYTES_OF_AVERAGE if config.ema.decay is not None else 0)
-    return Needs(sum(state_bytes(resolved, parameters).values()), shared, copied * parameters // resolved.ranks)
+    copied = checkpoint_bytes(parameters, config.ema.decay is not None) // resolved.ranks
+    return Needs(sum(state_bytes(resolved, parameters).values()), shared, copied)
 
 
 def memory_faults(needed: Needs, device: torch.device, neighbours: int) -> list[str]:

@@ -26,8 +26,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "ema"
 """Exponential moving average of the weight; only in runs that keep one."""
 BYTES_OF_STATE = 12
-"""Of each parameter in a checkpoint: the fp32 weight and two moments."""
-BYTES_OF_AVERAGE = 4
+"""Of each parameter: the fp32 weight and two moments."""
 
 _DIGEST_BLOCK = 1 << 18  # values at a time, so that the temporaries stay in the cache
 _DIGEST_STEP = 2 * 0x9E3779B1  # twice 2³² / the golden ratio: its multiples spread evenly, and odd stays odd
@@ -88,6 +87,11 @@ class Saved:
 def fragment_key(role: str, parameter: str, start: int) -> str:
     """Name of a fragment's tensor in a checkpoint file."""
     return f"{role}/{parameter}@{start}"
+
+
+def checkpoint_bytes(parameters: int, averaged: bool) -> int:
+    """Bytes of a checkpoint's tensors; ``averaged``: with an average of the weights, in fp32 too."""
+    return (BYTES_OF_STATE + 4 * averaged) * parameters
 
 
 def folder_name(step: int, attempt: int) -> str:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import os
 import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import deepspeed
 import torch
 
 from beit_dist.config import OptimizerConfig
 from beit_dist.data.crops import CropBatches, ImageFile, ImagePool, centred_view
 from beit_dist.data.draws import Purpose, permutation
 from beit_dist.engine.average import WeightAverage
-from beit_dist.engine.build import check_space, refuse_if_superseded
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import AVERAGE, BYTES_OF_AVERAGE, BYTES_OF_STATE, Saved
+from beit_dist.engine.checkpoint.layout import AVERAGE, Saved, checkpoint_bytes
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.dry_run import state_bytes
@@ -34,6 +28,7 @@ from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.engine.saving import Saving
 from beit_dist.engine.sinks import open_sinks
+from beit_dist.engine.start import initialize_engine, introduce, open_metrics, open_run, take_over
 from beit_dist.engine.step_log import LogSettings
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.tokenizer.codebook import Codebook
@@ -124,12 +119,7 @@ def build(
         PreflightError: a rank's host has too little memory, or the ranks' collectives are wrong.
         CheckpointError: the run in the folder is another one.
     """
-    run = RunFolder(str(recipe.run), recipe.storage.access)
-    if agreement.ranks.rank == 0:
-        run.create()
-    agreement.from_rank_0(None)  # the folder is there before anyone uses it
-    store = CheckpointStore(run.checkpoints, recipe.checkpoint, agreement)
-    store.begin_attempt()
+    run, store = open_run(recipe, agreement)
     with store.unless_superseded():
         return _build(recipe, resolved, built_in, files, agreement, device, stop, watchdog, timeouts, run, store)
 
@@ -172,21 +162,13 @@ def _build(
     progress = _restore(store, saved, state)
     if average is not None and not (saved and AVERAGE in saved.manifest["state_digests"]):
         average.restart()
-    refuse_if_superseded(store, agreement)
-    store.prepare(state, device)
-    if ranks.rank == 0:
-        if run.place.is_local:
-            check_space(run.path, (BYTES_OF_STATE + BYTES_OF_AVERAGE) * parameters, recipe.checkpoint.keep)
-        run.take_copies(saved.folder if saved else None)
-        run.forget_steps_after(progress.step)
-        run.remove_markers()
-        run.write_config(recipe)
+    size = checkpoint_bytes(parameters, average is not None)
+    take_over(recipe, run, store, agreement, state, saved, size, device)
 
     metrics = _metrics(recipe, resolved, progress, store) if ranks.rank == 0 else None
     watchdog.metrics = metrics
     port = metrics.serve(recipe.logging) if metrics else None
     arithmetic = choose_arithmetic(recipe, resolved, built_in, device)
-    everyone = agreement.gather({"rank": ranks.rank, "host": socket.gethostname(), "pid": os.getpid()})
     facts = {
         "stage": resolved.stage,
         "precision": resolved.precision,
@@ -196,18 +178,9 @@ def _build(
         "config": recipe.model_dump(mode="json"),
         "versions": versions(),
     }
+    told = {name: facts[name] for name in ("stage", "precision", "arithmetic", "images", "versions")}
+    introduce(run, store, agreement, saved, port, told)
     if ranks.rank == 0:
-        run.write_run(
-            {
-                "attempt": store.attempt,
-                "started": time.time(),
-                "resumed_from": saved.folder.name if saved else None,
-                "world_size": ranks.world,
-                "metrics_port": port,
-                "ranks": everyone,
-                **{name: facts[name] for name in ("stage", "precision", "arithmetic", "images", "versions")},
-            }
-        )
         print(
             f"{len(order) - recipe.held_out} images, {recipe.held_out} held out; batch {recipe.batch} = "
             f"{ranks.world} ranks × {resolved.micro_batch} × {resolved.accumulation}; "
@@ -229,7 +202,7 @@ def _build(
         codebook,
         open_sinks(recipe, run.path, progress.step) if ranks.rank == 0 else None,
     )
-    size = resolved.rank_batch
+    first_row = ranks.rank * resolved.rank_batch
     return Parts(
         recipe=recipe,
         resolved=resolved,
@@ -245,7 +218,7 @@ def _build(
             share=recipe.image_size / recipe.view_size,
             seed=recipe.seed,
             workers=recipe.workers,
-            rows=range(ranks.rank * size, (ranks.rank + 1) * size),
+            rows=range(first_row, first_row + resolved.rank_batch),
             first=progress.step,
         ),
         images=len(pool) - recipe.held_out,
@@ -311,12 +284,7 @@ def build_engine(model: DVAE, recipe: TokenizerRecipe, resolved: Resolved) -> An
         guarded=resolved.stage == 0 and resolved.precision == "fp32",
         fused=True,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures that nothing turns off
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=resolved.deepspeed, dist_init_required=False
-        )
-    engine.train()
-    return engine
+    return initialize_engine(model, optimizer, resolved)
 
 
 def _check_hosts(resolved: Resolved, parameters: int, agreement: Agreement, device: torch.device) -> None:
@@ -340,22 +308,16 @@ def _restore(store: CheckpointStore, saved: Saved | None, state: EngineState) ->
 
 
 def _metrics(recipe: TokenizerRecipe, resolved: Resolved, progress: Progress, store: CheckpointStore) -> Metrics:
-    """Rank 0's metrics, with the counters where the run left them."""
-    metrics = Metrics(TOKENIZER_METRICS)
-    named = {name: str(value) for name, value in versions().items() if name != "commit"}
-    metrics.describe(
-        **named, zero_stage=str(resolved.stage), precision=resolved.precision, run=Path(str(recipe.run)).name
+    metrics = open_metrics(
+        recipe,
+        resolved,
+        store,
+        steps=progress.step,
+        skipped=progress.skipped,
+        samples=progress.step * recipe.batch,
+        total_steps=recipe.steps,
+        table=TOKENIZER_METRICS,
     )
-    metrics.add("beit_train_steps", progress.step)
-    metrics.add("beit_train_steps_skipped", progress.skipped)
-    metrics.add("beit_train_samples", progress.step * recipe.batch)
-    metrics.add("beit_checkpoint_damaged", store.passed_over)
-    metrics.set(
-        {
-            "beit_train_target_steps": recipe.steps,
-            "beit_train_world_size": resolved.ranks,
-            "beit_tokenizer_vocabulary": recipe.model.vocabulary,
-            **{metric.name: math.nan for metric in TOKENIZER_METRICS if "held_out" in metric.name},  # not yet
-        }
-    )
+    not_yet = {metric.name: math.nan for metric in TOKENIZER_METRICS if "held_out" in metric.name}
+    metrics.set({"beit_tokenizer_vocabulary": recipe.model.vocabulary, **not_yet})
     return metrics
