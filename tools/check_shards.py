@@ -9,11 +9,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from beit_dist.config import StorageConfig
 from beit_dist.data.shards import load_manifest
 from beit_dist.data.verification import verify
 from beit_dist.errors import ConfigError, exit_cleanly
-from beit_dist.settings import load_recipe
+from beit_dist.storage.arguments import access_of, add_storage_argument
 from beit_dist.storage.opening import open_place
 
 DESCRIPTION = """\
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--threads", arguments.threads, "1 or more")
     if arguments.limit < 1:
         raise ConfigError("--limit", arguments.limit, "1 or more")
-    access = load_recipe(StorageConfig, None, arguments.storage).access
+    access = access_of(arguments)
     place = open_place(arguments.data, access)
     manifest = load_manifest(place)
     cores = min(16, len(os.sched_getaffinity(0)))
@@ -77,14 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="shards read at once (default: one for each core; 16 for a store, which is far)",
     )
     parser.add_argument("--limit", type=int, default=100, help="faults to print (default: %(default)s)")
-    parser.add_argument(
-        "--storage",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="how a URL is reached: retry_seconds, connections, options.s3.anon=true and others of fsspec; "
-        "credentials come from the environment only",
-    )
+    add_storage_argument(parser)
     return parser
 
 

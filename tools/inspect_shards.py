@@ -9,14 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from beit_dist.config import StorageConfig
 from beit_dist.data.shards import Manifest, load_manifest
 from beit_dist.errors import ConfigError, exit_cleanly
 from beit_dist.reports.contact_sheet import draw_sheet
 from beit_dist.reports.dataset import Inspection, Pixels, inspect, lines
 from beit_dist.reports.panels import check_tokenizer, decode_tokens
-from beit_dist.settings import load_recipe
 from beit_dist.storage.access import Access
+from beit_dist.storage.arguments import access_of, add_storage_argument
 from beit_dist.storage.opening import open_place
 from beit_dist.tokenizing.tokenizer_file import tokenizer_at
 from beit_dist.visual_tokens.weights import load_tokenizer
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, least in (("samples", 1), ("pictures", 1)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name}", getattr(arguments, name), f"{least} or more")
-    access = load_recipe(StorageConfig, None, arguments.storage).access
+    access = access_of(arguments)
     place = open_place(arguments.data, access)
     manifest = load_manifest(place)
     total = min(arguments.samples, manifest.samples * manifest.views)
@@ -76,14 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pictures", type=int, default=40, metavar="N", help="samples in the picture (default: %(default)s)")
     add("--tokenizer", metavar="FILE", help="draw beside each sample what this tokenizer makes of its tokens")
     add("--json", action="store_true", help="print the facts as JSON")
-    add(
-        "--storage",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="how a URL is reached: retry_seconds, connections, options.s3.anon=true and others of fsspec; "
-        "credentials come from the environment only",
-    )
+    add_storage_argument(parser)
     return parser
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beit_dist.errors import ConfigError, exit_cleanly
+from beit_dist.storage.arguments import access_of, add_storage_argument
 
 # Imports of the work itself stay inside functions: decoding processes import this file too, and need no torch.
 if TYPE_CHECKING:
@@ -60,12 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if not (arguments.finish or arguments.images):
         raise ConfigError("--images", None, "folders or tars of images")
-    from beit_dist.config import StorageConfig
-    from beit_dist.settings import load_recipe
     from beit_dist.storage.opening import open_place
     from beit_dist.tokenizing.storage_errors import storage_errors
 
-    access = load_recipe(StorageConfig, None, arguments.storage).access
+    access = access_of(arguments)
     out = open_place(arguments.out, access)
     with storage_errors(out):
         if arguments.finish:
@@ -222,14 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.prom",
         help="write them to a file of node_exporter's textfile folder, every 15 s; one file for each worker",
     )
-    add(
-        "--storage",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="how URLs are reached: retry_seconds, connect_seconds, read_seconds, connections, "
-        "options.s3.anon=true and others of fsspec. Credentials come from the environment only",
-    )
+    add_storage_argument(parser)
     return parser
 
 
