@@ -40,7 +40,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--images", required=True, metavar="SRC", help="a folder of images, a tar, or tars as 'a-{000..009}.tar'"
+        "--images",
+        required=True,
+        metavar="SRC",
+        help="folder, tar, or tars as 'a-{000..009}.tar', here or at a URL",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write (.safetensors)")
     parser.add_argument("--config", metavar="YAML", help="recipe; configs/tokenizer_*.yaml (default: built in)")

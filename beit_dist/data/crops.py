@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -15,13 +15,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from beit_dist.data.draws import Purpose, below, permutation, uniforms, words
+from beit_dist.data.image_bytes import read_image
 from beit_dist.data.images import ImageRejectedError, decode
 from beit_dist.data.listing import IMAGE_SUFFIXES, expand_sources, list_images
-from beit_dist.errors import ConfigError, DataError
-from beit_dist.storage.place import is_url
+from beit_dist.errors import DataError, StorageError
+from beit_dist.storage.access import Access
 
 Pixels = NDArray[np.uint8]
 
+_AT_ONCE = 256
+"""Images read between two looks at memory and stop requests."""
 _AHEAD = 3
 """Batches under way while one is used, at least."""
 
@@ -30,25 +33,26 @@ class ImageFile(NamedTuple):
     """Where an image lies: a file, or a range of bytes in a tar."""
 
     path: str
-    offset: int
+    """Or URL."""
+    offset: int | None
+    """None for a file of its own."""
     size: int
 
 
-def find_images(images: str) -> list[ImageFile]:
-    """The images of a folder, a tar or a webdataset specification of tars, sorted by name.
+def find_images(images: str, access: Access | None = None) -> list[ImageFile]:
+    """The images of a folder, a tar or a webdataset specification of tars, here or at URLs, sorted by name.
 
     Raises:
         ConfigError, DataError: the source cannot be used, or holds no image.
     """
-    sources = expand_sources([images])
-    for _, path in sources:
-        if is_url(path):
-            raise ConfigError("--images", path, "a folder or tars of this machine", "Copy a sample of the images.")
+    sources = expand_sources([images], access)
     files = []
-    for entry in sorted(list_images(sources)):
+    for entry in sorted(list_images(sources, access)):
         kind, path = sources[entry.source]
-        full = os.path.join(path, os.fsdecode(entry.name)) if kind == "folder" else path
-        files.append(ImageFile(full, entry.offset, entry.size))
+        if kind == "folder":
+            files.append(ImageFile(f"{path.rstrip('/')}/{os.fsdecode(entry.name)}", None, entry.size))
+        else:
+            files.append(ImageFile(path, entry.offset, entry.size))
     if not files:
         raise DataError(f"{images}: no image found, looked for *{', *'.join(IMAGE_SUFFIXES)}")
     return files
@@ -63,13 +67,26 @@ class ImagePool:
     Args:
         shorter: images are shrunk until their shorter side has this many pixels; none is enlarged.
         budget: bytes of decoded images to keep.
+        workers: threads that read and decode.
+        least: images without which there is nothing to do.
+        access: how URLs are reached.
+        stop: looked at while images are read; once true, no more are, and the pool is of no use.
 
     Raises:
         DataError: an image cannot be read, or fewer than ``least`` can be decoded.
     """
 
-    def __init__(self, files: Sequence[ImageFile], shorter: int, budget: int, workers: int, least: int) -> None:
-        self._shorter = shorter
+    def __init__(
+        self,
+        files: Sequence[ImageFile],
+        shorter: int,
+        budget: int,
+        workers: int,
+        least: int,
+        access: Access | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._shorter, self._access = shorter, access or Access()
         self._files: list[ImageFile] = []
         self._kept: list[Pixels] = []
         self.rejected: list[str] = []
@@ -79,7 +96,9 @@ class ImagePool:
             tqdm(total=len(files), desc="reading images", unit=" images", disable=None) as bar,
         ):
             while number < len(files) and used < budget:
-                some = files[number : number + 256]
+                if stop():
+                    return
+                some = files[number : number + _AT_ONCE]
                 for file, pixels in zip(some, threads.map(self._try, some), strict=True):
                     if isinstance(pixels, str):
                         self.rejected.append(f"{file.path}: {pixels}")
@@ -120,11 +139,13 @@ class ImagePool:
 
     def _try(self, file: ImageFile) -> Pixels | str:
         try:
-            with open(file.path, "rb") as stream:
-                stream.seek(file.offset)
-                raw = stream.read(file.size)
+            raw = read_image(*file, self._access)
+        except StorageError:
+            raise
         except OSError as error:
             raise DataError(f"{file.path}: cannot be read ({error.strerror})") from None
+        if len(raw) != file.size:
+            raise DataError(f"{file.path}: got {len(raw)} bytes, expected {file.size}: it changed since the start")
         try:
             image = decode(raw)
         except ImageRejectedError as error:

@@ -6,17 +6,16 @@ millions of images is never held in memory: one pass takes its sha256 and notes 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from beit_dist.data.image_bytes import read_image
 from beit_dist.errors import DataError, SampleError, StorageError
 from beit_dist.storage.access import Access
-from beit_dist.storage.place import Place, is_url
-from beit_dist.storage.remote import RemotePlace
+from beit_dist.storage.place import Place
 from beit_dist.storage.streams import open_stream
 
 SOURCES_NAME = "sources.jsonl"
@@ -163,16 +162,7 @@ def read_source(source: Source, access: Access | None = None) -> bytes:
         StorageError: a store failed for as long as it was tried again.
     """
     try:
-        if is_url(source.place):
-            raw = _read_remote(source, access or Access())
-        elif source.offset is None:
-            with open(source.place, "rb") as file:
-                raw = file.read()
-        else:
-            # Kept by its name until the read is done: it closes with its last reference, and of two threads that
-            # open a tar at once only one's is in the cache.
-            descriptor = _descriptor(source.place)
-            raw = _read_range(descriptor.number, source.offset, source.size)
+        raw = read_image(source.place, source.offset, source.size, access or Access())
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{source.place}: gone since the list was frozen. Put it back, or start over in another --out"
@@ -188,40 +178,3 @@ def read_source(source: Source, access: Access | None = None) -> bytes:
             f"{source.size}). Put the old file back, or start over in another --out"
         )
     return raw
-
-
-def _read_remote(source: Source, access: Access) -> bytes:
-    folder, _, name = source.place.rpartition("/")
-    place = RemotePlace(folder, access)  # the URL was checked when the list was frozen
-    if source.offset is None:
-        return place.read(name)
-    raw = bytearray(source.size)
-    try:
-        place.read_into(name, source.offset, memoryview(raw))
-    except EOFError:
-        return b""
-    return bytes(raw)
-
-
-def _read_range(file: int, offset: int, size: int) -> bytes:
-    raw = b""
-    while len(raw) < size:  # network file systems may cut a read short
-        more = os.pread(file, size - len(raw), offset + len(raw))
-        if not more:
-            break
-        raw += more
-    return raw
-
-
-class _Descriptor:
-    """An open file that closes with its last reference, so that a cache may drop it while another thread reads."""
-
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
-_descriptor = functools.lru_cache(maxsize=32)(_Descriptor)

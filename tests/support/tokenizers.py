@@ -52,6 +52,10 @@ class StopAfter(StopRequest):
             self.name = "SIGTERM"
         return self._left < 0
 
+    @property
+    def known(self) -> bool:
+        return self.name is not None
+
 
 @dataclass
 class Training:

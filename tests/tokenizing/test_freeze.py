@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from beit_dist.data import image_bytes
 from beit_dist.errors import ConfigError, DataError, SampleError
 from beit_dist.storage.local import LocalPlace
-from beit_dist.tokenizing import sources
 from beit_dist.tokenizing.freeze import expand_sources, freeze
 from beit_dist.tokenizing.sources import SourceList, read_source
 
@@ -273,7 +273,7 @@ def test_threads_that_open_a_tar_at_once_do_not_close_it_for_one_another(
         together.wait(5)  # whatever is to be closed is closed
         return read(*arguments)
 
-    sources._descriptor.cache_clear()
+    image_bytes._descriptor.cache_clear()
     monkeypatch.setattr(os, "open", slow_open)
     monkeypatch.setattr(os, "pread", slow_read)
     with ThreadPoolExecutor(2) as pool:

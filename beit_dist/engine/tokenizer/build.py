@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +22,7 @@ from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.dry_run import state_bytes
 from beit_dist.engine.metrics import TOKENIZER_METRICS, Metrics
 from beit_dist.engine.optimizer import build_optimizer
-from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.preemption import MAX_MINUTES, StopRequest
 from beit_dist.engine.preflight import Needs, memory_faults, raise_faults, trial
 from beit_dist.engine.resolve import Resolved, combine
 from beit_dist.engine.resume import compare_recipes
@@ -101,6 +102,16 @@ def choose_arithmetic(
     return "bf16" if device.type == "cuda" or amx else "fp32"
 
 
+@dataclass(frozen=True)
+class NotBegun:
+    """A start that was asked to stop while it read the images, before anything was changed."""
+
+    attempt: int
+    step: int
+    """Where the run is, as it was before."""
+    reason: str
+
+
 def build(
     recipe: TokenizerRecipe,
     resolved: Resolved,
@@ -111,7 +122,7 @@ def build(
     stop: StopRequest,
     watchdog: Watchdog,
     timeouts: Timeouts,
-) -> Parts:
+) -> Parts | NotBegun:
     """Build what a trainer needs and restore the newest whole checkpoint. Collective.
 
     Raises:
@@ -136,13 +147,16 @@ def _build(
     timeouts: Timeouts,
     run: RunFolder,
     store: CheckpointStore,
-) -> Parts:
+) -> Parts | NotBegun:
     ranks = agreement.ranks
     saved = store.newest_whole()
     if saved is not None:
         compare_recipes(recipe, saved.manifest, loud=ranks.rank == 0, frozen=FROZEN, shown=SHOWN)
 
-    pool = open_pool(recipe, files, agreement)
+    pool = read_images(recipe, files, agreement, stop)
+    if pool is None:
+        reason = next((name for name in agreement.gather(stop.name) if name), MAX_MINUTES)
+        return NotBegun(store.attempt, saved.step if saved else 0, reason)
     if saved is not None and saved.manifest["images"] != pool.digest:
         raise CheckpointError(
             f"run {recipe.run} cannot be continued: it was begun on other images (or with another cache_gib, when "
@@ -241,14 +255,26 @@ def _build(
     )
 
 
-def open_pool(recipe: TokenizerRecipe, files: list[ImageFile], agreement: Agreement) -> ImagePool:
-    """The images, the same on every rank. Collective.
+def read_images(
+    recipe: TokenizerRecipe, files: list[ImageFile], agreement: Agreement, stop: StopRequest
+) -> ImagePool | None:
+    """The images, the same on every rank; None if a rank was asked to stop meanwhile. Collective.
 
     Raises:
         DataError: there are too few, or the ranks see different ones.
     """
     needed = math.ceil(recipe.view_size / recipe.crop_scale[0])
-    pool = ImagePool(files, needed, int(recipe.cache_gib * 2**30), recipe.workers, recipe.held_out + 1)
+    pool = ImagePool(
+        files,
+        needed,
+        int(recipe.cache_gib * 2**30),
+        recipe.workers,
+        recipe.held_out + 1,
+        recipe.storage.access,
+        lambda: stop.known,
+    )
+    if any(agreement.gather(stop.known)):
+        return None
     if pool.rejected and agreement.ranks.rank == 0:
         print(f"{len(pool.rejected)} images left out, first {pool.rejected[0]}", flush=True)
     found = agreement.gather((socket.gethostname(), len(pool), pool.digest))

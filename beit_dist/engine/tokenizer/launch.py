@@ -24,10 +24,10 @@ from beit_dist.engine.distributed import (
 from beit_dist.engine.launch import failures_marked, quieten
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
-from beit_dist.engine.run_folder import DONE, RunFolder
+from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
 from beit_dist.engine.sinks import check_packages
 from beit_dist.engine.timeouts import Timeouts
-from beit_dist.engine.tokenizer.build import build
+from beit_dist.engine.tokenizer.build import NotBegun, build
 from beit_dist.engine.tokenizer.quality import Quality, picture
 from beit_dist.engine.tokenizer.training import TokenizerTrainer
 from beit_dist.engine.watchdog import Watchdog, record_collectives
@@ -44,7 +44,7 @@ class Job:
     """What was asked for."""
 
     images: str
-    """A folder of images, a tar, or a webdataset specification of tars."""
+    """A folder of images, a tar, or a webdataset specification of tars, here or at URLs."""
     out: Path
     """The tokenizer's file; its picture lies beside it."""
     recipe: TokenizerRecipe
@@ -72,7 +72,7 @@ def launch(job: Job, ranks: Ranks) -> int:
     check_packages(recipe)
     if ranks.rank == 0:
         check_writable(job.out)
-    files = find_images(job.images)
+    files = find_images(job.images, recipe.storage.access)
     run = RunFolder(str(recipe.run), recipe.storage.access)
     run.check_writable()
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
@@ -109,6 +109,12 @@ def train(
             print(f"already done: {job.out} (digest {written[:16]}), run folder {recipe.run}", flush=True)
         return DONE
     parts = build(recipe, job.resolved, job.built_in, files, agreement, device, stop, watchdog, timeouts)
+    if isinstance(parts, NotBegun):
+        if ranks.rank == 0:
+            run.remove_markers()
+            run.mark(PREEMPTED, **asdict(parts))
+            print(f"stopped on request, while images were read: step {parts.step}, run folder {recipe.run}")
+        return PREEMPTED
     trainer = TokenizerTrainer(parts)
     with parts.store.unless_superseded():
         marker = trainer.run()

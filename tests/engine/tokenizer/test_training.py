@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +17,11 @@ import torch
 from PIL import Image
 from support.tokenizers import StopAfter
 
+from beit_dist.data import crops
 from beit_dist.engine.tokenizer import training as loop
 from beit_dist.engine.tokenizer.training import Progress, TokenizerTrainer
 from beit_dist.errors import CheckpointError, DataError, TrainingError
+from beit_dist.storage.opening import open_place
 from beit_dist.visual_tokens.weights import load_tokenizer, tokenizer_extra
 
 Make = Callable[..., Any]
@@ -137,6 +141,44 @@ def test_a_tar_trains_like_the_folder_it_was_made_of(training: Make, tmp_path: P
     from_tar.start()
     from_folder.start()
     assert load_tokenizer(from_tar.out).digest == load_tokenizer(from_folder.out).digest
+
+
+def test_images_at_a_url_train_like_those_here(training: Make, images: Path) -> None:
+    place = open_place(f"memory://{uuid.uuid4()}/images")
+    for image in filter(Path.is_file, images.rglob("*")):
+        place.write(image.relative_to(images).as_posix(), image.read_bytes())
+    there, here = training("a", str(place)), training("b")
+    assert there.start() == here.start() == "DONE"
+    assert load_tokenizer(there.out).digest == load_tokenizer(here.out).digest
+
+
+def test_a_stop_while_images_are_read_leaves_the_run_as_it_was(
+    training: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, trained = training("whole", steps=9), training("t", steps=9)
+    assert whole.start() == "DONE"
+    assert trained.start(StopAfter(5)) == "PREEMPTED"
+    before = trained.state()
+    monkeypatch.setattr(crops, "_AT_ONCE", 4)
+    stop = StopAfter(0)
+    looks: list[bool] = []
+
+    def tried(self: crops.ImagePool, file: crops.ImageFile) -> Any:
+        looks.append(True)
+        if len(looks) == 4:
+            assert stop.requested
+        return decode(self, file)
+
+    decode = crops.ImagePool._try
+    with monkeypatch.context() as patch:
+        patch.setattr(crops.ImagePool, "_try", tried)
+        assert trained.start(stop) == "PREEMPTED"
+    assert len(looks) == 4  # of 12
+    marker = json.loads((trained.run / "PREEMPTED").read_text())
+    assert (marker["step"], marker["reason"], marker["attempt"]) == (5, "SIGTERM", 2)
+    assert trained.state() == before
+    assert trained.start() == "DONE"
+    assert load_tokenizer(trained.out).digest == load_tokenizer(whole.out).digest
 
 
 def test_a_broken_image_is_left_out_and_named(training: Make, images: Path, capsys: Any) -> None:
