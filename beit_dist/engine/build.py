@@ -86,8 +86,8 @@ def _build(
     saved = store.newest_whole()
     if saved is not None:
         compare_recipes(config, saved.manifest, loud=ranks.rank == 0)
-    trial = preflight(config, resolved, manifest, agreement, device) if config.preflight else None
     plan = build_plan(config, manifest, saved.manifest["plan"] if saved else None)
+    trial = preflight(config, resolved, manifest, plan, agreement, device) if config.preflight else None
     masks = mask_generator(config)
 
     engine = build_engine(config, resolved, device)

@@ -20,13 +20,15 @@ from beit_dist.config import TrainConfig
 from beit_dist.data import shared_memory
 from beit_dist.data.manifest import Manifest
 from beit_dist.data.pipeline import drop_path_depth
-from beit_dist.data.stream import shared_memory_bytes
+from beit_dist.data.plan import Plan
+from beit_dist.data.stream import ring_of, shared_memory_bytes
 from beit_dist.engine.checkpoint.layout import checkpoint_bytes
 from beit_dist.engine.dataset import mask_generator
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.dry_run import count_parameters, state_bytes
 from beit_dist.engine.resolve import Resolved
 from beit_dist.errors import PreflightError
+from beit_dist.storage.place import is_url
 
 _NUMBERS = 2**18
 """float32 values of the trial all-reduce: 1 MiB, enough to go through the transport that training uses."""
@@ -44,10 +46,17 @@ class Needs:
     """/dev/shm for one step read ahead."""
     copy: int = 0
     """Memory of the host for the copy that a checkpoint is written from."""
+    blocks: int = 0
+    """Memory of the host for the shards' blocks that are fetched ahead from a URL."""
 
 
 def preflight(
-    config: TrainConfig, resolved: Resolved, manifest: Manifest, agreement: Agreement, device: torch.device
+    config: TrainConfig,
+    resolved: Resolved,
+    manifest: Manifest,
+    plan: Plan,
+    agreement: Agreement,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Check every rank; the trial's timings, for ``run.json``. Collective.
 
@@ -56,7 +65,7 @@ def preflight(
     """
     host = socket.gethostname()
     neighbours = agreement.gather(host).count(host)
-    faults = memory_faults(needs(config, resolved, manifest), device, neighbours)
+    faults = memory_faults(needs(config, resolved, manifest, plan), device, neighbours)
     seconds, fault = trial(agreement, device)
     faults += [fault] if fault else []
     found = agreement.gather((host, faults, seconds))
@@ -65,8 +74,8 @@ def preflight(
     return {"all_reduce_bytes": 4 * _NUMBERS, "all_reduce_seconds": round(slowest, 6)}
 
 
-def needs(config: TrainConfig, resolved: Resolved, manifest: Manifest) -> Needs:
-    """What a rank of this run needs."""
+def needs(config: TrainConfig, resolved: Resolved, manifest: Manifest, plan: Plan) -> Needs:
+    """What a rank of this run needs; of one whose lanes others share, as much as of the first."""
     shared = shared_memory_bytes(
         layout=manifest.layout,
         positions=mask_generator(config).positions_per_image,
@@ -76,7 +85,12 @@ def needs(config: TrainConfig, resolved: Resolved, manifest: Manifest) -> Needs:
     )
     parameters = count_parameters(config)
     copied = checkpoint_bytes(parameters, config.ema.decay is not None) // resolved.ranks
-    return Needs(sum(state_bytes(resolved, parameters).values()), shared, copied)
+    ring = 0
+    if is_url(str(config.data)):
+        rows, per_lane = range(resolved.rank_batch), config.global_batch // plan.lanes
+        ring = ring_of(plan, manifest.layout, rows, per_lane)
+    blocks = ring if ring <= config.loader.memory_gib * 2**30 else 0  # else samples are fetched, one by one
+    return Needs(sum(state_bytes(resolved, parameters).values()), shared, copied, blocks)
 
 
 def memory_faults(needed: Needs, device: torch.device, neighbours: int) -> list[str]:
@@ -92,18 +106,22 @@ def memory_faults(needed: Needs, device: torch.device, neighbours: int) -> list[
     share = None if host is None else host // neighbours
     in_host = f"memory of the host for each of {neighbours} ranks"
     state, copy = "weights, gradients and optimizer", "the copy that a checkpoint is written from"
+    of_host, way_out = needed.copy + needed.blocks, ""
+    if needed.blocks:
+        copy += f", and {_gib(needed.blocks)} of blocks fetched ahead"
+        way_out = "lower loader.memory_gib, "
     if device.type == "cuda":
         looked_at = [
             (torch.cuda.mem_get_info(device)[0], needed.model, f"memory of {device}", state),
-            (share, needed.copy, in_host, copy),
+            (share, of_host, in_host, copy),
         ]
     else:
-        looked_at = [(share, needed.model + needed.copy, in_host, f"{state}, and {copy}")]
+        looked_at = [(share, needed.model + of_host, in_host, f"{state}, and {copy}")]
     for free, wanted, where, purpose in looked_at:
         if free is not None and free < wanted:
             faults.append(
                 f"{_gib(free)} free {where}, expected at least {_gib(wanted)} for {purpose}. Use a higher ZeRO "
-                "stage, more ranks, or end what else runs there"
+                f"stage, more ranks, {way_out}or end what else runs there"
             )
     room = shared_memory.room(neighbours)
     if room is not None and room < needed.shared:

@@ -12,11 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from beit_dist.config import TrainConfig
 from beit_dist.data import shared_memory
+from beit_dist.data.shards import load_manifest
 from beit_dist.engine import preflight
+from beit_dist.engine.dataset import build_plan
 from beit_dist.engine.distributed import Agreement, Ranks
-from beit_dist.engine.preflight import Needs, free_host_memory, memory_faults, raise_faults, trial
+from beit_dist.engine.preflight import Needs, free_host_memory, memory_faults, needs, raise_faults, trial
+from beit_dist.engine.resolve import Resolved
 from beit_dist.errors import PreflightError
+from beit_dist.settings import load_recipe
 
 TRAIN = Path(__file__).parents[2] / "beit_dist" / "train.py"
 CPU = torch.device("cpu")
@@ -47,10 +52,26 @@ def test_ranks_share_their_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert (
         "1.00 GiB free memory of the host for each of 8 ranks, expected at least 2.00 GiB for the copy" in second
     )
+    (fault,) = memory_faults(Needs(model=0, shared=0, blocks=3 * GIB), gpu, neighbours=5)
+    assert "and 3.00 GiB of blocks fetched ahead" in fault
+    assert "lower loader.memory_gib" in fault
     (fault,) = memory_faults(Needs(model=0, shared=GIB // 4), CPU, neighbours=5)
     assert "0.20 GiB of /dev/shm for each of 5 ranks, expected at least 0.25 GiB" in fault
     monkeypatch.setattr(shared_memory, "room", lambda ranks: None)
     assert memory_faults(Needs(model=0, shared=GIB), CPU, neighbours=1) == []
+
+
+def test_blocks_that_are_fetched_ahead_from_a_url_count(small_data: Path, new_run: Callable[..., Any]) -> None:
+    def blocks(*settings: str) -> int:
+        config = load_recipe(TrainConfig, new_run("run").recipe, ["run=r", *settings])
+        manifest = load_manifest(small_data)
+        resolved = Resolved(2, 4, 2, 1, "bf16", "fp32", {})
+        return needs(config, resolved, manifest, build_plan(config, manifest)).blocks
+
+    assert blocks(f"data={small_data}") == 0
+    # 2 of 4 lanes, 2 blocks of 2 samples of 6,144 bytes each
+    assert blocks("data=s3://shards/photos") == 2 * 2 * (2 * 6144)
+    assert blocks("data=s3://shards/photos", "loader.memory_gib=0.00001") == 0
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
