@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -283,6 +284,7 @@ def of_pre_training(state: dict[str, Tensor]) -> Any:
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
     optimizer.step()
+    optimizer.param_groups[0]["lr"] = np.linspace(0, 1.5e-3, 3)[1]  # from its schedule, which is an array
     arguments = argparse.Namespace(model="beit", opt_betas=[0.9, 0.999], imagenet_default_mean_and_std=False)
     scaler = {"scale": 65536.0, "_growth_tracker": 3}
     return {"model": state, "optimizer": optimizer.state_dict(), "epoch": 7, "scaler": scaler, "args": arguments}
