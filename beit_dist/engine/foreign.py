@@ -75,6 +75,9 @@ def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:
             raise WeightsError(f"{file}: got {min(twice)}, which another file of {path} has too")
         tensors |= found
         known |= said
+    for name in tensors:
+        if not (name.isascii() and name.isprintable()):
+            raise WeightsError(f"{path}: got a tensor named {name[:80]!a}, expected a name in plain ASCII")
     room = sum(file.stat().st_size for file in _files(path))
     if sum(tensor.numel() for tensor in tensors.values()) > room:
         raise WeightsError(f"{path}: got tensors that share their values, and are more than the files hold")
@@ -134,9 +137,10 @@ def _state(path: Path, found: Any) -> dict[str, Tensor]:
     for _ in _WRAPPERS:
         if isinstance(found, dict):
             found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)), found)
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    named = isinstance(found, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items())
+    if not named or not found:
         raise WeightsError(f"{path}: got no state of a model, expected tensors by name")
-    return {str(name): tensor for name, tensor in found.items()}
+    return dict(found)
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

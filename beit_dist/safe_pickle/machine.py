@@ -34,6 +34,8 @@ _INERT = {
 }
 _SIZED = (list, tuple, dict, set, frozenset, str, bytes)
 _FREE_COPIES = 4096
+_MOST_KEY = 2**60
+_LONGEST_KEY = 8
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "numpy.core.multiarray": "numpy._core.multiarray"}
 """Modules that Python 2 and NumPy 1 called otherwise."""
 _NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
@@ -208,9 +210,19 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or member of a set: a plain value, or a flat tuple of them."""
-    parts = value if isinstance(value, tuple) else (value,)
-    if not all(part is None or type(part) in (str, int, float, bool, bytes) for part in parts):
+    """A key of a dict or member of a set: a plain value, or a short tuple of texts.
+
+    Python hashes texts with a secret of the process, and small integers as themselves. Of larger integers, and of
+    tuples of numbers, a file could hold any number with one hash, and keep the process busy for hours. So could a
+    long tuple, which is hashed anew whenever it is used.
+    """
+    if isinstance(value, tuple):
+        fits = len(value) <= _LONGEST_KEY and all(type(part) is str for part in value)
+    elif type(value) is int:
+        fits = abs(value) < _MOST_KEY
+    else:
+        fits = value is None or type(value) in (str, float, bool, bytes)
+    if not fits:
         raise RefusalError("got a key that is no plain value")
     return value
 

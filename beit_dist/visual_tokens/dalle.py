@@ -120,6 +120,8 @@ def _collect(shell: Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[s
         if not isinstance(members, dict):
             raise TokenizerError(f"{prefix}{kind}: got {type(members).__name__}, expected names and what they are")
         for name, member in members.items():
+            if not isinstance(name, str):
+                raise TokenizerError(f"{prefix}{kind}: got a name that is no text")
             if isinstance(member, Tensor) and kind == "_parameters":
                 yield f"{prefix}{name}", member
             elif isinstance(member, Inert) and kind == "_modules":
@@ -132,7 +134,7 @@ def _state(found: Any) -> dict[str, Tensor]:
         found = found["state_dict"]
     if not isinstance(found, Mapping):
         return {}
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    tensors = {n: value for n, value in found.items() if isinstance(n, str) and isinstance(value, Tensor)}
     stems = [found[1] for name in tensors if (found := _STEM.fullmatch(name))]
     start = stems[0] if len(stems) == 1 else ""  # "image_codebook." in a whole FLAVA model
     return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(f"{start}blocks.")}
