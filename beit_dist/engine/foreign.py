@@ -88,6 +88,9 @@ def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:
         weights = from_unilm(from_hf(tensors) if is_hf(tensors) else tensors, model)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # of torch, or of unpacking
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{path}: got tensors in shapes that no BEiT v1 model has ({reason})") from None
     return Foreign(weights, digest.hexdigest(), known, left_out, notes)
 
 
@@ -151,7 +154,7 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: got {type(found).__name__}, expected a JSON object")
@@ -175,7 +178,7 @@ def _settings(folder: Path, notes: list[str]) -> dict[str, Any]:
     else:
         known |= _units({"pixel_mean": look.get("image_mean"), "pixel_std": look.get("image_std")})
     scale = look.get("rescale_factor")
-    if look.get("do_rescale") is False or (isinstance(scale, float) and abs(scale * 255 - 1) > 1e-6):
+    if look.get("do_rescale") is False or (isinstance(scale, (int, float)) and abs(scale * 255 - 1) > 1e-6):
         raise WeightsError(f"{_PROCESSOR}: got pixels that are not divided by 255 (do_rescale, rescale_factor)")
     activation, eps = config.get("hidden_act", "gelu"), config.get("layer_norm_eps", NORM_EPS)
     if activation != "gelu":

@@ -250,9 +250,10 @@ def test_the_normalisation_is_that_of_the_image_processor(
     read(tmp_path, near)
     with pytest.raises(ConfigError, match=r"model\.pixel_mean"):
         read(tmp_path, right.model_copy(update={"pixel_mean": (0.4, 0.4, 0.4)}))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(look | {"do_rescale": False}))
-    with pytest.raises(WeightsError, match="not divided by 255"):
-        read(tmp_path)
+    for other in ({"do_rescale": False}, {"rescale_factor": 1}, {"rescale_factor": 1.0}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(look | other))
+        with pytest.raises(WeightsError, match="not divided by 255"):
+            read(tmp_path)
 
 
 # timm and the original
@@ -360,10 +361,16 @@ BLOCK = "blocks.{}.attn.relative_position_bias_table"
         ),
         ({TABLE: None, BLOCK.format(0): torch.zeros(52, 2)}, "and blocks that have none"),
         ({TABLE: torch.zeros(53, 2)}, "table of 53 rows belongs to no square grid"),
+        ({TABLE: torch.zeros(12, 2)}, "table of 12 rows is too small to be resampled"),
         ({TABLE: torch.zeros(52)}, r"has 2 dimensions, not \[52\]"),
         ({"pos_embed": torch.zeros(1, 18, 32)}, r"pos_embed of size \[1, 18, 32\] belongs to no square grid"),
         ({"pos_embed": torch.zeros(1, 17, 32)}, r"pos_embed is no parameter"),
         ({"blocks.0.attn.qkv.bias": torch.ones(96)}, r"qkv\.bias: got biases of keys that are not zero"),
+        (
+            {"blocks.0.attn.qkv.bias": torch.tensor(1.0)},
+            r"a\.pth: got tensors in shapes that no BEiT v1 model has",
+        ),
+        ({"pos_embed": torch.zeros(2, 5, 4)}, r"a\.pth: got tensors in shapes that no BEiT v1 model has"),
         ({"patch_embed.proj.weight": torch.zeros(32, 3, 16, 16)}, r"model\.patch_size: got 8, but .*16, 16\]"),
     ],
 )
@@ -386,6 +393,9 @@ def test_an_index_names_files_beside_it_that_exist(tmp_path: Path) -> None:
         index.write_text(json.dumps({"weight_map": places}))
         with pytest.raises(WeightsError, match=said):
             read_foreign(tmp_path, RELEASED)
+    index.write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match="cannot be read as JSON"):
+        read_foreign(tmp_path, RELEASED)
     index.write_text("[]")
     with pytest.raises(WeightsError, match="expected a JSON object"):
         read_foreign(tmp_path, RELEASED)
