@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from beit_dist.config import HALF, IMAGENET_MEAN, IMAGENET_STD, ModelConfig
-from beit_dist.engine.export import FILE
+from beit_dist.engine.export import FILE, PICKLE
 from beit_dist.errors import WeightsError
 from beit_dist.models.vit import NORM_EPS
 from beit_dist.models.weights import from_hf, from_unilm, is_hf, without_extras
@@ -23,7 +23,8 @@ from beit_dist.safe_pickle.files import read_torch_file
 from beit_dist.safe_pickle.machine import Inert
 from beit_dist.storage.place import is_url
 
-_PICKLE = "pytorch_model.bin"
+_NAMES = (FILE, "pytorch_model.bin", PICKLE)
+"""Of the file of weights in a folder."""
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
 _WRAPPERS = ("model", "module", "state_dict")
@@ -53,7 +54,7 @@ def is_foreign(source: str) -> bool:
     path = Path(source)
     if is_url(source):
         return path.suffix in _SUFFIXES
-    return path.suffix in _SUFFIXES or any((path / name).is_file() for name in (_CONFIG, FILE, _PICKLE))
+    return path.suffix in _SUFFIXES or any((path / name).is_file() for name in (_CONFIG, *_NAMES))
 
 
 def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:
@@ -98,7 +99,7 @@ def _files(path: Path) -> list[Path]:
     """The files of the weights at ``path``: itself, or in a folder one, or the parts that an index names."""
     if not path.is_dir():
         return [path]
-    for name in (FILE, _PICKLE):
+    for name in _NAMES:
         index = path / f"{name}.index.json"
         if (path / name).is_file():
             return [path / name]
