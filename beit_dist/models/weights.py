@@ -165,7 +165,7 @@ def from_unilm(tensors: Mapping[str, Tensor], config: ModelConfig) -> Weights:
     for name, tensor in tensors.items():
         if name.endswith(_BUFFER):
             continue
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
             raise WeightsError(f"{name}: got {tensor.dtype} values that are not all finite floating-point numbers")
         if name.endswith("attn.k_bias"):
             _no_key_bias(name, tensor)

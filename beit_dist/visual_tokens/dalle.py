@@ -47,6 +47,8 @@ def convert(encoder: str | Path, decoder: str | Path | None, out: str | Path, an
         UserError: a file is missing, damaged, hostile, or of another architecture.
     """
     paths = {"encoder": encoder} | ({} if decoder is None else {"decoder": decoder})
+    if any(Path(path).resolve() == Path(out).resolve() for path in paths.values()):
+        raise TokenizerError(f"{out}: got a file to read as the one to write, expected another")
     parts = {part: read_weights(path) for part, path in paths.items()}
     config = _sizes(parts, paths)
     published = PUBLISHED if decoder is not None else PUBLISHED.model_copy(update={"decoder_input": 0})
@@ -64,7 +66,7 @@ def convert(encoder: str | Path, decoder: str | Path | None, out: str | Path, an
         got = None if tensor is None else tuple(tensor.shape)
         if tensor is None or got != expected.get(name):
             raise TokenizerError(f"{path}: {name}: got shape {got}, expected {expected.get(name)}")
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
             raise TokenizerError(f"{path}: {name}: got values that are no finite floating-point numbers")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     model.digest = save_tokenizer(out, model, config, {"source": {n: _sha256(p) for n, p in paths.items()}})

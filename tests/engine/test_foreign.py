@@ -354,6 +354,10 @@ BLOCK = "blocks.{}.attn.relative_position_bias_table"
             {"cls_token": torch.full((1, 1, 32), torch.nan)},
             r"cls_token: got torch\.float32 values that are",
         ),
+        (
+            {"cls_token": torch.full((1, 1, 32), 1e300, dtype=torch.float64)},
+            r"cls_token: got torch\.float64 values",
+        ),
         ({"blocks.0.gamma_1": torch.ones(32, dtype=torch.int8)}, r"blocks\.0\.gamma_1: got torch\.int8 values"),
         (
             {BLOCK.format(block): torch.zeros(52, 2) for block in range(3)},
