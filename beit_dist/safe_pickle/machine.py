@@ -236,7 +236,10 @@ def _ordered(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _no_call(name: Name) -> NoReturn:
-    raise RefusalError(f"it asks for {str(name)!a}, which loading weights does not need; nothing of it was run")
+    raise RefusalError(
+        f"it asks for {str(name)!a}, which loading weights does not need; nothing of it was run. "
+        "If the file is your own, save the state dict alone"
+    )
 
 
 def _encode(text: Any, encoding: Any) -> bytes:

@@ -92,6 +92,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     found = _safetensors(path) if start[8:9] == b"{" else read_torch_file(path, admit=_admit)
     named = dict(_collect(found, set())) if isinstance(found, Inert) else _state(found)
+    for name in named:
+        if not (name.isascii() and name.isprintable()):
+            raise TokenizerError(f"{path}: got a tensor named {name[:80]!a}, expected a name in plain ASCII")
     renamed = {_openai_name(name): tensor for name, tensor in named.items()}
     if not renamed or len(renamed) != len(named) or not all(name.startswith("blocks.") for name in renamed):
         raise TokenizerError(

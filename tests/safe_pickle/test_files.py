@@ -221,6 +221,13 @@ def test_the_pickles_below_would_be_right_but_for_their_fault(tmp_path: Path) ->
     assert read_torch_file(path).tolist() == [1.0, 2.0]
 
 
+def test_a_value_with_a_stride_of_its_own_has_bytes_too(tmp_path: Path) -> None:
+    path = zipped_pickle(tmp_path / "a.pth", tensor(stored(), 1, (1, 1), (83, 83)), _0=FLOATS)
+    value = read_torch_file(path)
+    assert value.tolist() == [[2.0]]
+    assert value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() == FLOATS[4:]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -256,19 +256,18 @@ def test_keys_of_which_a_file_could_hold_thousands_with_one_hash_are_refused(tmp
 def test_names_that_are_no_text_or_would_steer_a_terminal_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     torch.save({10: torch.ones(1)}, path)
-    for read, said in (
-        (lambda p: read_foreign(p, ModelConfig()), "no state of a model"),
-        (read_weights, "no weights of DALL-E"),
-    ):
-        with pytest.raises(UserError, match=said):
+    readers = {"model": lambda file: read_foreign(file, ModelConfig()), "weights": read_weights}
+    for kind, read in readers.items():
+        torch.save({10: torch.ones(1)}, path)
+        with pytest.raises(UserError, match=f"got no (state of a )?{kind}"):
             read(path)
-    for name in ("cls_token\n", "\x1b[31mcls_token", "blocks.\u0663.gamma_1"):
-        torch.save({name: torch.ones(1)}, path)
-        with pytest.raises(
-            WeightsError, match=r"got a tensor named '.*', expected a name in plain ASCII"
-        ) as caught:
-            read_foreign(path, ModelConfig())
-        assert str(caught.value).isprintable()
+        for name in ("cls_token\n", "\x1b[31mcls_token", "\u0663.gamma_1"):
+            torch.save({f"blocks.{name}": torch.ones(1)}, path)
+            with pytest.raises(
+                UserError, match=r"got a tensor named '.*', expected a name in plain ASCII"
+            ) as caught:
+                read(path)
+            assert str(caught.value).isprintable()
     shell = torch.nn.Sequential(torch.nn.ReLU())
     shell._parameters[10] = torch.nn.Parameter(torch.ones(1))  # type: ignore[index]
     torch.save(shell, path)
