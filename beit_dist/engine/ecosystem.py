@@ -14,7 +14,7 @@ import torch
 from beit_dist.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from beit_dist.durable import write_whole
 from beit_dist.engine.checkpoint.weights import StoredWeights
-from beit_dist.engine.export import DTYPES, FILE, Exported, metadata_of
+from beit_dist.engine.export import DTYPES, FILE, PICKLE, Exported, metadata_of
 from beit_dist.errors import SpaceError
 from beit_dist.models.vit import NORM_EPS
 from beit_dist.models.weights import to_hf, to_timm, to_unilm
@@ -49,7 +49,7 @@ def export_elsewhere(stored: StoredWeights, out: str | Path, form: str, dtype: s
     if form == "unilm":
         buffer = io.BytesIO()
         torch.save({"model": tensors, "epoch": 0, "args": _unilm_args(model)}, buffer)
-        path, content = folder / "model.pth", buffer.getvalue()
+        path, content = folder / PICKLE, buffer.getvalue()
     else:
         path, content = folder / FILE, safetensors.torch.save(tensors, metadata_of(stored, dtype))
     try:

@@ -20,6 +20,8 @@ from beit_dist.errors import SpaceError
 DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
 """Name on the command line to safetensors' name and torch's."""
 FILE = "model.safetensors"
+PICKLE = "model.pth"
+"""The file of the form ``unilm``."""
 
 
 @dataclass(frozen=True)

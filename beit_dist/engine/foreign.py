@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from beit_dist.config import HALF, IMAGENET_MEAN, IMAGENET_STD, ModelConfig
-from beit_dist.engine.export import FILE
+from beit_dist.engine.export import FILE, PICKLE
 from beit_dist.errors import WeightsError
 from beit_dist.models.vit import NORM_EPS
 from beit_dist.models.weights import from_hf, from_unilm, is_hf, without_extras
@@ -23,7 +23,8 @@ from beit_dist.safe_pickle.files import read_torch_file
 from beit_dist.safe_pickle.machine import Inert
 from beit_dist.storage.place import is_url
 
-_PICKLE = "pytorch_model.bin"
+_NAMES = (FILE, "pytorch_model.bin", PICKLE)
+"""Of the file of weights in a folder."""
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
 _WRAPPERS = ("model", "module", "state_dict")
@@ -53,7 +54,7 @@ def is_foreign(source: str) -> bool:
     path = Path(source)
     if is_url(source):
         return path.suffix in _SUFFIXES
-    return path.suffix in _SUFFIXES or any((path / name).is_file() for name in (_CONFIG, FILE, _PICKLE))
+    return path.suffix in _SUFFIXES or any((path / name).is_file() for name in (_CONFIG, *_NAMES))
 
 
 def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:
@@ -75,6 +76,9 @@ def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:
             raise WeightsError(f"{file}: got {min(twice)}, which another file of {path} has too")
         tensors |= found
         known |= said
+    for name in tensors:
+        if not (name.isascii() and name.isprintable()):
+            raise WeightsError(f"{path}: got a tensor named {name[:80]!a}, expected a name in plain ASCII")
     room = sum(file.stat().st_size for file in _files(path))
     if sum(tensor.numel() for tensor in tensors.values()) > room:
         raise WeightsError(f"{path}: got tensors that share their values, and are more than the files hold")
@@ -85,6 +89,9 @@ def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:
         weights = from_unilm(from_hf(tensors) if is_hf(tensors) else tensors, model)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # of torch, or of unpacking
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{path}: got tensors in shapes that no BEiT v1 model has ({reason})") from None
     return Foreign(weights, digest.hexdigest(), known, left_out, notes)
 
 
@@ -92,7 +99,7 @@ def _files(path: Path) -> list[Path]:
     """The files of the weights at ``path``: itself, or in a folder one, or the parts that an index names."""
     if not path.is_dir():
         return [path]
-    for name in (FILE, _PICKLE):
+    for name in _NAMES:
         index = path / f"{name}.index.json"
         if (path / name).is_file():
             return [path / name]
@@ -134,9 +141,10 @@ def _state(path: Path, found: Any) -> dict[str, Tensor]:
     for _ in _WRAPPERS:
         if isinstance(found, dict):
             found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)), found)
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    named = isinstance(found, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items())
+    if not named or not found:
         raise WeightsError(f"{path}: got no state of a model, expected tensors by name")
-    return {str(name): tensor for name, tensor in found.items()}
+    return dict(found)
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +155,7 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: got {type(found).__name__}, expected a JSON object")
@@ -171,7 +179,7 @@ def _settings(folder: Path, notes: list[str]) -> dict[str, Any]:
     else:
         known |= _units({"pixel_mean": look.get("image_mean"), "pixel_std": look.get("image_std")})
     scale = look.get("rescale_factor")
-    if look.get("do_rescale") is False or (isinstance(scale, float) and abs(scale * 255 - 1) > 1e-6):
+    if look.get("do_rescale") is False or (isinstance(scale, (int, float)) and abs(scale * 255 - 1) > 1e-6):
         raise WeightsError(f"{_PROCESSOR}: got pixels that are not divided by 255 (do_rescale, rescale_factor)")
     activation, eps = config.get("hidden_act", "gelu"), config.get("layer_norm_eps", NORM_EPS)
     if activation != "gelu":

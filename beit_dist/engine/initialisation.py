@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from beit_dist.config import TrainConfig
@@ -14,6 +15,7 @@ from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.foreign import Foreign, is_foreign, read_foreign
 from beit_dist.errors import CheckpointError, ConfigError, StorageError, WeightsError
 from beit_dist.models.weights import PRETRAINING_ONLY
+from beit_dist.storage.place import is_url
 
 _NAMED = 4  # differences that a message lists
 
@@ -53,6 +55,11 @@ def initialise_from(
             stored = open_weights(str(config.init_from), access=config.storage.access)
         except (CheckpointError, StorageError) as error:
             fault = f"init_from: {error}"
+            if not is_url(str(config.init_from)) and not Path(str(config.init_from)).exists():
+                fault = (
+                    f"init_from: got {config.init_from}, which is not there, expected a run, or a local file or "
+                    "folder of weights. Download a model of a hub first"
+                )
     stored, fault = agreement.from_rank_0((stored, fault))
     if stored is None:
         raise CheckpointError(fault)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CLASS_ROWS = 3  # class token to patch, patch to class token, class token to itself: kept as they are
+_LEAST_KNOTS = 4  # of a cubic spline
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -43,6 +44,8 @@ def resample_table(table: Tensor, grid: int) -> Tensor:
     source, target = 2 * grid_of_table(len(table)) - 1, 2 * grid - 1
     if source == target:
         return table
+    if source < _LEAST_KNOTS:
+        raise ValueError(f"a relative position table of {len(table)} rows is too small to be resampled")
     offsets = table[: source * source].double().numpy().reshape(source, source, -1)
     spline = _spline(_geometric(source, target), np.arange(target, dtype=np.float64) - target // 2)
     resampled = np.einsum("ys,sth,xt->yxh", spline, offsets, spline).reshape(target * target, -1)

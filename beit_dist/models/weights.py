@@ -165,7 +165,7 @@ def from_unilm(tensors: Mapping[str, Tensor], config: ModelConfig) -> Weights:
     for name, tensor in tensors.items():
         if name.endswith(_BUFFER):
             continue
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
             raise WeightsError(f"{name}: got {tensor.dtype} values that are not all finite floating-point numbers")
         if name.endswith("attn.k_bias"):
             _no_key_bias(name, tensor)
@@ -203,12 +203,15 @@ def _share_table(found: Weights) -> None:
     first = names[0]
     different = [name for name, table in tables.items() if not torch.equal(table, tables[first])]
     if different or TABLE in found or len(tables) != len(blocks):
-        what = f"{different[0]} is not {first}" if different else f"there are {first} and blocks that have none"
+        what = (
+            f"{different[0]} differs from {first}" if different else f"there are {first} and blocks that have none"
+        )
         if TABLE in found:
             what = f"there are {first} and {TABLE}"
         raise WeightsError(
             f"got blocks with relative position tables of their own ({what}), expected one for all of them. "
-            "Fine-tuning makes them differ: start from the pre-trained model"
+            "Fine-tuning makes them differ: start from weights that were pre-trained only, such as unilm's "
+            "beit_base_patch16_224_pt22k"
         )
     found[TABLE] = tables[first]
 

@@ -29,6 +29,7 @@ from beit_dist.safe_pickle.tensors import RefusalError, Storages
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+_LONGEST_LINE = 400
 
 
 def read_torch_file(path: str | Path, *, admit: Admit = lambda module, name: False) -> Any:
@@ -56,11 +57,23 @@ def read_torch_file(path: str | Path, *, admit: Admit = lambda module, name: Fal
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from None
     except RefusalError as refusal:
-        raise WeightsError(f"{path}: {refusal}") from None
+        raise WeightsError(f"{path}: {_line(refusal)}") from None
     except (ValueError, LookupError, TypeError, EOFError, ArithmeticError, RuntimeError, NotImplementedError,
             MemoryError, struct.error, zipfile.BadZipFile) as error:  # fmt: skip
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsError(f"{path}: got a damaged file ({reason}), expected one written by torch.save") from None
+        raise WeightsError(
+            f"{path}: got a damaged file ({_line(error)}), expected one written by torch.save"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    """What an error says in one short line of a terminal, whatever the file has put into it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return (
+        shown
+        if len(shown) <= _LONGEST_LINE
+        else f"{shown[: _LONGEST_LINE // 2]} ... {shown[-_LONGEST_LINE // 2 :]}"
+    )
 
 
 def _read_zip(file: BinaryIO, size: int, admit: Admit) -> Any:

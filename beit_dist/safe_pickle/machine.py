@@ -7,6 +7,7 @@ that there is nothing to be overlooked in what an unpickler would do besides.
 from __future__ import annotations
 
 import pickletools
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NoReturn
@@ -33,7 +34,13 @@ _INERT = {
 }
 _SIZED = (list, tuple, dict, set, frozenset, str, bytes)
 _FREE_COPIES = 4096
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_MOST_KEY = 2**60
+_LONGEST_KEY = 8
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "numpy.core.multiarray": "numpy._core.multiarray"}
+"""Modules that Python 2 and NumPy 1 called otherwise."""
+_NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
+            "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip
+"""NumPy's types of one number, as ``struct`` calls them."""
 
 
 @dataclass(eq=False)
@@ -49,6 +56,13 @@ class Inert:
     kind: Name
     arguments: tuple[Any, ...] = ()
     state: Any = None
+
+
+@dataclass(frozen=True)
+class NumberType:
+    """The type of a NumPy number, which the original's optimizer states have for learning rates."""
+
+    code: str
 
 
 @dataclass
@@ -132,7 +146,7 @@ class Machine:
         """Lay a name on the stack, if it is one that may be there at all."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise RefusalError("got a name that is no text")
-        found = Name(_PYTHON_2.get(module, module), name)
+        found = Name(_RENAMED.get(module, module), name)
         if found in _CONSTANTS:
             self.stack.append(_CONSTANTS[found])
         elif found in _BUILDERS or found in _OTHER_NAMES or self.is_inert(found):
@@ -173,6 +187,9 @@ class Machine:
         target = self.stack[-1]
         if isinstance(target, Inert):
             target.state = state
+        elif isinstance(target, NumberType) and isinstance(state, tuple):
+            if state[1:2] == (">",):
+                raise RefusalError("got big-endian values, expected little-endian ones")
         elif not isinstance(target, dict):
             raise RefusalError(f"it asks to set attributes of a {type(target).__name__}; nothing of it was run")
 
@@ -193,9 +210,19 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or member of a set: a plain value, or a flat tuple of them."""
-    parts = value if isinstance(value, tuple) else (value,)
-    if not all(part is None or type(part) in (str, int, float, bool, bytes) for part in parts):
+    """A key of a dict or member of a set: a plain value, or a short tuple of texts.
+
+    Python hashes texts with a secret of the process, and small integers as themselves. Of larger integers, and of
+    tuples of numbers, a file could hold any number with one hash, and keep the process busy for hours. So could a
+    long tuple, which is hashed anew whenever it is used.
+    """
+    if isinstance(value, tuple):
+        fits = len(value) <= _LONGEST_KEY and all(type(part) is str for part in value)
+    elif type(value) is int:
+        fits = abs(value) < _MOST_KEY
+    else:
+        fits = value is None or type(value) in (str, float, bool, bytes)
+    if not fits:
         raise RefusalError("got a key that is no plain value")
     return value
 
@@ -209,7 +236,10 @@ def _ordered(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _no_call(name: Name) -> NoReturn:
-    raise RefusalError(f"it asks for {str(name)!a}, which loading weights does not need; nothing of it was run")
+    raise RefusalError(
+        f"it asks for {str(name)!a}, which loading weights does not need; nothing of it was run. "
+        "If the file is your own, save the state dict alone"
+    )
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
@@ -226,6 +256,21 @@ def _device(kind: Any, index: Any = None) -> str:
     return kind
 
 
+def _number_type(code: Any, *_: Any) -> NumberType:
+    if not isinstance(code, str) or code not in _NUMBERS:
+        raise RefusalError("got an array's type other than those of numbers")
+    return NumberType(code)
+
+
+def _number(kind: Any, raw: Any) -> bool | int | float:
+    """A number of NumPy's becomes one of Python's."""
+    if not isinstance(kind, NumberType) or not isinstance(raw, bytes):
+        raise RefusalError("got a number without type and bytes")
+    (value,) = struct.unpack(f"<{_NUMBERS[kind.code]}", raw)
+    found: bool | int | float = value
+    return found
+
+
 _BUILDERS: dict[Name, Callable[..., Any]] = {
     Name("torch._utils", "_rebuild_tensor"): rebuild_tensor,
     Name("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
@@ -237,6 +282,8 @@ _BUILDERS: dict[Name, Callable[..., Any]] = {
     Name("builtins", "set"): lambda values=(): set(map(_key, values)),
     Name("builtins", "frozenset"): lambda values=(): frozenset(map(_key, values)),
     Name("_codecs", "encode"): _encode,
+    Name("numpy", "dtype"): _number_type,
+    Name("numpy._core.multiarray", "scalar"): _number,
 }
 
 _RECONSTRUCTOR = Name("copyreg", "_reconstructor")

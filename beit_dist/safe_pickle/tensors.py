@@ -103,6 +103,8 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
         raise RefusalError(f"got a tensor of size {sizes}, stride {strides} in a storage of {len(values)} values")
     if not math.prod(sizes):
         return torch.empty(sizes, dtype=values.dtype)
+    # Of a single value torch takes any stride, and then cannot look at its bytes.
+    strides = [1 if s == 1 else step for s, step in zip(sizes, strides, strict=True)]
     return values.as_strided(sizes, strides, values.storage_offset() + offset)  # a part has one of its own
 
 

@@ -47,6 +47,8 @@ def convert(encoder: str | Path, decoder: str | Path | None, out: str | Path, an
         UserError: a file is missing, damaged, hostile, or of another architecture.
     """
     paths = {"encoder": encoder} | ({} if decoder is None else {"decoder": decoder})
+    if any(Path(path).resolve() == Path(out).resolve() for path in paths.values()):
+        raise TokenizerError(f"{out}: got a file to read as the one to write, expected another")
     parts = {part: read_weights(path) for part, path in paths.items()}
     config = _sizes(parts, paths)
     published = PUBLISHED if decoder is not None else PUBLISHED.model_copy(update={"decoder_input": 0})
@@ -64,7 +66,7 @@ def convert(encoder: str | Path, decoder: str | Path | None, out: str | Path, an
         got = None if tensor is None else tuple(tensor.shape)
         if tensor is None or got != expected.get(name):
             raise TokenizerError(f"{path}: {name}: got shape {got}, expected {expected.get(name)}")
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
             raise TokenizerError(f"{path}: {name}: got values that are no finite floating-point numbers")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     model.digest = save_tokenizer(out, model, config, {"source": {n: _sha256(p) for n, p in paths.items()}})
@@ -90,6 +92,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     found = _safetensors(path) if start[8:9] == b"{" else read_torch_file(path, admit=_admit)
     named = dict(_collect(found, set())) if isinstance(found, Inert) else _state(found)
+    for name in named:
+        if not (name.isascii() and name.isprintable()):
+            raise TokenizerError(f"{path}: got a tensor named {name[:80]!a}, expected a name in plain ASCII")
     renamed = {_openai_name(name): tensor for name, tensor in named.items()}
     if not renamed or len(renamed) != len(named) or not all(name.startswith("blocks.") for name in renamed):
         raise TokenizerError(
@@ -120,6 +125,8 @@ def _collect(shell: Inert, seen: set[int], prefix: str = "") -> Iterator[tuple[s
         if not isinstance(members, dict):
             raise TokenizerError(f"{prefix}{kind}: got {type(members).__name__}, expected names and what they are")
         for name, member in members.items():
+            if not isinstance(name, str):
+                raise TokenizerError(f"{prefix}{kind}: got a name that is no text")
             if isinstance(member, Tensor) and kind == "_parameters":
                 yield f"{prefix}{name}", member
             elif isinstance(member, Inert) and kind == "_modules":
@@ -132,7 +139,7 @@ def _state(found: Any) -> dict[str, Tensor]:
         found = found["state_dict"]
     if not isinstance(found, Mapping):
         return {}
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    tensors = {n: value for n, value in found.items() if isinstance(n, str) and isinstance(value, Tensor)}
     stems = [found[1] for name in tensors if (found := _STEM.fullmatch(name))]
     start = stems[0] if len(stems) == 1 else ""  # "image_codebook." in a whole FLAVA model
     return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(f"{start}blocks.")}

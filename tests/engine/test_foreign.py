@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -211,7 +212,9 @@ def test_a_segmentation_models_neck_and_heads_are_left_out(tmp_path: Path, hf: C
 def test_what_ours_cannot_hold_or_computes_otherwise_is_said(tmp_path: Path, hf: Callable[..., Any]) -> None:
     shared = {"use_shared_relative_position_bias": False, "use_relative_position_bias": True}
     hf("BeitForImageClassification", **shared).save_pretrained(tmp_path / "blocks")
-    with pytest.raises(WeightsError, match=r"blocks\.1\.attn\.relative_position_bias_table is not blocks\.0"):
+    with pytest.raises(
+        WeightsError, match=r"blocks\.1\.attn\.relative_position_bias_table differs from blocks\.0"
+    ):
         read(tmp_path / "blocks")
     hf("BeitForMaskedImageModeling", use_mean_pooling=False).save_pretrained(tmp_path / "norms")
     with pytest.raises(WeightsError, match=r"two tensors for norm\.(weight|bias).*use_mean_pooling=false"):
@@ -249,9 +252,10 @@ def test_the_normalisation_is_that_of_the_image_processor(
     read(tmp_path, near)
     with pytest.raises(ConfigError, match=r"model\.pixel_mean"):
         read(tmp_path, right.model_copy(update={"pixel_mean": (0.4, 0.4, 0.4)}))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(look | {"do_rescale": False}))
-    with pytest.raises(WeightsError, match="not divided by 255"):
-        read(tmp_path)
+    for other in ({"do_rescale": False}, {"rescale_factor": 1}, {"rescale_factor": 1.0}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(look | other))
+        with pytest.raises(WeightsError, match="not divided by 255"):
+            read(tmp_path)
 
 
 # timm and the original
@@ -260,7 +264,9 @@ def test_the_normalisation_is_that_of_the_image_processor(
 def test_timms_fine_tuned_models_head_and_norm_are_left_out(tmp_path: Path, timm_beit: Callable[..., Any]) -> None:
     model = timm_beit(num_classes=5, global_pool="avg", use_shared_rel_pos_bias=False, use_rel_pos_bias=True)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"blocks\.1\.attn\.relative_position_bias_table is not blocks\.0"):
+    with pytest.raises(
+        WeightsError, match=r"blocks\.1\.attn\.relative_position_bias_table differs from blocks\.0"
+    ):
         read(tmp_path)
     for block in model.blocks:
         block.attn.relative_position_bias_table.data.copy_(model.blocks[0].attn.relative_position_bias_table)
@@ -283,6 +289,7 @@ def of_pre_training(state: dict[str, Tensor]) -> Any:
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
     optimizer.step()
+    optimizer.param_groups[0]["lr"] = np.linspace(0, 1.5e-3, 3)[1]  # from its schedule, which is an array
     arguments = argparse.Namespace(model="beit", opt_betas=[0.9, 0.999], imagenet_default_mean_and_std=False)
     scaler = {"scale": 65536.0, "_growth_tracker": 3}
     return {"model": state, "optimizer": optimizer.state_dict(), "epoch": 7, "scaler": scaler, "args": arguments}
@@ -351,6 +358,10 @@ BLOCK = "blocks.{}.attn.relative_position_bias_table"
             {"cls_token": torch.full((1, 1, 32), torch.nan)},
             r"cls_token: got torch\.float32 values that are",
         ),
+        (
+            {"cls_token": torch.full((1, 1, 32), 1e300, dtype=torch.float64)},
+            r"cls_token: got torch\.float64 values",
+        ),
         ({"blocks.0.gamma_1": torch.ones(32, dtype=torch.int8)}, r"blocks\.0\.gamma_1: got torch\.int8 values"),
         (
             {BLOCK.format(block): torch.zeros(52, 2) for block in range(3)},
@@ -358,10 +369,16 @@ BLOCK = "blocks.{}.attn.relative_position_bias_table"
         ),
         ({TABLE: None, BLOCK.format(0): torch.zeros(52, 2)}, "and blocks that have none"),
         ({TABLE: torch.zeros(53, 2)}, "table of 53 rows belongs to no square grid"),
+        ({TABLE: torch.zeros(12, 2)}, "table of 12 rows is too small to be resampled"),
         ({TABLE: torch.zeros(52)}, r"has 2 dimensions, not \[52\]"),
         ({"pos_embed": torch.zeros(1, 18, 32)}, r"pos_embed of size \[1, 18, 32\] belongs to no square grid"),
         ({"pos_embed": torch.zeros(1, 17, 32)}, r"pos_embed is no parameter"),
         ({"blocks.0.attn.qkv.bias": torch.ones(96)}, r"qkv\.bias: got biases of keys that are not zero"),
+        (
+            {"blocks.0.attn.qkv.bias": torch.tensor(1.0)},
+            r"a\.pth: got tensors in shapes that no BEiT v1 model has",
+        ),
+        ({"pos_embed": torch.zeros(2, 5, 4)}, r"a\.pth: got tensors in shapes that no BEiT v1 model has"),
         ({"patch_embed.proj.weight": torch.zeros(32, 3, 16, 16)}, r"model\.patch_size: got 8, but .*16, 16\]"),
     ],
 )
@@ -384,6 +401,9 @@ def test_an_index_names_files_beside_it_that_exist(tmp_path: Path) -> None:
         index.write_text(json.dumps({"weight_map": places}))
         with pytest.raises(WeightsError, match=said):
             read_foreign(tmp_path, RELEASED)
+    index.write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match="cannot be read as JSON"):
+        read_foreign(tmp_path, RELEASED)
     index.write_text("[]")
     with pytest.raises(WeightsError, match="expected a JSON object"):
         read_foreign(tmp_path, RELEASED)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ import torch
 from beit_dist.config import TrainConfig, load_recipe
 from beit_dist.engine.checkpoint.layout import Saved, committed
 from beit_dist.engine.checkpoint.weights import StoredWeights, load_weights
-from beit_dist.engine.initialisation import check_fit
-from beit_dist.errors import ConfigError
+from beit_dist.engine.initialisation import check_fit, initialise_from
+from beit_dist.errors import CheckpointError, ConfigError
 from beit_dist.storage.local import LocalPlace
 
 SHAPES = {"a": [2, 3], "b": [4]}
@@ -53,6 +55,18 @@ def test_other_parameters_are_named(theirs: dict[str, list[int]], said: str) -> 
 def test_settings_that_give_the_same_shapes_another_meaning_are_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"model\.{name}"):
         check_fit(config(), SHAPES, stored(SHAPES, **{name: value}))
+
+
+def test_the_name_of_a_model_in_a_hub_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    alone = SimpleNamespace(ranks=SimpleNamespace(rank=0), from_rank_0=lambda value: value)
+    start = partial(initialise_from, shapes=SHAPES, tokenizer="t", state=None, agreement=alone)  # type: ignore[arg-type]
+    name = "microsoft/beit-base-patch16-224-pt22k"
+    with pytest.raises(
+        CheckpointError, match=rf"got {name}, which is not there, .*Download a model of a hub first"
+    ):
+        start(TrainConfig(run="new", init_from=name))
+    with pytest.raises(CheckpointError, match="got nothing committed, expected a run folder"):
+        start(TrainConfig(run="new", init_from=str(tmp_path)))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,30 @@ def test_what_torch_saves_is_read_to_the_last_bit(tmp_path: Path, zipped: bool, 
     assert_same(got, saved)
     got["model"]["0.weight"][1, 0] = 7.0
     assert got["row"][0] == 7.0  # tensors share memory where they did
+
+
+@FORMATS
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("module", ["numpy._core", "numpy.core"])
+def test_numpys_numbers_become_pythons(tmp_path: Path, zipped: bool, protocol: int, module: str) -> None:
+    kinds = (np.float64, np.float32, np.float16, np.int64, np.uint8, np.bool_)
+    saved = {kind.__name__: kind(1.5 if issubclass(kind, np.floating) else 1) for kind in kinds}
+    content = pickle.dumps([saved, np.float64(1e-3), np.float64(-2.5)], protocol)
+    name, other = b"numpy._core.multiarray", f"{module}.multiarray".encode()  # as NumPy 2 and 1 call it
+    assert name in content
+    if protocol == 4:
+        name, other = bytes([len(name)]) + name, bytes([len(other)]) + other
+        content = content[:2] + content[11:]  # without the frame, whose length would be another
+    content = content.replace(name, other)
+    path = tmp_path / "a.pth"
+    if zipped:
+        zipped_pickle(path, content)
+    else:
+        path.write_bytes(legacy([MAGIC, 1001, {"little_endian": True}, content, []]))
+    numbers, *rest = read_torch_file(path)
+    assert rest == [1e-3, -2.5]
+    assert numbers == saved
+    assert [type(value) for value in numbers.values()] == [float, float, float, int, int, bool]
 
 
 @FORMATS
@@ -181,12 +206,26 @@ def tensor(storage: bytes, offset: int, size: tuple[int, ...], stride: tuple[int
     return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"".join(numbers) + b"}tR."
 
 
+def number(code: bytes, order: bytes, size: int) -> bytes:
+    """A pickle of a NumPy number."""
+    kind = b"cnumpy\ndtype\nU" + bytes([len(code)]) + code + b"\x89\x88\x87R(K\x03U\x01" + order + b"tb"
+    return b"\x80\x02cnumpy._core.multiarray\nscalar\n" + kind + b"C" + bytes([size]) * (1 + size) + b"\x86R."
+
+
+LONG_TEXT = b"X" + struct.pack("<I", 99999) + b"a" * 99999
 FLOATS = struct.pack("<2f", 1.0, 2.0)
 
 
 def test_the_pickles_below_would_be_right_but_for_their_fault(tmp_path: Path) -> None:
     path = zipped_pickle(tmp_path / "a.pth", tensor(stored(), 0, (2,), (1,)), _0=FLOATS)
     assert read_torch_file(path).tolist() == [1.0, 2.0]
+
+
+def test_a_value_with_a_stride_of_its_own_has_bytes_too(tmp_path: Path) -> None:
+    path = zipped_pickle(tmp_path / "a.pth", tensor(stored(), 1, (1, 1), (83, 83)), _0=FLOATS)
+    value = read_torch_file(path)
+    assert value.tolist() == [[2.0]]
+    assert value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() == FLOATS[4:]
 
 
 @pytest.mark.parametrize(
@@ -217,17 +256,31 @@ def test_the_pickles_below_would_be_right_but_for_their_fault(tmp_path: Path) ->
         pytest.param(b"\x80\x02h\x07.", "damaged", id="unknown memo"),
         pytest.param(b"\x80\x02X\xff\xff\xff\x7fabc", "damaged", id="text without end"),
         pytest.param(b"\x80\x02]", "damaged", id="no end"),
+        pytest.param(b"\x80\x02" + LONG_TEXT + LONG_TEXT + b"\x93.", "nothing of it was run", id="long name"),
+        pytest.param(stored(key=b"k" * 99999) + b".", "damaged", id="long key"),
+        pytest.param(stored(key=b"0\x1b[31m") + b".", "damaged", id="key that steers a terminal"),
+        pytest.param(
+            stored(key=b"\x1b[31m") + stored(b"HalfStorage", key=b"\x1b[31m") + b".",
+            r"storage \?\[31m has 4 bytes",
+            id="key of an entry that steers a terminal",
+        ),
+        pytest.param(number(b"O8", b"<", 8), "type other than those of numbers", id="NumPy's objects"),
+        pytest.param(number(b"V8", b"<", 8), "type other than those of numbers", id="NumPy's structures"),
+        pytest.param(number(b"f8", b">", 8), "big-endian", id="big-endian number"),
+        pytest.param(number(b"f8", b"<", 4), "damaged", id="number cut short"),
+        pytest.param(b"\x80\x02cnumpy._core.multiarray\nscalar\n]C\x01a\x86R.", "type and bytes", id="no type"),
         pytest.param(
             b"\x80\x02ccollections\nOrderedDict\n(cos\nsystem\ntR.", "'os.system'", id="call in arguments"
         ),
     ],
 )
 def test_a_malformed_pickle_is_refused_in_one_line(tmp_path: Path, content: bytes, said: str) -> None:
-    path = zipped_pickle(tmp_path / "a.pth", content, _0=FLOATS)
+    path = zipped_pickle(tmp_path / "a.pth", content, **{"_0": FLOATS, "_\x1b[31m": FLOATS[:4]})
     with pytest.raises(WeightsError, match=said) as caught:
         read_torch_file(path)
     assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
 
 
 @FORMATS

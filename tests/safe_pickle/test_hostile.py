@@ -238,6 +238,43 @@ def test_nested_lists_are_read_without_walking_through_them(tmp_path: Path) -> N
         read_foreign(tmp_path / "a.pth", ModelConfig())
 
 
+@pytest.mark.parametrize(
+    "key",
+    [2**61 - 1, -(2**60), (-1, -2), (1, "a"), ((),), tuple("abcdefghi")],
+    ids=["modulus of Python's hashes", "long", "numbers", "number and text", "nested", "long tuple"],
+)
+def test_keys_of_which_a_file_could_hold_thousands_with_one_hash_are_refused(tmp_path: Path, key: Any) -> None:
+    for held in ({key: 1}, {key}, frozenset([key])):
+        as_zip(tmp_path / "a.pth", pickle.dumps(held, 4))
+        with pytest.raises(WeightsError, match="a key that is no plain value"):
+            read_torch_file(tmp_path / "a.pth")
+    usual = {2**60 - 1: 1, -1: 2, 0.5: 3, None: 4, b"a": 5, ("a", "b"): 6, True: 7}
+    as_zip(tmp_path / "a.pth", pickle.dumps(usual, 4))
+    assert read_torch_file(tmp_path / "a.pth") == usual
+
+
+def test_names_that_are_no_text_or_would_steer_a_terminal_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({10: torch.ones(1)}, path)
+    readers = {"model": lambda file: read_foreign(file, ModelConfig()), "weights": read_weights}
+    for kind, read in readers.items():
+        torch.save({10: torch.ones(1)}, path)
+        with pytest.raises(UserError, match=f"got no (state of a )?{kind}"):
+            read(path)
+        for name in ("cls_token\n", "\x1b[31mcls_token", "\u0663.gamma_1"):
+            torch.save({f"blocks.{name}": torch.ones(1)}, path)
+            with pytest.raises(
+                UserError, match=r"got a tensor named '.*', expected a name in plain ASCII"
+            ) as caught:
+                read(path)
+            assert str(caught.value).isprintable()
+    shell = torch.nn.Sequential(torch.nn.ReLU())
+    shell._parameters[10] = torch.nn.Parameter(torch.ones(1))  # type: ignore[index]
+    torch.save(shell, path)
+    with pytest.raises(UserError, match="_parameters: got a name that is no text"):
+        read_weights(path)
+
+
 def test_a_state_inside_itself_ends(tmp_path: Path) -> None:
     state: dict[str, Any] = {}
     state["model"] = state

@@ -78,6 +78,10 @@ def test_it_stops_on_a_signal_goes_on_reports_and_says_that_it_is_done(tmp_path:
     assert third.returncode == 0, third.stderr
     assert "already done" in third.stdout
 
+    other = run(*arguments, "held_out=5")
+    assert other.returncode == 2
+    assert "cannot be continued: held_out was 3, now 5. Put the settings back" in other.stderr
+
 
 @pytest.mark.slow
 def test_a_collapse_fails_with_a_marker_and_without_a_file(tmp_path: Path, corpus: Path) -> None:

@@ -283,11 +283,22 @@ def test_the_log_of_wget_is_recognised(tmp_path: Path) -> None:
         read_weights(tmp_path / "e.pkl")
 
 
+def test_no_file_is_written_over_the_one_that_is_read(tmp_path: Path) -> None:
+    state = DVAE(DVAEConfig(vocabulary=24, hidden=8, blocks_per_group=1, decoder_input=6)).encoder.state_dict()
+    torch.save(state, tmp_path / "e.pth")
+    (tmp_path / "link").symlink_to("e.pth")
+    content = (tmp_path / "e.pth").read_bytes()
+    with pytest.raises(TokenizerError, match=r"link: got a file to read as the one to write"):
+        convert(tmp_path / "e.pth", None, tmp_path / "link", any_size=True)
+    assert (tmp_path / "e.pth").read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"blocks.input.b": torch.zeros(9)}, r"encoder\.blocks\.input\.b: got shape \(9,\), expected \(8,\)"),
         ({"blocks.input.b": torch.full((8,), torch.nan)}, r"blocks\.input\.b: got values that are no finite"),
+        ({"blocks.input.b": torch.full((8,), 1e300, dtype=torch.float64)}, r"b: got values that are no finite"),
         ({"blocks.input.b": torch.ones(8, dtype=torch.int64)}, r"blocks\.input\.b: got values that are no finite"),
         ({"blocks.group_5.block_1.id_path.b": torch.ones(8)}, r"group_5.*: got shape \(8,\), expected None"),
         ({"blocks.input.b": None}, r"blocks\.input\.b: got shape None, expected \(8,\)"),

@@ -24,16 +24,17 @@ from beit_dist.engine.distributed import (
 from beit_dist.engine.launch import failures_marked, quieten
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
 from beit_dist.engine.sinks import check_packages
 from beit_dist.engine.timeouts import Timeouts
-from beit_dist.engine.tokenizer.build import NotBegun, build
+from beit_dist.engine.tokenizer.build import FROZEN, NotBegun, build
 from beit_dist.engine.tokenizer.quality import Quality, picture
 from beit_dist.engine.tokenizer.training import TokenizerTrainer
 from beit_dist.engine.watchdog import Watchdog, record_collectives
 from beit_dist.errors import TokenizerError, UserError
 from beit_dist.tokenizer_config import TokenizerRecipe
-from beit_dist.visual_tokens.weights import check_writable, save_tokenizer, tokenizer_digest
+from beit_dist.visual_tokens.weights import check_writable, save_tokenizer, tokenizer_digest, tokenizer_extra
 
 _OF_THE_HOST = {"run", "checkpoint", "storage", "logging", "watchdog", "timeouts", "workers", "cache_gib"}
 """Settings that are no part of how a tokenizer was made; some are places."""
@@ -130,14 +131,20 @@ def train(
 
 
 def finished(job: Job, run: RunFolder) -> str | None:
-    """The digest of the tokenizer that this run has written, if it is done with as many steps as are asked for."""
+    """The digest of the tokenizer that this run has written, if it is done with as many steps as are asked for.
+
+    Raises:
+        CheckpointError: it is, but what is asked for is another tokenizer.
+    """
     try:
         said = json.loads(run.place.read(DONE))
-        if said["step"] >= job.recipe.steps and tokenizer_digest(job.out) == said["digest"]:
-            return str(said["digest"])
+        if said["step"] < job.recipe.steps or tokenizer_digest(job.out) != said["digest"]:
+            return None
+        digest, recipe = str(said["digest"]), tokenizer_extra(job.out)["recipe"]
     except (FileNotFoundError, ValueError, KeyError, TokenizerError):
-        pass
-    return None
+        return None
+    compare_recipes(job.recipe, {"config": recipe}, loud=False, frozen=FROZEN)
+    return digest
 
 
 def _write(job: Job, trainer: TokenizerTrainer, images: int) -> dict[str, Any]:
