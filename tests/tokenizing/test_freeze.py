@@ -17,6 +17,8 @@ import pytest
 from beit_dist.data import image_bytes
 from beit_dist.errors import ConfigError, DataError, SampleError
 from beit_dist.storage.local import LocalPlace
+from beit_dist.storage.opening import open_place
+from beit_dist.storage.remote import RemotePlace
 from beit_dist.tokenizing.freeze import expand_sources, freeze
 from beit_dist.tokenizing.sources import SourceList, read_source
 
@@ -143,6 +145,7 @@ def test_a_compressed_tar_is_refused_with_the_way_out(
         ("pipe:cat x.tar", "Commands are not run"),
         ("nowhere.tar", "No such file"),
         ("${NO_SUCH_NAME}/x.tar", "NO_SUCH_NAME"),
+        ("x-{000..009.tar", "braces in pairs"),
     ],
 )
 def test_sources_that_cannot_be_read_are_refused(spec: str, message: str) -> None:
@@ -156,6 +159,25 @@ def test_a_file_that_is_no_tar_or_a_source_given_twice_is_refused(tmp_path: Path
         expand_sources([str(tmp_path / "x.jpg")])
     with pytest.raises(ConfigError, match="once"):
         expand_sources([str(bench.images), str(bench.images) + "/"])
+
+
+@pytest.mark.parametrize(
+    ("out", "seed", "message"),
+    [
+        ("https://host/shards", 0, "Web servers take no files"),
+        ("ftp://host/shards", 0, r"storage\.options\.ftp.*host"),
+        ("out", -1, "--seed"),
+        ("out", 2**63, "--seed"),
+    ],
+)
+def test_what_cannot_become_a_list_is_refused_before_images_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, seed: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RemotePlace, "exists", lambda place, name: place.system() is None)
+    (tmp_path / "in").mkdir()  # looked through, it would give another error
+    with pytest.raises(ConfigError, match=message):
+        freeze(["in"], open_place(out), seed)
 
 
 def test_no_image_at_all_is_refused(tmp_path: Path) -> None:
