@@ -165,7 +165,7 @@ def test_a_file_that_is_no_tar_or_a_source_given_twice_is_refused(tmp_path: Path
     ("out", "seed", "message"),
     [
         ("https://host/shards", 0, "Web servers take no files"),
-        ("ftp://host/shards", 0, r"storage\.options\.ftp.*host"),
+        ("github://owner/shards", 0, r"storage\.options\.github.*repo"),
         ("out", -1, "--seed"),
         ("out", 2**63, "--seed"),
     ],
