@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -89,8 +90,17 @@ class SpaceError(UserError):
     """A disk or /dev/shm is too small for what was asked."""
 
 
+def printable(name: str) -> str:
+    """A file's or class's name for people: line breaks, terminal codes and undecodable bytes as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
+    )
+
+
 def exit_cleanly(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's ``main`` and exit: 0 or its return value, a :class:`UserError`'s code, 130 on Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: file names may hold any bytes
     try:
         code = main()
     except UserError as error:

@@ -116,6 +116,8 @@ def test_the_summary_counts_by_class_and_gives_examples() -> None:
         "  9.png: 1×1 px: a side shorter than 8 px",
     ]
     assert summary([]) == []
+    hostile = Rejected(9, "a\n\x1b[2J\udcff.jpg", "empty", "not_an_image")
+    assert summary([hostile])[1] == r"  a\n\x1b[2J\udcff.jpg: empty"
 
 
 def test_the_page_lists_the_metrics_with_their_kinds_and_meanings() -> None:
