@@ -180,6 +180,7 @@ def test_other_versions_are_refused_in_a_job_and_do_not_matter_to_a_complete_one
         (["--images", "nowhere"], ConfigError, "--images"),
         (["--out", "s3://key:secret@bucket/x"], ConfigError, "without user, password"),
         (["--storage", "options.s3.secret=x"], ConfigError, "options.s3.secret: got 'a credential'"),
+        (["--storage", "retry_seconds=x", "--storage", "connections=2"], ConfigError, "retry_seconds"),
         (["--metrics-textfile", "nowhere/x.prom"], ConfigError, "--metrics-textfile"),
         (["--metrics-port", "70000"], ConfigError, "--metrics-port"),
     ],
