@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import tarfile
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -225,6 +227,43 @@ def test_a_changed_or_missing_image_is_noticed_when_read(tmp_path: Path, bench: 
     path.unlink()
     with pytest.raises(DataError, match="gone since"):
         read_source(entry)
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_a_tar_written_anew_is_noticed_though_it_is_as_long(
+    tmp_path: Path, bench: Any, pack_tar: Pack, where: str
+) -> None:
+    """What lies at the old positions would be rejected as damaged images, or be taken for others."""
+    tar = tmp_path / "images.tar"
+    pack_tar(bench.images, tar)
+    place = open_place(tmp_path if where == "local" else f"memory://{uuid.uuid4()}/images")
+    place.write(tar.name, tar.read_bytes())
+    freeze([f"{place}/{tar.name}"], LocalPlace(tmp_path / "out"), 0)
+    entries = SourceList(LocalPlace(tmp_path / "out"), 99).read(0)
+    with tarfile.open(tar) as old, io.BytesIO() as written, tarfile.open(fileobj=written, mode="w") as new:
+        for member in sorted(old.getmembers(), key=lambda member: member.size):
+            new.addfile(member, old.extractfile(member) if member.isreg() else None)
+        new.close()
+        anew = written.getvalue()
+    assert len(anew) == tar.stat().st_size
+    image_bytes._descriptor.cache_clear()
+    place.write(tar.name, anew)
+    with pytest.raises(DataError, match=r"changed since.*no image of \d+ bytes at byte \d+"):
+        list(map(read_source, entries))
+
+
+def test_long_and_odd_names_in_tars_are_read(tmp_path: Path) -> None:
+    content = {"n" * 150 + ".jpg": b"long", "b\u00e9.jpg": b"accent", "d/" * 90 + "deep.jpg": b"deep"}
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+            for name, raw in content.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
+        out = LocalPlace(tmp_path / f"out-{kind}")
+        image_bytes._descriptor.cache_clear()
+        freeze([str(tmp_path / "x.tar")], out, 0)
+        assert {entry.name: read_source(entry) for entry in SourceList(out, 9).read(0)} == content
 
 
 def test_a_damaged_list_is_refused(tmp_path: Path, bench: Any) -> None:
