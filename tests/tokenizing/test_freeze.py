@@ -252,6 +252,34 @@ def test_a_tar_written_anew_is_noticed_though_it_is_as_long(
         list(map(read_source, entries))
 
 
+@pytest.mark.parametrize("size", ["-100000", str(10**30), str(2**63 - 513)])
+@pytest.mark.parametrize("before", [0, 1])
+def test_impossible_sizes_in_tars_are_damage(tmp_path: Path, size: str, before: int) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(before):
+            tar.addfile(tarfile.TarInfo(f"{number}.jpg"))
+        member = tarfile.TarInfo("x.jpg")
+        member.pax_headers = {"size": size}
+        tar.addfile(member)
+    with pytest.raises(DataError, match=r"x\.tar: damaged or cut short"):
+        freeze([str(tmp_path / "x.tar")], LocalPlace(tmp_path / "out"), 0)
+
+
+def test_links_in_tars_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("a.jpg", tarfile.REGTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.jpg"
+            tar.addfile(member)
+        folder = tarfile.TarInfo("d.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    freeze([str(tmp_path / "x.tar")], LocalPlace(tmp_path / "out"), 0)
+    assert names(tmp_path / "out") == ["a.jpg"]
+    assert "2 members named like images are left out" in caplog.text
+    assert "first b.jpg" in caplog.text
+
+
 def test_long_and_odd_names_in_tars_are_read(tmp_path: Path) -> None:
     content = {"n" * 150 + ".jpg": b"long", "b\u00e9.jpg": b"accent", "d/" * 90 + "deep.jpg": b"deep"}
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
