@@ -7,8 +7,8 @@ import os
 import tarfile
 
 from beit_dist.storage.access import Access
+from beit_dist.storage.opening import place_of
 from beit_dist.storage.place import Buffer, is_url
-from beit_dist.storage.remote import RemotePlace
 
 
 def read_image(place: str, offset: int | None, size: int, access: Access) -> bytes:
@@ -40,8 +40,7 @@ def read_image(place: str, offset: int | None, size: int, access: Access) -> byt
 
 
 def _read_remote(url: str, offset: int | None, size: int, access: Access) -> bytes:
-    folder, _, name = url.rpartition("/")
-    place = RemotePlace(folder, access)
+    place, name = place_of(url, access)
     if offset is None:
         return place.read(name)
     try:

@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from beit_dist.errors import ConfigError, DataError, StorageError, printable
 from beit_dist.storage.access import Access
-from beit_dist.storage.opening import open_place
+from beit_dist.storage.opening import place_of
 from beit_dist.storage.streams import open_ranges
 
 _log = logging.getLogger(__name__)
@@ -119,5 +119,4 @@ def _check_end(file: BinaryIO, path: str, end: int) -> None:
 
 
 def _opened(path: str, access: Access) -> BinaryIO:
-    folder, slash, name = path.rpartition("/")
-    return open_ranges(open_place(folder or slash or ".", access), name, _WINDOW)
+    return open_ranges(*place_of(path, access), _WINDOW)
