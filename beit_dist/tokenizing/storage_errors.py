@@ -20,8 +20,8 @@ def storage_errors(out: Place) -> Iterator[None]:
     """
     try:
         yield
-    except StorageError:
-        raise  # a store's failures tell the user what to do
+    except (StorageError, BrokenPipeError):
+        raise  # the pipe is our output's; a store's failures tell the user what to do
     except OSError as error:
         place, reason = error.filename or out, (error.strerror or str(error)).rstrip(".")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
