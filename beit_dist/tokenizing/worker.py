@@ -198,6 +198,7 @@ class Worker:
         with written.to_be_closed, self._metrics.timed("publish"):
             files = written.files.publish()
             write_commit(self._out, Commit(written.shard, self._job.digest, files, tuple(written.rejected)))
+        self._metrics.retried(counts.take())
         progress.shard()
 
     def _trusted_commits(self) -> dict[int, Commit]:
