@@ -15,8 +15,8 @@ from beit_dist.reports.contact_sheet import draw_sheet
 from beit_dist.reports.dataset import Inspection, Pixels, inspect, lines
 from beit_dist.reports.panels import check_tokenizer, decode_tokens
 from beit_dist.storage.access import Access
-from beit_dist.storage.arguments import access_of, add_storage_argument
 from beit_dist.storage.opening import open_place
+from beit_dist.storage_option import access_of, add_storage_argument
 from beit_dist.tokenizing.tokenizer_file import tokenizer_at
 from beit_dist.visual_tokens.weights import load_tokenizer
 
