@@ -129,6 +129,8 @@ def _verify_shard(place: Place, layout: SampleLayout, view: int, shard: ShardInf
         size = place.size(shard.name)
         with open_stream(place, shard.name) as file:
             checked, digest = _read_shard(file, layout, view, shard, progress)
+    except AccessError as error:  # the manifest could be read; of what is missing S3 may say no more than this
+        return _Checked([Fault(shard.name, f"missing, or not ours to read ({error})")], {})
     except StorageError:
         raise
     except FileNotFoundError:

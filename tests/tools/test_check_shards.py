@@ -260,6 +260,25 @@ def test_a_place_that_gives_files_and_no_lists_is_checked_without_them(
     assert check(data, capsys)[0] == 1
 
 
+def test_a_shard_that_the_store_refuses_is_one_fault_among_others(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 answers 403 for missing keys to those who may not list."""
+    size = LocalPlace.size
+
+    def refuse(place: LocalPlace, name: str) -> int:
+        if name == NAME:
+            raise AccessError("403: Forbidden")
+        return size(place, name)
+
+    monkeypatch.setattr(LocalPlace, "size", refuse)
+    (data / "v00/shard-000000.tar").unlink()
+    code, out = check(data, capsys)
+    assert code == 1
+    assert f"{NAME}: missing, or not ours to read (403: Forbidden)" in out
+    assert "2 faults in" in out
+
+
 def test_a_shard_that_cannot_be_read_is_not_called_missing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / NAME).unlink()
     (data / NAME).mkdir()
