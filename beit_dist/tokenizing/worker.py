@@ -217,6 +217,6 @@ class Worker:
         needed, free = self._job.views * sum(sizes), shutil.disk_usage(self._out.path).free
         if needed > free:
             raise SpaceError(
-                f"{self._out}: got {free / 1e9:.1f} GB of free space, expected {needed / 1e9:.1f} GB for this "
+                f"{self._out}: got {free / 1e6:,.1f} MB of free space, expected {needed / 1e6:,.1f} MB for this "
                 f"worker's {len(shards)} shards × {self._job.views} views. Use another --out, or fewer --views"
             )
