@@ -29,8 +29,12 @@ HALF: Unit = (0.5, 0.5, 0.5)
 IMAGENET_MEAN: Unit = (0.485, 0.456, 0.406)
 IMAGENET_STD: Unit = (0.229, 0.224, 0.225)
 
-_SECRET = re.compile(r"secret|passw|token|credential|access_key|account_key|^key$|sas", re.IGNORECASE)
+_SECRET = re.compile(
+    r"secret|passw|token|credential|auth|cookie|access_key|account_key|customer_?key|^key$|sas|connection_string",
+    re.IGNORECASE,
+)
 """Names of options that hold credentials."""
+_USER_IN_URL = re.compile(r"://[^/?#\s]*@")
 
 _SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
@@ -223,8 +227,8 @@ class StorageConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> StorageConfig:
-        for name in _keys(self.options, "storage.options"):
-            if _SECRET.search(name.rpartition(".")[2]):
+        for name, value in _entries(self.options, "storage.options"):
+            if _SECRET.search(name.rpartition(".")[2]) or (isinstance(value, str) and _USER_IN_URL.search(value)):
                 raise ConfigError(
                     name,
                     "a credential",
@@ -246,12 +250,12 @@ class StorageConfig(Section):
         )
 
 
-def _keys(tree: Any, path: str) -> Iterator[str]:
-    """The dotted names of all keys in nested mappings."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield f"{path}.{key}"
-            yield from _keys(value, f"{path}.{key}")
+def _entries(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The dotted names and the values of all keys in nested mappings and lists."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield f"{path}.{key}", value
+        yield from _entries(value, f"{path}.{key}")
 
 
 class EMAConfig(Section):

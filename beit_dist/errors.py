@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -89,10 +91,26 @@ class SpaceError(UserError):
     """A disk or /dev/shm is too small for what was asked."""
 
 
+def printable(name: str) -> str:
+    """A file's or class's name for people: line breaks, terminal codes and undecodable bytes as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
+    )
+
+
 def exit_cleanly(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's ``main`` and exit: 0 or its return value, a :class:`UserError`'s code, 130 on Ctrl-C."""
+    """Run a command's ``main`` and exit: 0 or its return value, a :class:`UserError`'s code, 130 on Ctrl-C.
+
+    When nobody reads on (``| head``) it ends quietly with 141, as programs do that SIGPIPE ends.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: file names may hold any bytes
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        code = 141
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code

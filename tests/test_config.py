@@ -85,6 +85,26 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str, said:
         load_recipe(TrainConfig, tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "s3.secret=hidden",
+        "s3.client_kwargs.aws_session_token=hidden",
+        "https.client_kwargs.headers.Authorization=hidden",
+        "https.client_kwargs.headers={Cookie: hidden}",
+        "abfs.connection_string=hidden",
+        "s3.s3_additional_kwargs.SSECustomerKey=hidden",
+        "s3.endpoint_url=https://user:hidden@store.example",
+        "s3.config_kwargs.proxies={https: 'http://user:hidden@proxy'}",
+        "x.list=[{password: hidden}]",
+    ],
+)
+def test_credentials_in_options_are_refused_and_not_repeated(option: str) -> None:
+    with pytest.raises(ConfigError, match="got 'a credential'") as raised:
+        recipe(f"storage.options.{option}")
+    assert "hidden" not in str(raised.value)
+
+
 def test_lanes_default_to_the_largest_divisor_up_to_an_eighth_of_the_batch() -> None:
     assert recipe().lanes == 256
     assert recipe("global_batch=60").lanes == 6

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"storage"},
     {"settings", "safe_pickle"},
     {"config"},
-    {"tokenizer_config"},
+    {"tokenizer_config", "storage_option"},
     {"data", "models", "visual_tokens"},
     {"tokenizing", "engine", "reports"},
     {"train", "finetune", "tools"},

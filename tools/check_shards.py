@@ -12,8 +12,8 @@ from tqdm import tqdm
 from beit_dist.data.shards import load_manifest
 from beit_dist.data.verification import verify
 from beit_dist.errors import ConfigError, exit_cleanly
-from beit_dist.storage.arguments import access_of, add_storage_argument
 from beit_dist.storage.opening import open_place
+from beit_dist.storage_option import access_of, add_storage_argument
 
 DESCRIPTION = """\
 Read every shard of a data set and compare it with the manifest: sha256, tar headers, json, npy headers, keys and

@@ -15,8 +15,8 @@ from beit_dist.reports.contact_sheet import draw_sheet
 from beit_dist.reports.dataset import Inspection, Pixels, inspect, lines
 from beit_dist.reports.panels import check_tokenizer, decode_tokens
 from beit_dist.storage.access import Access
-from beit_dist.storage.arguments import access_of, add_storage_argument
 from beit_dist.storage.opening import open_place
+from beit_dist.storage_option import access_of, add_storage_argument
 from beit_dist.tokenizing.tokenizer_file import tokenizer_at
 from beit_dist.visual_tokens.weights import load_tokenizer
 
@@ -24,6 +24,8 @@ DESCRIPTION = """\
 Show a data set: counts and sizes, how many of the tokens are used and how evenly, labels, sources, and pictures.
 Looks at a bounded number of samples, evenly spread over all shards, so it is quick for any size and at any URL.
 """
+
+FORMATS = (".png", ".jpg", ".pdf", ".svg")
 
 EXAMPLES = """\
 examples:
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, least in (("samples", 1), ("pictures", 1)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name}", getattr(arguments, name), f"{least} or more")
+    if arguments.out and arguments.out.suffix.lower() not in FORMATS:
+        raise ConfigError("--out", str(arguments.out), f"a file *{', *'.join(FORMATS)}")
     access = access_of(arguments)
     place = open_place(arguments.data, access)
     manifest = load_manifest(place)
@@ -49,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = found.facts()
     print(json.dumps(facts, indent=1) if arguments.json else "\n".join(lines(facts)), flush=True)
     if arguments.out:
-        draw_sheet(found, _redrawn(arguments.tokenizer, access, manifest, found), arguments.out)
+        redrawn = _redrawn(arguments.tokenizer, access, manifest, found)
+        try:
+            draw_sheet(found, redrawn, arguments.out)
+        except OSError as error:
+            raise ConfigError("--out", str(arguments.out), f"a file that can be written ({error})") from None
         if not arguments.json:
             print(f"wrote {arguments.out}")
     return 1 if found.damaged else 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beit_dist.errors import ConfigError, exit_cleanly
-from beit_dist.storage.arguments import access_of, add_storage_argument
+from beit_dist.storage_option import access_of, add_storage_argument
 
 # Imports of the work itself stay inside functions: decoding processes import this file too, and need no torch.
 if TYPE_CHECKING:

@@ -38,6 +38,10 @@ class ImageFile(NamedTuple):
     """None for a file of its own."""
     size: int
 
+    def __str__(self) -> str:
+        """For messages."""
+        return self.path if self.offset is None else f"{self.path}, the image at byte {self.offset}"
+
 
 def find_images(images: str, access: Access | None = None) -> list[ImageFile]:
     """The images of a folder, a tar or a webdataset specification of tars, here or at URLs, sorted by name.
@@ -101,7 +105,7 @@ class ImagePool:
                 some = files[number : number + _AT_ONCE]
                 for file, pixels in zip(some, threads.map(self._try, some), strict=True):
                     if isinstance(pixels, str):
-                        self.rejected.append(f"{file.path}: {pixels}")
+                        self.rejected.append(f"{file}: {pixels}")
                         continue
                     self._files.append(file)
                     self._kept.append(pixels)
@@ -133,7 +137,7 @@ class ImagePool:
         if isinstance(pixels, str):
             # Past the budget, and never looked at before: another image takes its place, always the same one.
             if not self._kept:
-                raise DataError(f"{self._files[number].path}: {pixels}. Remove it, or raise cache_gib.")
+                raise DataError(f"{self._files[number]}: {pixels}. Remove it, or raise cache_gib.")
             return self._kept[number % len(self._kept)]
         return pixels
 
@@ -143,9 +147,9 @@ class ImagePool:
         except StorageError:
             raise
         except OSError as error:
-            raise DataError(f"{file.path}: cannot be read ({error.strerror})") from None
+            raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
         if len(raw) != file.size:
-            raise DataError(f"{file.path}: got {len(raw)} bytes, expected {file.size}: it changed since the start")
+            raise DataError(f"{file}: got {len(raw)} bytes, expected {file.size}: it changed since the start")
         try:
             image = decode(raw)
         except ImageRejectedError as error:

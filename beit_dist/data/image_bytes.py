@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
+import tarfile
 
 from beit_dist.storage.access import Access
-from beit_dist.storage.place import is_url
-from beit_dist.storage.remote import RemotePlace
+from beit_dist.storage.opening import place_of
+from beit_dist.storage.place import Buffer, is_url
 
 
 def read_image(place: str, offset: int | None, size: int, access: Access) -> bytes:
     """Read an image; fewer or more bytes than ``size`` mean that the images changed since they were listed.
 
-    Safe in any number of threads.
+    Of a tar none are given if another header than that of ``size`` bytes stands before them: the tar was written
+    anew, and what lies there now would pass for a damaged image. Safe in any number of threads.
 
     Args:
         place: path or URL, checked when it was listed, of the file or tar that holds it.
@@ -34,20 +36,28 @@ def read_image(place: str, offset: int | None, size: int, access: Access) -> byt
     # Kept by its name until the read is done: it closes with its last reference, and of two threads that open a
     # tar at once only one's is in the cache.
     descriptor = _descriptor(place)
-    return _read_range(descriptor.number, offset, size)
+    return _without_header(_read_range(descriptor.number, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size))
 
 
 def _read_remote(url: str, offset: int | None, size: int, access: Access) -> bytes:
-    folder, _, name = url.rpartition("/")
-    place = RemotePlace(folder, access)
+    place, name = place_of(url, access)
     if offset is None:
         return place.read(name)
-    raw = bytearray(size)
     try:
-        place.read_into(name, offset, memoryview(raw))
+        raw = place.read_range(name, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
     except EOFError:
         return b""
-    return bytes(raw)
+    return _without_header(raw)
+
+
+def _without_header(member: Buffer) -> bytes:
+    """What follows a tar's header; nothing if it is none, or is of another size."""
+    content = bytes(memoryview(member)[tarfile.BLOCKSIZE :])
+    try:
+        header = tarfile.TarInfo.frombuf(bytes(member[: tarfile.BLOCKSIZE]), tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return b""
+    return content if header.size == len(content) else b""
 
 
 def _read_range(file: int, offset: int, size: int) -> bytes:

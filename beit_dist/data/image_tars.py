@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from beit_dist.errors import ConfigError, DataError, StorageError
+from beit_dist.errors import ConfigError, DataError, StorageError, printable
 from beit_dist.storage.access import Access
-from beit_dist.storage.opening import open_place
+from beit_dist.storage.opening import place_of
 from beit_dist.storage.streams import open_ranges
+
+_log = logging.getLogger(__name__)
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _END_BLOCKS = 1 << 20
 """Zero bytes after the last member that are ordinary padding (tar's blocking factor is rarely above 1 MiB)."""
 _WINDOW = 32 << 10
 """Bytes of a request for a header: what is small beside it comes along, large images stay where they are."""
+
+_DAMAGE = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
+"""What tarfile raises for headers that are wrong or hostile."""
 
 
 class Member(NamedTuple):
@@ -39,7 +45,7 @@ def check_tar(path: str, access: Access) -> None:
             start = file.read(8)
             file.seek(0)
             compressed = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
-            plain = compressed is None and tarfile.is_tarfile(file)
+            plain = compressed is None and _is_tar(file)
     except StorageError:
         raise
     except OSError as error:
@@ -54,23 +60,46 @@ def check_tar(path: str, access: Access) -> None:
         raise ConfigError("--images", path, "a folder, or a tar (this file is none)")
 
 
+def _is_tar(file: BinaryIO) -> bool:
+    try:
+        return tarfile.is_tarfile(file)
+    except _DAMAGE:
+        return True  # its first header is one, and has impossible numbers: the scan says more
+
+
 def scan_tar(path: str, access: Access, is_image: Callable[[str], bool]) -> Iterator[Member]:
-    """The image members of a plain tar.
+    """The image members of a plain tar; links and sparse ones, which have no bytes of their own, are warned of.
 
     Raises:
         DataError: the tar is damaged, cut short, or cannot be read.
     """
+    left_out: list[str] = []
     try:
         with _opened(path, access) as file:
             with tarfile.open(fileobj=file, mode="r:") as tar:
+                at = -1
                 while (member := tar.next()) is not None:
+                    if member.size < 0 or tar.offset <= at:  # some Pythons would go round in circles
+                        raise tarfile.ReadError(f"a member at byte {member.offset} that ends before it begins")
+                    at = tar.offset
                     name = member.name.removeprefix("./")
-                    if member.isreg() and not member.issparse() and is_image(os.path.basename(name)):
+                    if not is_image(os.path.basename(name)):
+                        pass
+                    elif member.isreg() and not member.issparse():
                         yield Member(name, member.offset_data, member.size)
+                    elif not member.isdir():
+                        left_out.append(name)
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every header
                 end = tar.offset
             _check_end(file, path, end)
-    except tarfile.TarError as error:
+            if left_out:
+                _log.warning(
+                    "%s: %d members named like images are left out, being links, sparse or devices; first %s",
+                    path,
+                    len(left_out),
+                    printable(left_out[0]),
+                )
+    except _DAMAGE as error:
         raise DataError(f"{path}: damaged or cut short ({error}). Copy it again") from None
     except StorageError:
         raise
@@ -90,5 +119,4 @@ def _check_end(file: BinaryIO, path: str, end: int) -> None:
 
 
 def _opened(path: str, access: Access) -> BinaryIO:
-    folder, slash, name = path.rpartition("/")
-    return open_ranges(open_place(folder or slash or ".", access), name, _WINDOW)
+    return open_ranges(*place_of(path, access), _WINDOW)

@@ -37,6 +37,8 @@ CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
 _ORIENTATION = 0x0112
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+"""TIFF 6.0, section 15."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,6 +91,7 @@ def decode(raw: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(raw), formats=_formats()) as image:
             _check_size(*image.size)
+            _check_tiles(image)
             image.load()
             return _upright(image, _to_rgb(image))
     except ImageRejectedError:
@@ -185,6 +188,14 @@ def _check_size(width: int, height: int) -> None:
         raise ImageRejectedError(f"{width}×{height} px: more than {MAX_PIXELS:,} pixels", "too_large")
     if min(width, height) < MIN_SIDE:
         raise ImageRejectedError(f"{width}×{height} px: a side shorter than {MIN_SIDE} px", "too_small")
+
+
+def _check_tiles(image: Image.Image) -> None:
+    """A TIFF may say that it is small and be made of one gigantic tile, which is unpacked whole."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0)
+    if width * height > MAX_PIXELS:
+        raise ImageRejectedError(f"tiles of {width}×{height} px: more than {MAX_PIXELS:,} pixels", "too_large")
 
 
 def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def expand_sources(images: Sequence[str], access: Access | None = None) -> tuple
             else:
                 check_tar(path, access or Access())
                 found.append(("tar", os.path.abspath(path)))
-    doubles = sorted({path for _, path in found if [p for _, p in found].count(path) > 1})
+    doubles = sorted(path for path, times in Counter(path for _, path in found).items() if times > 1)
     if doubles:
         raise ConfigError("--images", doubles[0], "each folder and tar once")
     return tuple(found)
@@ -88,6 +89,8 @@ def _expand(spec: str) -> list[str]:
         return [str(path) for path in wds.shardlists.expand_urls(spec)]
     except AssertionError as error:  # webdataset's way of telling that ${NAME} is not set
         raise ConfigError("--images", spec, f"an environment in which it can be expanded ({error})") from None
+    except ValueError:
+        raise ConfigError("--images", spec, "braces in pairs, as in a-{000..099}.tar") from None
 
 
 def _at_url(url: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import tarfile
@@ -26,10 +27,12 @@ from beit_dist.data.sample import (
     parse_key,
     sample_crc,
 )
-from beit_dist.errors import DataError, StorageError
+from beit_dist.errors import AccessError, DataError, StorageError
 from beit_dist.storage.opening import as_place
 from beit_dist.storage.place import Place
 from beit_dist.storage.streams import open_stream
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 _READ = 1 << 20
@@ -97,11 +100,15 @@ def verify(
 
 def _unlisted(place: Place, manifest: Manifest) -> Iterator[Fault]:
     known = {shard.name for shard in manifest.shards}
-    for view in filter(_VIEW.fullmatch, place.list()):
-        for name in filter(_SHARD.fullmatch, place.list(view)):
-            if f"{view}/{name}" not in known:
-                problem = "not in the manifest; readers that take all tars would read it"
-                yield Fault(f"{view}/{name}", problem)
+    try:
+        views = filter(_VIEW.fullmatch, place.list())
+        found = [f"{view}/{name}" for view in views for name in filter(_SHARD.fullmatch, place.list(view))]
+    except (AccessError, PermissionError):  # web servers and buckets often give files and no lists
+        _log.warning("%s: cannot be listed, so shards that the manifest does not list are not looked for", place)
+        return
+    for name in found:
+        if name not in known:
+            yield Fault(name, "not in the manifest; readers that take all tars would read it")
 
 
 def _verify_group(place: Place, layout: SampleLayout, shards: Sequence[ShardInfo], progress: Progress) -> _Checked:
@@ -122,10 +129,15 @@ def _verify_shard(place: Place, layout: SampleLayout, view: int, shard: ShardInf
         size = place.size(shard.name)
         with open_stream(place, shard.name) as file:
             checked, digest = _read_shard(file, layout, view, shard, progress)
+    except AccessError as error:  # the manifest could be read; of what is missing S3 may say no more than this
+        return _Checked([Fault(shard.name, f"missing, or not ours to read ({error})")], {})
     except StorageError:
         raise
-    except OSError as error:
-        return _Checked([Fault(shard.name, error.strerror or "no such file")], {})
+    except FileNotFoundError:
+        return _Checked([Fault(shard.name, "no such file")], {})
+    except (OSError, EOFError) as error:  # at a URL a file that became shorter meanwhile is an EOFError
+        reason = getattr(error, "strerror", None) or error
+        return _Checked([Fault(shard.name, f"cannot be read ({reason})")], {})
     faults = checked.faults
     if size != shard.bytes:
         faults.insert(0, Fault(shard.name, f"size: got {size} bytes, expected {shard.bytes}"))

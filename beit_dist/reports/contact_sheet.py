@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from beit_dist.errors import printable
 from beit_dist.reports.dataset import Inspection, Pixels
 
 _CELL = 112  # pixels
@@ -53,7 +54,7 @@ def _mosaic(images: Sequence[Pixels], redrawn: Sequence[Pixels] | None) -> Pixel
     """Cells of equal size on white, in rows that make the whole about as wide as high."""
     wide = 2 if redrawn else 1
     columns = max(1, math.ceil(math.sqrt(len(images) / wide)))
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))
     step_x, step_y = wide * _CELL + _GAP, _CELL + _GAP
     canvas = np.full((rows * step_y, columns * step_x, 3), 255, np.uint8)
     for number, image in enumerate(images):
@@ -95,7 +96,11 @@ def _draw_codebook(axes: Axes, counts: NDArray[np.int64]) -> None:
 def _draw_labels(axes: Axes, found: Inspection) -> None:
     counted, what = (found.labels, "labels") if found.labels else (found.folders, "source folders")
     most = counted.most_common(15)[::-1]
-    axes.barh([name if len(name) <= 24 else f"{name[:23]}…" for name, _ in most], [count for _, count in most])
+    names = [printable(name) for name, _ in most]
+    axes.barh(range(len(most)), [count for _, count in most])  # by number: names may be alike when they are cut
+    ticks = axes.set_yticks(range(len(most)), [name if len(name) <= 24 else f"{name[:23]}…" for name in names])
+    for tick in ticks:
+        tick.label1.set_parse_math(False)  # a $ is a $
     axes.set_ylim(-0.6, max(len(most), 6) - 0.4)  # few bars stay thin
     axes.set_title(f"{what}: {len(counted):,}" + (", the most frequent" if len(counted) > 15 else ""), fontsize=9)
     axes.tick_params(labelsize=7)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from beit_dist.data.images import unpatchify
 from beit_dist.data.sample import JSON_BYTES, SampleLayout, decode_json_start, parse_key, sample_crc
 from beit_dist.data.shards import Manifest
-from beit_dist.errors import DataError, SampleError
+from beit_dist.errors import DataError, SampleError, StorageError, printable
 from beit_dist.storage.place import Place
 
 Pixels = NDArray[np.uint8]
@@ -146,7 +146,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     spread = "" if facts["looked_at"] == whole else ", evenly spread over all shards"
 
     def listed(pairs: Sequence[Sequence[Any]], form: Callable[[Any], str]) -> str:
-        return ", ".join(f"{name} {form(value)}" for name, value in pairs)
+        return ", ".join(f"{printable(str(name))} {form(value)}" for name, value in pairs)
 
     mean, deviation = (" ".join(f"{v:.3f}" for v in facts[f"colour_{name}"]) for name in ("mean", "deviation"))
     found = [
@@ -191,7 +191,9 @@ def _try_read(place: Place, layout: SampleLayout, shard: str, row: int) -> Inspe
     try:
         place.read_into(shard, row * layout.stride, memoryview(raw))
         return _parse(memoryview(raw), layout)
-    except (EOFError, FileNotFoundError, DataError) as error:
+    except StorageError:
+        raise
+    except (EOFError, OSError, DataError) as error:
         return f"{shard}, sample {row}: {error}"
 
 

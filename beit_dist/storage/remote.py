@@ -63,7 +63,13 @@ class RemotePlace(Place):
         return RemotePlace(self._key(name), self._access)
 
     def make(self) -> None:
-        """Nothing: a store has no folders."""
+        """Nothing, as a store has no folders; where nothing can be written this is the time to say so.
+
+        Raises:
+            ConfigError: the URL is a web server's.
+        """
+        if urlsplit(self._url).scheme in _HTTP:
+            raise ConfigError("url", str(self), "a folder or an object store", "Web servers take no files.")
 
     def list(self, name: str = "") -> list[str]:
         folder = self._key(name)
@@ -251,6 +257,8 @@ def _open(protocol: str, access: Access, where: str) -> Any:
         raise ConfigError(
             "url", where, "a protocol that fsspec knows and whose package is installed", str(error)
         ) from None
+    except TypeError as error:  # of Python: an argument of its file system is missing, or unknown
+        raise ConfigError(f"storage.options.{protocol}", options, f"its settings ({error})") from None
 
 
 def _http_timeout(access: Access) -> Any:

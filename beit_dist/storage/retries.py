@@ -108,8 +108,9 @@ class Backoff:
         Raises:
             AccessError: the store refuses these credentials, or there are none.
             StorageError: the time is over.
-            Exception: ``error`` itself, if it cannot pass.
+            Exception: ``error`` itself, if it cannot pass; an OSError, if it is of a client's own kind.
         """
+        error = _underneath(error)
         cause = cause_of(error)
         if cause is None:
             _raise_final(error, self._what)
@@ -150,6 +151,15 @@ async def retrying_async(action: Callable[[], Awaitable[_Result]], what: str, li
         await asyncio.sleep(pause)
 
 
+def _underneath(error: Exception) -> Exception:
+    """fsspec's http client says of whatever fails when it asks for a size that there is no such file."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    is_missing = getattr(cause, "status", None) in (404, 410)
+    return cause if not is_missing and type(cause).__module__.startswith("aiohttp") else error
+
+
 def _raise_final(error: Exception, what: str) -> NoReturn:
     """Raise a failure that no retry heals, in our words where the user has to act."""
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -163,6 +173,8 @@ def _raise_final(error: Exception, what: str) -> NoReturn:
         raise AccessError(
             f"{what}: access denied ({_said(error)}). Check the credentials in the environment and their rights."
         ) from error
+    if type(error).__module__.startswith(("aiohttp", "botocore")):
+        raise OSError(f"{what}: {_said(error)}") from error
     raise error
 
 

@@ -21,14 +21,17 @@ def freeze(images: Sequence[str], out: Place, seed: int, access: Access | None =
     """Write ``sources.jsonl``, or keep the one that is there if it was frozen from the same sources and seed.
 
     Raises:
-        ConfigError: the sources cannot be used, or the list there is of others.
+        ConfigError: the sources, seed or ``out`` cannot be used, or the list there is of others.
         DataError: a tar is compressed or damaged, a class name too long, or there is no image at all.
     """
+    if not 0 <= seed < 2**63:
+        raise ConfigError("--seed", seed, "0 to 2**63 - 1")
     sources = expand_sources(images, access)
     if out.exists(SOURCES_NAME):
         header = read_header(out)
         check_same_sources(header, sources, seed, out)
         return header
+    out.make()  # where that fails it should fail now, and not when millions of images are listed
     entries: list[ImageEntry] = []
     with tqdm(desc="listing images", unit=" images", disable=None) as bar:
         for entry in list_images(sources, access):

@@ -118,10 +118,12 @@ class Exporter:
             stop the job either.
 
     Raises:
-        ConfigError: the file's folder is not there.
+        ConfigError: there can be no such port, or the file's folder is not there.
     """
 
     def __init__(self, metrics: Metrics, port: int | None, file: Path | None) -> None:
+        if port is not None and not 0 <= port < 2**16:
+            raise ConfigError("--metrics-port", port, "0 to 65535")
         if file is not None and (file.suffix != ".prom" or not file.parent.is_dir()):
             raise ConfigError("--metrics-textfile", str(file), "a file *.prom in a folder that exists")
         self._metrics, self._wanted, self._file = metrics, port, file

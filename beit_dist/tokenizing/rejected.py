@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from beit_dist.errors import ConfigError, DataError
+from beit_dist.errors import ConfigError, DataError, printable
 
 REJECTED_NAME = "rejected.jsonl"
 _EXAMPLES = 3
@@ -49,7 +49,7 @@ def check_rejected(rejected: int, limit: int, examples: Sequence[Rejected]) -> N
         DataError: tells some of the reasons.
     """
     if rejected > limit:
-        listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in examples[:5])
+        listed = "".join(f"\n  {printable(entry.name)}: {entry.reason}" for entry in examples[:5])
         raise DataError(
             f"{rejected} images rejected, more than the {limit} that --max-rejected allows. Repair or remove "
             f"them, or raise it; finished shards are kept. Some of them:{listed}"
@@ -64,7 +64,7 @@ def summary(rejected: Iterable[Rejected]) -> list[str]:
     lines = []
     for kind, entries in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
         lines.append(f"rejected, {kind.replace('_', ' ')}: {len(entries)}")
-        lines += [f"  {entry.name}: {entry.reason}" for entry in entries[:_EXAMPLES]]
+        lines += [f"  {printable(entry.name)}: {entry.reason}" for entry in entries[:_EXAMPLES]]
         if len(entries) > _EXAMPLES:
             lines.append("  ...")
     return lines

@@ -80,6 +80,9 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
     out = options.out
     index, count = worker_index(options.index, options.count, environment)
     device = _device(options.device)
+    rejection_limit(options.max_rejected, 0)
+    if options.decoders is not None and options.decoders < 0:
+        raise ConfigError("--decoders", options.decoders, "0 or more")
     metrics = Metrics(index)
     exporter = Exporter(metrics, options.metrics_port, options.metrics_textfile)
     with tokenizer_at(options.tokenizer, options.access) as path:
@@ -147,15 +150,17 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError("--device", name, "cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError("--device", name, "cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device", name, "a device of this machine", "It has no usable CUDA device: use cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError("--device", name, f"cuda:N with N below {torch.cuda.device_count()}, on this machine")
     return device
 
 
 def _decoders(wanted: int | None, entries: int) -> int:
     if wanted is None:
         wanted = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
-    if wanted < 0:
-        raise ConfigError("--decoders", wanted, "0 or more")
     return min(wanted, -(-entries // CHUNK))

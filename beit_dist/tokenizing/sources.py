@@ -173,8 +173,11 @@ def read_source(source: Source, access: Access | None = None) -> bytes:
         reason = error.strerror or str(error)
         raise SampleError(f"{source.place}: {source.name} cannot be read ({reason})") from None
     if len(raw) != source.size:
+        found = f"got {len(raw)} bytes, expected {source.size}"
+        if source.offset is not None:
+            found = f"no image of {source.size} bytes at byte {source.offset}"
         raise DataError(
-            f"{source.place}: changed since the list was frozen ({source.name}: got {len(raw)} bytes, expected "
-            f"{source.size}). Put the old file back, or start over in another --out"
+            f"{source.place}: changed since the list was frozen ({source.name}: {found}). Put the old file "
+            "back, or start over in another --out"
         )
     return raw

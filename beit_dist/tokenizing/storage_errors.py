@@ -20,10 +20,10 @@ def storage_errors(out: Place) -> Iterator[None]:
     """
     try:
         yield
-    except StorageError:
-        raise  # a store's failures tell the user what to do
+    except (StorageError, BrokenPipeError):
+        raise  # the pipe is our output's; a store's failures tell the user what to do
     except OSError as error:
-        place, reason = error.filename or out, error.strerror or str(error)
+        place, reason = error.filename or out, (error.strerror or str(error)).rstrip(".")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SpaceError(f"{place}: {reason}. Make room and run the same command again") from None
         raise SampleError(f"{place}: {reason}. Run the same command again when that is mended") from None

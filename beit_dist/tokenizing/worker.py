@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from itertools import islice
@@ -162,17 +162,20 @@ class Worker:
                     batch = _Batch([], [], last=False)
             yield batch._replace(last=True)
 
-    def _encode(self, batches: Iterator[_Batch]) -> Iterator[_Encoded]:
+    def _encode(self, batches: Generator[_Batch, None, None]) -> Iterator[_Encoded]:
         side = self._job.token_size
-        for batch in batches:
-            tokens = []
-            with self._metrics.timed("encode"):
-                for view in range(self._job.views if batch.usable else 0):
-                    padded = np.zeros((self._job.batch, side, side, 3), np.uint8)
-                    for row, decoded in enumerate(batch.usable):
-                        padded[row] = decoded.views[view].token_image
-                    tokens.append(self._encoder(padded))
-            yield _Encoded(batch, tokens)
+        # Closed here and not by the garbage collector: in the thread of the store's client that would wait for a
+        # stage which waits for that client.
+        with closing(batches):
+            for batch in batches:
+                tokens = []
+                with self._metrics.timed("encode"):
+                    for view in range(self._job.views if batch.usable else 0):
+                        padded = np.zeros((self._job.batch, side, side, 3), np.uint8)
+                        for row, decoded in enumerate(batch.usable):
+                            padded[row] = decoded.views[view].token_image
+                        tokens.append(self._encoder(padded))
+                yield _Encoded(batch, tokens)
 
     def _write(self, shard: int, encoded: Iterator[_Encoded], progress: Progress) -> _Written:
         rejected: list[Rejected] = []
@@ -195,6 +198,7 @@ class Worker:
         with written.to_be_closed, self._metrics.timed("publish"):
             files = written.files.publish()
             write_commit(self._out, Commit(written.shard, self._job.digest, files, tuple(written.rejected)))
+        self._metrics.retried(counts.take())
         progress.shard()
 
     def _trusted_commits(self) -> dict[int, Commit]:
@@ -213,6 +217,6 @@ class Worker:
         needed, free = self._job.views * sum(sizes), shutil.disk_usage(self._out.path).free
         if needed > free:
             raise SpaceError(
-                f"{self._out}: got {free / 1e9:.1f} GB of free space, expected {needed / 1e9:.1f} GB for this "
+                f"{self._out}: got {free / 1e6:,.1f} MB of free space, expected {needed / 1e6:,.1f} MB for this "
                 f"worker's {len(shards)} shards × {self._job.views} views. Use another --out, or fewer --views"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import pickle
@@ -48,6 +49,22 @@ def test_a_block_is_found_again_as_it_was_and_by_nothing_else(cache: BlockCache)
         assert cache.get(shard, offset, size) is None
     assert other.get("v00/0.tar", 0, len(BLOCK)) is None
     assert lookups() == {"miss": 5, "hit": 1}
+
+
+def test_the_bytes_in_use_are_counted_by_one_process_at_a_time(
+    cache: BlockCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, locked = os.pwrite, []
+
+    def look(file: int, content: bytes, offset: int) -> int:
+        with open(cache.folder / "usage") as another, pytest.raises(BlockingIOError):
+            fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked.append(content)
+        return write(file, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", look)
+    cache.put("v00/0.tar", 0, BLOCK)
+    assert locked
 
 
 def test_a_file_that_was_cut_grew_or_lies_under_anothers_name_is_not_taken(cache: BlockCache) -> None:

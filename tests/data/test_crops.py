@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def test_grey_and_transparent_images_are_welcome(tmp_path: Path) -> None:
     Image.new("LA", (40, 40), (90, 0)).save(raw, "PNG")
     (tmp_path / "x.png").write_bytes(raw.getvalue())
     assert ImagePool(find_images(str(tmp_path)), 32, 1 << 30, 1, 1)[0].tolist()[0][0] == [255, 255, 255]
+
+
+def test_an_image_of_a_tar_that_cannot_be_used_is_named_by_its_place(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (40, 40)).save(tmp_path / name)
+            tar.add(tmp_path / name, name)
+        tar.addfile(tarfile.TarInfo("c.png"))
+    files = find_images(str(tmp_path / "x.tar"))
+    assert ImagePool(files, 32, 1 << 30, 1, 1).rejected == [
+        f"{tmp_path}/x.tar, the image at byte {files[2].offset}: not an image that Pillow reads"
+    ]
 
 
 def test_no_images_are_refused(tmp_path: Path) -> None:

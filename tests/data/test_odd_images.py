@@ -146,6 +146,7 @@ def bombs() -> dict[str, bytes]:
         struct.pack("<HHIHH", 256, 4, 1, 16, 0), struct.pack("<HHII", 256, 4, 1, 50_000)
     )
     return {
+        "tiles": tiled_tiff(16, 50_000),
         "png": png + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""),
         "jpeg": bytes(jpeg),
         "webp": bytes(webp),
@@ -154,6 +155,16 @@ def bombs() -> dict[str, bytes]:
         "tiff": tiff.replace(struct.pack("<HHIHH", 257, 4, 1, 16, 0), struct.pack("<HHII", 257, 4, 1, 50_000)),
         "ppm": b"P6 50000 50000 255\n" + bytes(1000),
     }  # fmt: skip
+
+
+def tiled_tiff(side: int, tile: int) -> bytes:
+    """A grey TIFF of one tile, compressed by deflate."""
+    packed = zlib.compress(bytes(1000))
+    sizes = {256: side, 257: side, 322: tile, 323: tile, 324: 8, 325: len(packed)}
+    tags = {258: 8, 259: 8, 262: 1, 277: 1} | sizes
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
+    return start + packed + struct.pack("<H", len(tags)) + directory + bytes(4)
 
 
 def decode_in_little_memory(results: Any) -> None:
@@ -179,5 +190,5 @@ def test_decompression_bombs_are_refused_before_anything_is_allocated() -> None:
     child.start()
     found = results.get(timeout=60)
     child.join()
-    assert len(found) == 7
+    assert len(found) == 8
     assert all(reason.startswith("too_large: ") for reason in found.values()), found

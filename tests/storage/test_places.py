@@ -19,7 +19,7 @@ from beit_dist.storage.access import Access
 from beit_dist.storage.local import LocalPlace
 from beit_dist.storage.opening import open_place
 from beit_dist.storage.place import Place, is_url
-from beit_dist.storage.retries import counts
+from beit_dist.storage.retries import counts, retrying
 
 CONTENT = bytes(range(256)) * 80_000  # 20 MB: an upload in parts
 
@@ -129,6 +129,37 @@ def test_a_web_server_that_stalls_is_asked_again(http_files: HttpFiles) -> None:
         place = open_place(proxy.url, Access(retry_seconds=20.0, connect_seconds=5.0, read_seconds=1.0))
         assert place.read_range("file", 1000, 200_000) == CONTENT[1000:201_000]
     assert counts.take() == {"timeout": 1}
+
+
+def test_a_web_server_that_fails_is_not_taken_for_one_without_the_file(http_files: HttpFiles) -> None:
+    (http_files.root / "file").write_bytes(b"123")
+    counts.take()
+    with FaultProxy(http_files.url) as proxy:
+        proxy.inject(Fault("slow_down", times=4))  # fsspec asks for a size twice: by HEAD, then by GET
+        place = open_place(proxy.url, Access(retry_seconds=60.0))
+        assert place.size("file") == 3
+        assert counts.take() == {"throttled": 2}
+        proxy.inject(Fault("server_error"))
+        with pytest.raises(StorageError, match=r"500.*storage\.retry_seconds"):
+            open_place(proxy.url, Access(retry_seconds=0.0)).sizes(["file"])
+        proxy.inject(Fault("denied"))
+        with pytest.raises(AccessError, match="file: access denied"):
+            place.exists("file")
+        proxy.inject()
+        assert not place.exists("other")
+
+
+def test_what_a_client_refuses_for_good_is_an_os_error() -> None:
+    class ClientResponseError(Exception):
+        status = 400
+
+    ClientResponseError.__module__ = "aiohttp.client_exceptions"
+
+    def ask() -> None:
+        raise ClientResponseError("Bad Request")
+
+    with pytest.raises(OSError, match="http://host/file: Bad Request"):
+        retrying(ask, "http://host/file", 10.0)
 
 
 def test_the_first_creates_a_file_and_nobody_after_it(place: Place) -> None:

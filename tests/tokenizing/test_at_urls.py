@@ -25,6 +25,7 @@ from beit_dist.storage.opening import open_place
 from beit_dist.storage.place import Place
 from beit_dist.storage.remote import RemotePlace
 from beit_dist.tokenizing.commits import read_commit
+from beit_dist.tokenizing.freeze import freeze
 from beit_dist.tokenizing.sources import SourceList, read_source
 from beit_dist.tokenizing.worker import Worker
 
@@ -232,6 +233,25 @@ def test_a_bucket_is_listed_page_by_page_and_folder_by_folder(
         ["0.jpg", "1.jpg", "2.jpg", "c/d/0.jpg", "c/d/1.jpg", "c/d/2.jpg", "notes.txt"]
     )
     assert list((bucket / "nothing").files()) == []
+
+
+def test_keys_of_any_kind_are_read_as_they_are_listed(bucket: Place, tmp_path: Path) -> None:
+    names = [
+        "/empty part.jpg",
+        "a//b.jpg",
+        "100%25.jpg",
+        "q?x=1&y#z.jpg",
+        "new\nline.jpg",
+        "[a]*.jpg",
+        "x/../y.jpg",
+    ]
+    system: Any = bucket.system()  # type: ignore[attr-defined]
+    name, _, key = str(bucket).removeprefix("s3://").partition("/")
+    for number, image in enumerate(names):
+        system.call_s3("put_object", Bucket=name, Key=f"{key}/{image}", Body=bytes([number]))
+    freeze([str(bucket)], LocalPlace(tmp_path), 0)
+    read = {source.name: read_source(source) for source in SourceList(LocalPlace(tmp_path), 99).read(0)}
+    assert read == {image: bytes([number]) for number, image in enumerate(names)}
 
 
 def test_a_store_that_is_down_is_no_fault_of_the_images(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import tarfile
 import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,8 @@ import pytest
 from beit_dist.data import image_bytes
 from beit_dist.errors import ConfigError, DataError, SampleError
 from beit_dist.storage.local import LocalPlace
+from beit_dist.storage.opening import open_place
+from beit_dist.storage.remote import RemotePlace
 from beit_dist.tokenizing.freeze import expand_sources, freeze
 from beit_dist.tokenizing.sources import SourceList, read_source
 
@@ -143,6 +147,7 @@ def test_a_compressed_tar_is_refused_with_the_way_out(
         ("pipe:cat x.tar", "Commands are not run"),
         ("nowhere.tar", "No such file"),
         ("${NO_SUCH_NAME}/x.tar", "NO_SUCH_NAME"),
+        ("x-{000..009.tar", "braces in pairs"),
     ],
 )
 def test_sources_that_cannot_be_read_are_refused(spec: str, message: str) -> None:
@@ -156,6 +161,25 @@ def test_a_file_that_is_no_tar_or_a_source_given_twice_is_refused(tmp_path: Path
         expand_sources([str(tmp_path / "x.jpg")])
     with pytest.raises(ConfigError, match="once"):
         expand_sources([str(bench.images), str(bench.images) + "/"])
+
+
+@pytest.mark.parametrize(
+    ("out", "seed", "message"),
+    [
+        ("https://host/shards", 0, "Web servers take no files"),
+        ("github://owner/shards", 0, r"storage\.options\.github.*repo"),
+        ("out", -1, "--seed"),
+        ("out", 2**63, "--seed"),
+    ],
+)
+def test_what_cannot_become_a_list_is_refused_before_images_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, seed: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RemotePlace, "exists", lambda place, name: place.system() is None)
+    (tmp_path / "in").mkdir()  # looked through, it would give another error
+    with pytest.raises(ConfigError, match=message):
+        freeze(["in"], open_place(out), seed)
 
 
 def test_no_image_at_all_is_refused(tmp_path: Path) -> None:
@@ -203,6 +227,71 @@ def test_a_changed_or_missing_image_is_noticed_when_read(tmp_path: Path, bench: 
     path.unlink()
     with pytest.raises(DataError, match="gone since"):
         read_source(entry)
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_a_tar_written_anew_is_noticed_though_it_is_as_long(
+    tmp_path: Path, bench: Any, pack_tar: Pack, where: str
+) -> None:
+    """What lies at the old positions would be rejected as damaged images, or be taken for others."""
+    tar = tmp_path / "images.tar"
+    pack_tar(bench.images, tar)
+    place = open_place(tmp_path if where == "local" else f"memory://{uuid.uuid4()}/images")
+    place.write(tar.name, tar.read_bytes())
+    freeze([f"{place}/{tar.name}"], LocalPlace(tmp_path / "out"), 0)
+    entries = SourceList(LocalPlace(tmp_path / "out"), 99).read(0)
+    with tarfile.open(tar) as old, io.BytesIO() as written, tarfile.open(fileobj=written, mode="w") as new:
+        for member in sorted(old.getmembers(), key=lambda member: member.size):
+            new.addfile(member, old.extractfile(member) if member.isreg() else None)
+        new.close()
+        anew = written.getvalue()
+    assert len(anew) == tar.stat().st_size
+    image_bytes._descriptor.cache_clear()
+    place.write(tar.name, anew)
+    with pytest.raises(DataError, match=r"changed since.*no image of \d+ bytes at byte \d+"):
+        list(map(read_source, entries))
+
+
+@pytest.mark.parametrize("size", ["-100000", str(10**30), str(2**63 - 513)])
+@pytest.mark.parametrize("before", [0, 1])
+def test_impossible_sizes_in_tars_are_damage(tmp_path: Path, size: str, before: int) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(before):
+            tar.addfile(tarfile.TarInfo(f"{number}.jpg"))
+        member = tarfile.TarInfo("x.jpg")
+        member.pax_headers = {"size": size}
+        tar.addfile(member)
+    with pytest.raises(DataError, match=r"x\.tar: damaged or cut short"):
+        freeze([str(tmp_path / "x.tar")], LocalPlace(tmp_path / "out"), 0)
+
+
+def test_links_in_tars_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("a.jpg", tarfile.REGTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.jpg"
+            tar.addfile(member)
+        folder = tarfile.TarInfo("d.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    freeze([str(tmp_path / "x.tar")], LocalPlace(tmp_path / "out"), 0)
+    assert names(tmp_path / "out") == ["a.jpg"]
+    assert "2 members named like images are left out" in caplog.text
+    assert "first b.jpg" in caplog.text
+
+
+def test_long_and_odd_names_in_tars_are_read(tmp_path: Path) -> None:
+    content = {"n" * 150 + ".jpg": b"long", "b\u00e9.jpg": b"accent", "d/" * 90 + "deep.jpg": b"deep"}
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+            for name, raw in content.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
+        out = LocalPlace(tmp_path / f"out-{kind}")
+        image_bytes._descriptor.cache_clear()
+        freeze([str(tmp_path / "x.tar")], out, 0)
+        assert {entry.name: read_source(entry) for entry in SourceList(out, 9).read(0)} == content
 
 
 def test_a_damaged_list_is_refused(tmp_path: Path, bench: Any) -> None:

@@ -14,8 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from beit_dist.errors import ConfigError
 from beit_dist.storage.local import LocalPlace
+from beit_dist.storage.retries import counts
 from beit_dist.tokenizing import metrics as metrics_module
 from beit_dist.tokenizing import progress as progress_module
+from beit_dist.tokenizing import worker as worker_module
 from beit_dist.tokenizing.metrics import STAGES, Exporter, Metrics
 from beit_dist.tokenizing.rejected import Rejected, summary
 from beit_dist.tokenizing.sources import SourceList
@@ -68,6 +70,31 @@ def test_a_workers_numbers_are_those_of_its_work(bench: Any, tmp_path: Path) -> 
     assert ("beit_tokenize_images_rejected_total", "not_an_image") not in again
 
 
+def test_retries_of_the_last_commit_count(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, sources = bench.job(tmp_path)
+    metrics, commit = Metrics(1), worker_module.write_commit
+
+    def slowed(*arguments: Any) -> None:
+        commit(*arguments)
+        counts.add("throttled")
+
+    monkeypatch.setattr(worker_module, "write_commit", slowed)
+    counts.take()
+    Worker(
+        LocalPlace(tmp_path),
+        job,
+        sources,
+        bench.encoder,
+        index=0,
+        count=1,
+        decoders=0,
+        max_rejected=0,
+        metrics=metrics,
+    ).run()
+    labels = {"worker": "1", "cause": "throttled"}
+    assert metrics.registry.get_sample_value("beit_storage_retries_total", labels) == sources.shards
+
+
 def test_the_endpoint_serves_and_a_port_in_use_does_not_stop_the_job() -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
@@ -116,6 +143,8 @@ def test_the_summary_counts_by_class_and_gives_examples() -> None:
         "  9.png: 1×1 px: a side shorter than 8 px",
     ]
     assert summary([]) == []
+    hostile = Rejected(9, "a\n\x1b[2J\udcff.jpg", "empty", "not_an_image")
+    assert summary([hostile])[1] == r"  a\n\x1b[2J\udcff.jpg: empty"
 
 
 def test_the_page_lists_the_metrics_with_their_kinds_and_meanings() -> None:

@@ -17,6 +17,7 @@ from beit_dist.storage.local import LocalPlace
 from beit_dist.tokenizing.ahead import ahead
 from beit_dist.tokenizing.commits import read_commit
 from beit_dist.tokenizing.decoding import Decoders, Recipe, decode_source
+from beit_dist.tokenizing.shard_files import ShardFiles
 from beit_dist.tokenizing.sources import SourceList
 
 RECIPE = Recipe(1, 16, 16, 8, "random", 0)
@@ -94,6 +95,25 @@ def test_the_encoder_works_on_the_next_shard_while_one_is_written_and_another_pu
     bench.encoder = encode
     monkeypatch.setattr(worker_module, "write_commit", write_commit)
     assert bench.work(tmp_path / "out").made == 4
+
+
+@pytest.mark.parametrize("stage", ["encode", "write"])
+def test_a_worker_that_fails_has_ended_its_stages(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Left to the garbage collector they might be waited for by a thread that they wait for."""
+
+    def fail(*_: Any) -> Any:
+        raise SampleError("broken")
+
+    if stage == "encode":
+        bench.encoder = fail
+    else:
+        monkeypatch.setattr(ShardFiles, "write", fail)
+    with pytest.raises(SampleError, match="broken") as raised:
+        bench.work(tmp_path / "out")
+    assert raised.tb is not None  # it holds the frames and what they made
+    assert [thread.name for thread in threading.enumerate() if "(work)" in thread.name] == []
 
 
 def test_a_decoding_process_that_is_killed_ends_the_worker_with_a_reason(bench: Any, tmp_path: Path) -> None:

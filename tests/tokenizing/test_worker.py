@@ -325,7 +325,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(
     needed = 2 * (3 * 30_720 + 10_240)  # shards of 4, 4, 4 and 1 at a stride of 6,656 bytes, in two views
     usage = worker_module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(worker_module.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(SpaceError, match=r"free space.*4 shards × 2 views"):
+    with pytest.raises(SpaceError, match=r"free space, expected 0\.2 MB .*4 shards × 2 views"):
         bench.work(tmp_path / "out")
     monkeypatch.setattr(worker_module.shutil, "disk_usage", lambda _: usage._replace(free=needed))
     assert bench.work(tmp_path / "out").made == 4

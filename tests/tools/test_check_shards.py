@@ -18,7 +18,8 @@ from support.object_store import ObjectStore
 from beit_dist.data.shards import Manifest, SampleLayout, load_manifest, sample_crc
 from beit_dist.data.verification import verify
 from beit_dist.durable import TEMPORARY
-from beit_dist.errors import ConfigError, DataError, StorageError
+from beit_dist.errors import AccessError, ConfigError, DataError, StorageError
+from beit_dist.storage.local import LocalPlace
 from beit_dist.storage.opening import open_place
 from beit_dist.storage.place import Place
 
@@ -162,7 +163,7 @@ def test_truncated_missing_and_longer_shards_are_named(data: Path, capsys: pytes
     assert code == 1
     assert f"{names[0]}: size: got {LAYOUT.stride + 100} bytes, expected {len(whole)}" in out
     assert f"{names[0]}, sample 1, byte {LAYOUT.stride}: cut short: got 100 bytes" in out
-    assert f"{names[1]}: No such file" in out
+    assert f"{names[1]}: no such file" in out
     assert f"{names[2]}: size: got" in out
     assert f"{names[2]}, byte {len((data / names[2]).read_bytes()) - 4}: got data behind the last sample" in out
 
@@ -241,6 +242,49 @@ def test_a_data_set_at_a_url_has_the_faults_of_its_local_copy(
     (place / "v01").remove("shard-000002.tar")
     assert TOOL.main([str(place)]) == 1
     assert "v01/shard-000002.tar: no such file" in capsys.readouterr().out
+
+
+def test_a_place_that_gives_files_and_no_lists_is_checked_without_them(
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(place: Place, name: str = "") -> list[str]:
+        raise AccessError("403: Forbidden")
+
+    monkeypatch.setattr(LocalPlace, "list", refuse)
+    assert check(data, capsys)[0] == 0
+    assert "cannot be listed" in caplog.text
+    change(data, START + LAYOUT.patches_start + 5)
+    assert check(data, capsys)[0] == 1
+
+
+def test_a_shard_that_the_store_refuses_is_one_fault_among_others(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 answers 403 for missing keys to those who may not list."""
+    size = LocalPlace.size
+
+    def refuse(place: LocalPlace, name: str) -> int:
+        if name == NAME:
+            raise AccessError("403: Forbidden")
+        return size(place, name)
+
+    monkeypatch.setattr(LocalPlace, "size", refuse)
+    (data / "v00/shard-000000.tar").unlink()
+    code, out = check(data, capsys)
+    assert code == 1
+    assert f"{NAME}: missing, or not ours to read (403: Forbidden)" in out
+    assert "2 faults in" in out
+
+
+def test_a_shard_that_cannot_be_read_is_not_called_missing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / NAME).unlink()
+    (data / NAME).mkdir()
+    code, out = check(data, capsys)
+    assert code == 1
+    assert f"{NAME}: cannot be read (Is a directory)" in out
 
 
 def test_a_data_set_in_a_store_that_fails_is_checked_all_the_same(

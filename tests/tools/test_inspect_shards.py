@@ -19,7 +19,7 @@ from beit_dist.config import DVAEConfig
 from beit_dist.data.shards import Manifest, SampleLayout, load_manifest
 from beit_dist.errors import ConfigError, DataError, TokenizerError
 from beit_dist.reports import contact_sheet
-from beit_dist.reports.dataset import inspect
+from beit_dist.reports.dataset import inspect, lines
 from beit_dist.storage.local import LocalPlace
 from beit_dist.storage.opening import open_place
 from beit_dist.storage.remote import RemotePlace
@@ -152,7 +152,45 @@ def test_damaged_samples_are_listed_and_left_out(data: Path, facts: Facts) -> No
         facts(str(data))
 
 
+def test_names_of_any_kind_are_shown_as_they_are(data: Path, tmp_path: Path) -> None:
+    found = inspect(LocalPlace(data), load_manifest(data), 5, 2)
+    alike = ["the same first twenty-four letters, a", "the same first twenty-four letters, b"]
+    found.labels = Counter(["$a_{$", "line\nbreak", "not \udcff UTF-8", *alike])
+    shown = {}
+
+    def note(figure: Any, out: Path) -> None:
+        axes = figure.subfigs[1].axes[2]
+        shown["bars"], shown["names"] = len(axes.patches), [tick.get_text() for tick in axes.get_yticklabels()]
+        savefig(figure, out)
+
+    savefig = contact_sheet.Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contact_sheet.Figure, "savefig", note)
+        contact_sheet.draw_sheet(found, None, tmp_path / "sheet.png")
+    assert shown["bars"] == 5
+    assert {r"line\nbreak", r"not \udcff UTF-8", "$a_{$"} < set(shown["names"])
+    text = "\n".join(lines(found.facts()))
+    assert r"line\nbreak 1, not \udcff UTF-8 1" in text
+
+
+def test_what_cannot_be_read_is_listed_and_a_sheet_of_nothing_is_drawn(
+    data: Path, tool: ModuleType, facts: Facts, tmp_path: Path
+) -> None:
+    first = data / "v00/shard-000000.tar"
+    first.unlink()
+    first.mkdir()
+    found = facts(str(data), "--out", str(tmp_path / "sheet.png"), "--pictures", "1", code=1)
+    assert len(found["damaged"]) == 9
+    assert "Is a directory" in found["damaged"][0]
+    assert (tmp_path / "sheet.png").exists()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ConfigError, match=r"--out: .*Is a directory"):
+        tool.main([str(data), "--out", str(tmp_path / "folder.png")])
+
+
 def test_wrong_options_are_user_errors(data: Path, tool: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--out: got 'sheet', expected a file \*\.png"):
+        tool.main([str(data), "--out", "sheet"])
     with pytest.raises(ConfigError, match="--samples"):
         tool.main([str(data), "--samples", "0"])
     with pytest.raises(DataError, match="not found"):

@@ -14,6 +14,7 @@ def add_storage_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="how URLs are reached: retry_seconds, connect_seconds, read_seconds, connections, s3_reader=obstore, "
