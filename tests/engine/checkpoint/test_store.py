@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -180,6 +181,19 @@ def test_a_whole_step_is_not_saved_again(three: Path) -> None:
 
 def test_attempts_count_up(tmp_path: Path) -> None:
     assert [store(tmp_path).attempt for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_copy_without_the_attempts_goes_on_counting_where_its_folders_end(three: Path) -> None:
+    """Else its own checkpoints, of attempt 1, would count as older than the one that was copied."""
+    store(three)
+    third = store(three)
+    assert save(third, 4, State(4))
+    shutil.rmtree(three / "attempts")
+    copied = store(three, keep=1)
+    assert copied.attempt == 4
+    assert save(copied, 5, State(5))
+    assert names(three) == ["step-00000005.a0004"]
+    assert newest(three).step == 5
 
 
 def test_the_older_of_two_attempts_stops_and_harms_nothing(three: Path) -> None:
