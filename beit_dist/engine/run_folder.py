@@ -85,10 +85,15 @@ class RunFolder:
         """
         if not self.place.is_local:
             self.place.list()
+        folders = [self.ranks]
+        if self.place.is_local:
+            folders += [self.path, self.checkpoints.path, self.checkpoints.path / "attempts"]
         try:
             self.ranks.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.ranks):
-                pass
+            for folder in folders:  # each, in case a copy, or a part of it, belongs to somebody else
+                if folder.exists():
+                    with tempfile.TemporaryFile(dir=folder):
+                        pass
         except OSError as error:
             raise ConfigError(
                 "run",
