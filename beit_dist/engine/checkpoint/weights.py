@@ -26,6 +26,7 @@ from beit_dist.engine.checkpoint.ranges import FragmentReader
 from beit_dist.errors import CheckpointError
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import open_place
+from beit_dist.storage.place import Place
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,13 @@ def open_weights(
         CheckpointError: there is no whole checkpoint, or it holds no average.
     """
     place = open_place(run_or_step, access)
+    try:
+        return _newest_whole(place, ema)
+    except PermissionError as error:
+        raise CheckpointError(f"{place} cannot be read: {error.filename}: {error.strerror}") from None
+
+
+def _newest_whole(place: Place, ema: bool) -> StoredWeights:
     if place.exists(MANIFEST):
         candidates = [saved for saved in committed(place.parent) if saved.folder.name == place.name]
     else:
