@@ -31,13 +31,18 @@ Recipe = TrainConfig | TokenizerRecipe
 
 
 def open_run(recipe: Recipe, agreement: Agreement) -> tuple[RunFolder, CheckpointStore]:
-    """The run folder, made if need be, and its checkpoints; this start has its number then. Collective."""
+    """The run folder, made if need be, and its checkpoints; this start has its number then. Collective.
+
+    The markers of earlier starts go at once: should this one fail, ``FAILED`` must not lie beside another.
+    """
     run = RunFolder(str(recipe.run), recipe.storage.access)
     if agreement.ranks.rank == 0:
         run.create()
     agreement.from_rank_0(None)  # the folder is there before anyone uses it
     store = CheckpointStore(run.checkpoints, recipe.checkpoint, agreement)
     store.begin_attempt()
+    if agreement.ranks.rank == 0:
+        run.remove_markers()
     return run, store
 
 
@@ -82,7 +87,6 @@ def take_over(
         print(f"lines of numbers grow in {run.path} and are uploaded with each checkpoint", flush=True)
     run.take_copies(saved.folder if saved else None)
     run.forget_steps_after(saved.step if saved else 0)
-    run.remove_markers()
     run.write_config(recipe)
 
 

@@ -111,7 +111,6 @@ def train(
     parts = build(recipe, job.resolved, job.built_in, files, agreement, device, stop, watchdog, timeouts)
     if isinstance(parts, NotBegun):
         if ranks.rank == 0:
-            run.remove_markers()
             run.mark(PREEMPTED, **asdict(parts))
             print(f"stopped on request, while images were read: step {parts.step}, run folder {recipe.run}")
         return PREEMPTED
