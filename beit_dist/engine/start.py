@@ -77,7 +77,7 @@ def take_over(
         SupersededError: a newer start was quicker.
         SpaceError: the disk has no room for the checkpoints that are kept.
     """
-    _refuse_if_superseded(store, agreement)
+    refuse_if_superseded(store, agreement)
     store.prepare(state, device)
     if agreement.ranks.rank != 0:
         return
@@ -169,7 +169,7 @@ def introduce(
     return [other["host"] for other in everyone]
 
 
-def _refuse_if_superseded(store: CheckpointStore, agreement: Agreement) -> None:
+def refuse_if_superseded(store: CheckpointStore, agreement: Agreement) -> None:
     """Of two starts at once the older may be the slower one: what it is about to write is the newer one's now."""
     said = ""
     if store.rank == 0:
