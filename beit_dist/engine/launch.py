@@ -101,6 +101,7 @@ def _train(
         print(f"\n{ended}: step {step} of {total}, run folder {config.run}", flush=True)
     parts.close()  # not after a failure: the others shall not wait for this rank's loader to end
     close_process_groups()
+    stop.close(last=True)
 
 
 def _checks(where: str | None, ranks: Ranks) -> bool:

@@ -86,8 +86,8 @@ def launch(job: Job, ranks: Ranks) -> int:
         agreement = Agreement(ranks, timeouts.start)
         train(job, files, agreement, device, stop, watchdog, timeouts)
         watchdog.close()
-        stop.close()
         close_process_groups()
+        stop.close(last=True)
     return 0
 
 
