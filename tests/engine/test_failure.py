@@ -86,6 +86,14 @@ def test_the_marker_of_an_earlier_start_is_replaced(tmp_path: Path) -> None:
     assert json.loads((tmp_path / FAILED).read_text())["error"] == "new"
 
 
+def test_the_marker_of_an_earlier_start_is_replaced_when_the_clock_was_put_back(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.create()
+    failure(SampleError("old")).report(run, time.time())
+    assert "new" in failure(SampleError("new")).report(run, time.time() - 3600)
+    assert json.loads((tmp_path / FAILED).read_text())["error"] == "new"
+
+
 def test_details_go_into_the_marker_only(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.create()

@@ -371,7 +371,8 @@ def kept_for_good(found: Sequence[Saved], settings: CheckpointConfig) -> list[Sa
     since = None
     for saved in sorted(found, key=lambda saved: saved.step):
         at = saved.manifest.get("saved_at")
-        if hours and at is not None and (since is None or at - since >= 3600 * hours):
+        # In either direction: after a clock that was years ahead for a while they must not be years apart.
+        if hours and at is not None and (since is None or abs(at - since) >= 3600 * hours):
             kept.append(saved)
             since = at
     return kept
