@@ -167,6 +167,7 @@ def test_a_flipped_byte_in_a_shard_ends_the_run_by_name(new_run: Callable[..., A
     assert code == 1
     assert "shard-000000.tar" in output
     assert "Traceback" not in output
+    assert "Warning" not in output.partition("error: rank")[2]
     failed = json.loads((run.folder / "FAILED").read_text())
     assert failed["exit_code"] == 1
     assert "shard-000000.tar" in failed["error"]
