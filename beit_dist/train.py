@@ -66,11 +66,13 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     config = load_recipe(TrainConfig, args.config, args.overrides)
     resolved = resolve(config, read_ds_config(args.ds_config), args.ranks or ranks.world)
     if args.dry_run:
-        from beit_dist.engine.dataset import open_data
+        from beit_dist.engine.dataset import open_data, open_validation
         from beit_dist.engine.dry_run import describe
 
         if ranks.rank == 0:
             manifest = open_data(config, check_files=True) if config.data else None
+            if manifest is not None:
+                open_validation(config, manifest, check_files=True)
             print(describe(config, resolved, manifest))
         return 0
 

@@ -11,6 +11,7 @@ from beit_dist.engine.checkpoint.weights import open_weights
 from beit_dist.engine.ecosystem import FORMS, export_elsewhere
 from beit_dist.engine.export import DTYPES, export_weights
 from beit_dist.errors import exit_cleanly
+from beit_dist.storage.arguments import access_of, add_storage_argument
 
 DESCRIPTION = """\
 Write the weights of a checkpoint for other programs. Every byte of it is verified first. Needs no GPU; may be
@@ -34,7 +35,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    stored = open_weights(arguments.run, ema=arguments.ema)
+    stored = open_weights(arguments.run, ema=arguments.ema, access=access_of(arguments))
     if arguments.to in FORMS:
         exported = export_elsewhere(stored, arguments.out, arguments.to, arguments.dtype)
     else:
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN_OR_STEP", help="run folder, or one of its step folders")
+    parser.add_argument("run", metavar="RUN_OR_STEP", help="run folder, or one of its step folders; or its URL")
     parser.add_argument(
         "--to", choices=["safetensors", *FORMS], required=True, help="names and form of the weights"
     )
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="default: %(default)s, exact")
     parser.add_argument("--ema", action="store_true", help="the averaged weights, if the run keeps them")
+    add_storage_argument(parser)
     return parser
 
 

@@ -7,6 +7,7 @@ cause. ``FAILED`` is created exclusively, so it is the first failure's; who come
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ from beit_dist.engine.distributed import Ranks
 from beit_dist.engine.run_folder import RunFolder
 from beit_dist.errors import TrainingError, UserError
 
+_FULL, _REFUSED = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_ANSWER = re.compile(r"timed out|timeout|pair closure", re.IGNORECASE)
 _TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 _GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|read error|write error|socket", re.IGNORECASE)
@@ -67,7 +69,12 @@ class Failure:
 
 
 def _explained(error: BaseException, limit: str) -> str | None:
-    """What a collective says when another rank is missing, in our words; None for anything else."""
+    """What a disk or a collective says that refuses, in our words; None for anything else."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = error.filename or f"in {traceback.extract_tb(error.__traceback__)[-1].name}()"
+        return f"{error.strerror}: {where}. Make room and start again."
+    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename:
+        return f"{error.strerror}: {error.filename}. Change its owner, mode or mount and start again."
     said = str(error)
     kind = f"{type(error).__module__}.{type(error).__name__}".lower()
     collective = "dist" in kind or "gloo" in said.lower() or "nccl" in said.lower() or "pair closure" in said

@@ -101,6 +101,7 @@ def _train(
         print(f"\n{ended}: step {step} of {total}, run folder {config.run}", flush=True)
     parts.close()  # not after a failure: the others shall not wait for this rank's loader to end
     close_process_groups()
+    stop.close(last=True)
 
 
 def _checks(where: str | None, ranks: Ranks) -> bool:
@@ -109,7 +110,13 @@ def _checks(where: str | None, ranks: Ranks) -> bool:
 
 
 def quieten() -> None:
-    """Silence what a user can do nothing about: DeepSpeed's log of its start, and uses of old torch names."""
+    """Silence what a user can do nothing about: DeepSpeed's log of its start, and uses of old torch names.
+
+    And what is said beside the message of a rank that fails: it ends at once, and leaves its loader's semaphores
+    to Python's tracker, a process of its own, to remove.
+    """
+    own = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [own, "ignore:resource_tracker:UserWarning"]))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)  # torchdata 0.11
     warnings.filterwarnings("ignore", message=".*is deprecated.*", module="torch.distributed.*")  # DeepSpeed 0.19

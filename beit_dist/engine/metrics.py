@@ -11,6 +11,7 @@ from typing import Any, Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 
 from beit_dist.config import LoggingConfig
+from beit_dist.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -170,7 +171,11 @@ class Metrics:
     def serve(self, settings: LoggingConfig) -> int | None:
         """Start the endpoint; the port it listens on, or None when it is off.
 
-        A port in use must not stop a run: another free one is taken, logged, and written to ``run.json``.
+        A port in use, or below 1024 and not ours to take, must not stop a run: a free one is taken, logged, and
+        written to ``run.json``.
+
+        Raises:
+            ConfigError: the address is not one of this host.
         """
         if settings.metrics_port is None:
             return None
@@ -178,9 +183,15 @@ class Metrics:
             try:
                 self._server, _ = start_http_server(port, settings.metrics_address, registry=self.registry)
             except OSError as error:
-                if error.errno != errno.EADDRINUSE or port == 0:
-                    raise
-                _log.warning("metrics port %d is in use; taking a free one", port)
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES) or port == 0:
+                    raise ConfigError(
+                        "logging.metrics_address",
+                        settings.metrics_address,
+                        "an address of rank 0's host",
+                        error.strerror or "",
+                    ) from None
+                reason = "is in use" if error.errno == errno.EADDRINUSE else "is the system's"
+                _log.warning("metrics port %d %s; taking a free one", port, reason)
                 continue
             return int(self._server.server_port)
         return None

@@ -97,10 +97,14 @@ class StopRequest:
         if self.name is not None:
             self._tell()
 
-    def close(self) -> None:
-        """Put the previous handlers back."""
+    def close(self, last: bool = False) -> None:
+        """Put the previous handlers back.
+
+        Args:
+            last: ignore the signals instead: the process ends, and one that is repeated shall not change how.
+        """
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last else handler)
         self._previous.clear()
         self._joined.set()
         ends, self._ends = self._ends, None

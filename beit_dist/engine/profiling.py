@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from beit_dist.config import ProfileConfig
+
+_log = logging.getLogger(__name__)
 
 
 class Profiler:
@@ -47,5 +50,11 @@ class Profiler:
         if profile is not None:
             profile.stop()
             temporary = self._path.with_name(f"tmp-{self._path.name}")  # torch chooses the format by the ending
-            profile.export_chrome_trace(str(temporary))
-            os.replace(temporary, self._path)
+            try:
+                profile.export_chrome_trace(str(temporary))
+                os.replace(temporary, self._path)
+            except (OSError, RuntimeError) as error:  # a full disk: looking on must not stop a run
+                _log.warning("profile: %s could not be written: %s", self._path, error)
+                for rest in self._path.parent.glob(f"{temporary.name}*"):  # torch has temporary names of its own,
+                    os.truncate(rest, 0)  # and keeps the file open
+                    rest.unlink()

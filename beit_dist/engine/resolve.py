@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from beit_dist.config import TrainConfig
 from beit_dist.errors import ConfigError
 
@@ -36,6 +38,7 @@ _KNOWN = {
     "flops_profiler",
     "zero_allow_untested_optimizer",
 }
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "comms_logger", "flops_profiler")
 _RECIPES_OWN = {"optimizer": "optimizer", "scheduler": "optimizer", "checkpoint": "checkpoint"}
 
 
@@ -113,6 +116,7 @@ def combine(
     """
     _check_keys(ds_config)
     stage, precision, accumulation_type = _numerics(ds_config)
+    _check_sections(ds_config)
     micro, accumulation = batch_arithmetic(batch, micro_batch, ranks, field)
     guarded = stage == 0 and precision == "fp32"
     filled = dict(ds_config)
@@ -162,12 +166,40 @@ def _check_keys(ds_config: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(key, _KNOWN, n=1)
             way_out = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(_KNOWN))}."
             raise ConfigError(f"--ds_config {key}", ds_config[key], "a known DeepSpeed setting", way_out)
+        if key in _SECTIONS and not isinstance(ds_config[key], Mapping):
+            raise ConfigError(f"--ds_config {key}", ds_config[key], "a section: {...}")
+
+
+def _check_sections(ds_config: Mapping[str, Any]) -> None:
+    """Refuse what DeepSpeed would, or would not read: it says so in a traceback, after the ranks have joined."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for name in set(ds_config.get("data_types", {})) - {"grad_accum_dtype"}:
+        raise ConfigError(
+            f"--ds_config data_types.{name}", ds_config["data_types"][name], "grad_accum_dtype alone in there"
+        )
+    schemas = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for section, schema in schemas.items():
+        try:
+            schema(**ds_config.get(section, {}))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            field = ".".join([section, *map(str, fault["loc"])])
+            expected, way_out = fault["msg"][0].lower() + fault["msg"][1:], ""
+            if fault["type"] == "extra_forbidden":
+                close = difflib.get_close_matches(str(fault["loc"][-1]), schema.model_fields, n=1)
+                expected = "a setting that DeepSpeed has there"
+                way_out = f"Did you mean {section}.{close[0]}?" if close and len(fault["loc"]) == 1 else ""
+            raise ConfigError(
+                f"--ds_config {field}", fault["input"], expected.removeprefix("input should be "), way_out
+            ) from None
 
 
 def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str, str]:
     """ZeRO stage, precision and accumulation type of the JSON, if they can be run."""
     zero = ds_config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
+    stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError("--ds_config zero_optimization.stage", stage, "0, 1, 2 or 3")
     for section in ("offload_optimizer", "offload_param"):
@@ -207,8 +239,10 @@ def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str, str]:
 
 
 def _enabled(ds_config: Mapping[str, Any], section: str) -> bool:
-    tree = ds_config.get(section, {})
-    return bool(tree.get("enabled", False)) if isinstance(tree, Mapping) else False
+    asked = ds_config.get(section, {}).get("enabled", False)
+    if not isinstance(asked, bool):  # DeepSpeed takes "auto" for false
+        raise ConfigError(f"--ds_config {section}.enabled", asked, "true or false")
+    return asked
 
 
 def _agree(ds_config: Mapping[str, Any], key: str, value: float) -> float:

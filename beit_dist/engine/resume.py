@@ -11,7 +11,7 @@ from beit_dist.tokenizer_config import TokenizerRecipe
 
 FROZEN = ("model", "masking", "seed")
 """Settings that make another run. The data set and the order of samples are compared by the plan's digests."""
-SHOWN = ("optimizer", "epochs", "steps", "global_batch")
+SHOWN = ("optimizer", "epochs", "steps", "global_batch", "ema")
 """Settings that may change, and change what is learnt: the difference is printed."""
 
 
@@ -34,6 +34,9 @@ def compare_recipes(
         CheckpointError: a setting that cannot change on resume differs.
     """
     old, new = manifest["config"], config.model_dump(mode="json")
+    if ("masking" in old) != ("masking" in new):
+        kind = "pre-training" if "masking" in old else "a tokenizer's training"
+        raise CheckpointError(f"run {config.run} cannot be continued: it is {kind}. Choose another run folder.")
     differences = {
         name: (was, now) for name, was, now in _differences(old, new, "") if name.partition(".")[0] in frozen
     }

@@ -85,10 +85,15 @@ class RunFolder:
         """
         if not self.place.is_local:
             self.place.list()
+        folders = [self.ranks]
+        if self.place.is_local:
+            folders += [self.path, self.checkpoints.path, self.checkpoints.path / "attempts"]
         try:
             self.ranks.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.ranks):
-                pass
+            for folder in folders:  # each, in case a copy, or a part of it, belongs to somebody else
+                if folder.exists():
+                    with tempfile.TemporaryFile(dir=folder):
+                        pass
         except OSError as error:
             raise ConfigError(
                 "run",
@@ -120,7 +125,7 @@ class RunFolder:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             first = _read_marker(path)
-            if first is None or _is_of_this_start(first, since):
+            if first is None or _is_of_this_start(first, since, facts):
                 return first
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         except OSError:  # the folder is not there yet, or the disk is what failed
@@ -134,7 +139,7 @@ class RunFolder:
         try:
             if not self.place.create(FAILED, content):
                 first: dict[str, Any] = json.loads(self.place.read(FAILED))
-                if _is_of_this_start(first, since):
+                if _is_of_this_start(first, since, facts):
                     return first
                 self.place.write(FAILED, content)
         except (OSError, ValueError, UserError):  # the store may be what failed
@@ -208,7 +213,9 @@ def _scratch(url: str) -> Path:
     return Path(tempfile.gettempdir()) / f"beit_dist-{os.getuid()}" / name
 
 
-def _is_of_this_start(marker: dict[str, Any], since: float) -> bool:
+def _is_of_this_start(marker: dict[str, Any], since: float, own: dict[str, Any]) -> bool:
+    if marker.get("rank") == own.get("rank"):  # a rank fails only once; the clock may have been put back since
+        return False
     clocks = 0.0 if marker.get("host") == socket.gethostname() else CLOCKS
     return float(marker.get("time", 0.0)) >= since - clocks
 

@@ -68,16 +68,19 @@ def open_sinks(config: TrainConfig | TokenizerRecipe, run: Path, step: int) -> S
     Raises:
         ConfigError: a package is not installed.
     """
-    sinks: list[Sink] = []
+    wanted: dict[str, Callable[[], Sink]] = {}
     if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(run / "tensorboard", step))
+        wanted["tensorboard"] = lambda: TensorBoardSink(run / "tensorboard", step)
     if config.logging.wandb is not None:
+        wanted["wandb"] = lambda: WandbSink(config, run)
+    sinks: list[Sink] = []
+    for name, opened in wanted.items():
         try:
-            sinks.append(WandbSink(config, run))
+            sinks.append(opened())
         except ConfigError:
             raise
         except Exception as error:  # no key, no network: a run that is started again at night must not end for it
-            _log.warning("logging.wandb: this start goes without: %s", error)
+            _log.warning("logging.%s: this start goes without: %s", name, error)
     return Sinks(sinks)
 
 

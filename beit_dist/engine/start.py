@@ -31,13 +31,18 @@ Recipe = TrainConfig | TokenizerRecipe
 
 
 def open_run(recipe: Recipe, agreement: Agreement) -> tuple[RunFolder, CheckpointStore]:
-    """The run folder, made if need be, and its checkpoints; this start has its number then. Collective."""
+    """The run folder, made if need be, and its checkpoints; this start has its number then. Collective.
+
+    The markers of earlier starts go at once: should this one fail, ``FAILED`` must not lie beside another.
+    """
     run = RunFolder(str(recipe.run), recipe.storage.access)
     if agreement.ranks.rank == 0:
         run.create()
     agreement.from_rank_0(None)  # the folder is there before anyone uses it
     store = CheckpointStore(run.checkpoints, recipe.checkpoint, agreement)
     store.begin_attempt()
+    if agreement.ranks.rank == 0:
+        run.remove_markers()
     return run, store
 
 
@@ -72,7 +77,7 @@ def take_over(
         SupersededError: a newer start was quicker.
         SpaceError: the disk has no room for the checkpoints that are kept.
     """
-    _refuse_if_superseded(store, agreement)
+    refuse_if_superseded(store, agreement)
     store.prepare(state, device)
     if agreement.ranks.rank != 0:
         return
@@ -82,7 +87,6 @@ def take_over(
         print(f"lines of numbers grow in {run.path} and are uploaded with each checkpoint", flush=True)
     run.take_copies(saved.folder if saved else None)
     run.forget_steps_after(saved.step if saved else 0)
-    run.remove_markers()
     run.write_config(recipe)
 
 
@@ -165,7 +169,7 @@ def introduce(
     return [other["host"] for other in everyone]
 
 
-def _refuse_if_superseded(store: CheckpointStore, agreement: Agreement) -> None:
+def refuse_if_superseded(store: CheckpointStore, agreement: Agreement) -> None:
     """Of two starts at once the older may be the slower one: what it is about to write is the newer one's now."""
     said = ""
     if store.rank == 0:

@@ -88,7 +88,6 @@ class Parts:
         if self.metrics is not None:
             self.metrics.close()
         self.watchdog.close()
-        self.stop.close()
 
 
 class Trainer:

@@ -106,14 +106,16 @@ def test_lines_that_a_full_disk_refuses_are_written_when_there_is_room(small_dis
     assert (small_disk / "lines").read_text().splitlines() == written
 
 
+@pytest.mark.parametrize("part", ["run", "checkpoints", "checkpoints/attempts"])
 def test_a_run_folder_that_cannot_be_written_to_is_refused_before_the_start(
-    new_run: Callable[..., Any], small_disk: Path
+    new_run: Callable[..., Any], small_disk: Path, part: str
 ) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    run = new_run("disk/run")
-    with pytest.raises(
-        ConfigError, match=r"run: got '.*/disk/run', expected a folder that can be written to"
-    ) as said:
+    run = new_run("disk/run" if part == "run" else "run")
+    if part != "run":
+        (run.folder / part).parent.mkdir(parents=True)
+        (run.folder / part).symlink_to(small_disk)
+    with pytest.raises(ConfigError, match=r"run: got '.*/run', expected a folder that can be written to") as said:
         main(run.command()[2:])
     assert "Read-only file system" in str(said.value)
 

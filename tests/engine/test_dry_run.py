@@ -12,6 +12,7 @@ import pytest
 from beit_dist.config import TrainConfig, load_recipe
 from beit_dist.engine.dry_run import describe, state_bytes
 from beit_dist.engine.resolve import Resolved, read_ds_config, resolve
+from beit_dist.errors import DataError
 from beit_dist.storage.opening import open_place
 from beit_dist.train import main
 
@@ -60,6 +61,12 @@ def test_with_data_the_shard_plan_and_the_steps_are_told(
     assert "16 = 2 ranks × 4 micro-batch × 2 accumulation" in printed
     assert "/dev/shm" in printed
     assert not run.folder.exists()
+
+
+def test_held_out_data_is_looked_at_as_at_a_start(new_run: Callable[..., Any], tmp_path: Path) -> None:
+    run = new_run("run", overrides=[f"validation.data={tmp_path}/nothing"])
+    with pytest.raises(DataError, match=r"nothing/manifest\.json: not found"):
+        main([*run.command()[2:], "--dry-run"])
 
 
 def test_data_at_a_url_needs_memory_that_is_told(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from beit_dist.engine.checkpoint.layout import MANIFEST, Fragment, sealed, summe
 from beit_dist.engine.checkpoint.weights import load_weights, open_weights
 from beit_dist.engine.export import export_weights
 from beit_dist.errors import CheckpointError
+from beit_dist.storage.access import Access
 from beit_dist.storage.local import LocalPlace
 
 SHAPES = {"blocks.0.weight": [30, 20], "blocks.0.bias": [7], "cls_token": [1, 1, 9], "norm.bias": []}
@@ -149,6 +151,45 @@ def test_a_run_without_an_average_says_so(run: Path, tmp_path: Path) -> None:
     averaged = write_checkpoint(tmp_path / "averaged", roles=("weight", "ema"))
     trained, average = load_weights(averaged)[0], load_weights(averaged, ema=True)[0]
     assert not torch.equal(trained["cls_token"], average["cls_token"])
+
+
+def test_a_step_folder_may_be_copied_anywhere_under_any_name(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run / "checkpoints" / "step-00000005.a0001", tmp_path / "best"))
+    weights, copied = load_weights(run)[0], load_weights(copy)[0]
+    assert all(torch.equal(copied[name], weights[name]) for name in weights)
+    (copy / "rank-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"best: rank-00001\.safetensors: No such file"):
+        open_weights(copy)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"format": 2}, "got format 2, expected 1"),
+        ({"codebook": {}}, "a checkpoint of a tokenizer's training, expected one of pre-training"),
+        ({"given_up_for": 2}, "it was never committed"),
+    ],
+)
+def test_what_holds_no_weights_of_a_model_is_refused(run: Path, facts: dict[str, Any], said: str) -> None:
+    path = next(run.rglob(MANIFEST))
+    manifest = json.loads(path.read_bytes())
+    del manifest["sha256"]
+    path.write_bytes(sealed({**manifest, **facts}))
+    with pytest.raises(CheckpointError, match=said):
+        open_weights(path.parent)
+
+
+def test_the_command_takes_how_urls_are_reached(
+    load_tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool: Any = load_tool("export_checkpoint")
+
+    def opened(run: str, ema: bool, access: Access) -> None:
+        raise CheckpointError(f"{run} within {access.retry_seconds:g} s")
+
+    monkeypatch.setattr(tool, "open_weights", opened)
+    with pytest.raises(CheckpointError, match="s3://b/run within 7 s"):
+        tool.main(["s3://b/run", "--to", "hf", "--out", "x", "--storage", "retry_seconds=7"])
 
 
 def test_the_command_writes_the_file_and_says_what_it_is(

@@ -43,6 +43,27 @@ def test_the_first_failure_is_marked_and_said_and_the_next_points_to_it(tmp_path
     assert (marker["rank"], marker["error"]) == (1, "shard x is damaged")
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), "Permission denied: a/b. Change its owner"),
+        (OSError(28, "No space left on device", "a/b"), "No space left on device: a/b. Make room"),
+        (OSError(28, "No space left on device"), "No space left on device: in raised(). Make room"),
+    ],
+)
+def test_a_disk_that_refuses_is_no_traceback_but_in_the_marker(tmp_path: Path, error: OSError, said: str) -> None:
+    def raised() -> None:
+        raise error
+
+    run = RunFolder(tmp_path)
+    with pytest.raises(OSError, match=str(error.strerror)):
+        raised()
+    output = failure(error).report(run, time.time())
+    assert said in output
+    assert "Traceback" not in output
+    assert "Traceback" in json.loads((tmp_path / FAILED).read_text())["traceback"]
+
+
 def test_what_all_ranks_find_is_said_once_and_with_its_exit_code(tmp_path: Path) -> None:
     run, since = RunFolder(tmp_path), time.time()
     run.create()
@@ -62,6 +83,14 @@ def test_the_marker_of_an_earlier_start_is_replaced(tmp_path: Path) -> None:
     failure(SampleError("old")).report(run, time.time())
     time.sleep(0.01)
     assert "new" in failure(SampleError("new")).report(run, time.time())
+    assert json.loads((tmp_path / FAILED).read_text())["error"] == "new"
+
+
+def test_the_marker_of_an_earlier_start_is_replaced_when_the_clock_was_put_back(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.create()
+    failure(SampleError("old")).report(run, time.time())
+    assert "new" in failure(SampleError("new")).report(run, time.time() - 3600)
     assert json.loads((tmp_path / FAILED).read_text())["error"] == "new"
 
 

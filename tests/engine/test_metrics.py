@@ -20,6 +20,7 @@ from beit_dist.engine.metrics import METRICS, TOKENIZER_METRICS, Metric, Metrics
 from beit_dist.engine.record import Recorder, StepFacts
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
 from beit_dist.engine.step_log import LogSettings
+from beit_dist.errors import ConfigError
 
 
 def facts(step: int, masked: int = 7, applied: bool = True) -> StepFacts:
@@ -165,6 +166,11 @@ def test_a_port_in_use_does_not_stop_a_run(caplog: pytest.LogCaptureFixture) -> 
         metrics.close()
     assert got not in (None, port)
     assert f"metrics port {port} is in use" in caplog.text
+
+
+def test_an_address_of_another_host_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"metrics_address: got '192\.0\.2\.1', expected an address of rank 0"):
+        Metrics().serve(LoggingConfig(metrics_port=0, metrics_address="192.0.2.1"))
 
 
 def test_the_endpoint_can_be_turned_off() -> None:

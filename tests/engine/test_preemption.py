@@ -144,6 +144,22 @@ def test_the_clock_asks_to_stop_by_name() -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_that_is_repeated_while_the_process_ends_does_not_change_its_exit_code(
+    new_run: Callable[..., Any],
+) -> None:
+    run = new_run("run", overrides=["loader.workers=0", "steps=7"])
+    run.entry = run.folder.parent / "signalled.py"
+    run.entry.write_text(
+        "import atexit, os, runpy, signal\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+    )
+    code, output = run.finish()
+    assert code == 0, output
+    assert (run.folder / "DONE").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("asked_by", ["signal", "clock"])
 def test_a_rank_that_waits_for_data_stops_with_the_others(new_run: Callable[..., Any], asked_by: str) -> None:
     """Rank 1 gets no more data from its 12th batch on; only rank 0 is asked to stop."""

@@ -43,3 +43,18 @@ def test_other_ranks_and_runs_record_nothing(tmp_path: Path, settings: ProfileCo
     run_steps(profiler, 5)
     profiler.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trace_that_cannot_be_written_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a full disk torch says nothing, and leaves a part under a name of its own."""
+
+    def cut_short(_: object, path: str) -> None:
+        Path(path + ".tmp").write_text("{")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", cut_short)
+    profiler = Profiler(ProfileConfig(start_step=1, steps=2), tmp_path, 0)
+    run_steps(profiler, 5)
+    assert "rank-00000.trace.json could not be written" in caplog.text
+    assert not list(tmp_path.iterdir())

@@ -75,6 +75,12 @@ def test_shipped_files_accumulate_in_fp32() -> None:
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "fp32 state"),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "gradients that are not finite"),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "gradients that are not finite"),
+        ({"bf16": True}, "bf16: got True, expected a section"),
+        ({"bf16": {"enable": True}}, "Did you mean bf16.enabled?"),
+        ({"fp16": {"enabled": "auto"}}, "true or false"),
+        ({"fp16": {"enabled": True, "loss_scale": "big"}}, "fp16.loss_scale: got 'big'"),
+        ({"zero_optimization": {"stag": 1}}, "Did you mean zero_optimization.stage?"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "grad_accum_dtype alone"),
     ],
 )
 def test_conflicts_and_what_cannot_be_run_are_refused(setting: dict[str, Any], said: str) -> None:

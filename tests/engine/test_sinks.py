@@ -142,6 +142,16 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(
         check_packages(TrainConfig(run="r", logging=setting))
 
 
+def test_tensorboard_that_cannot_be_written_at_the_start_does_not_stop_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").touch()
+    config = TrainConfig(run=str(tmp_path), logging={"tensorboard": True})
+    open_sinks(config, tmp_path, 0).close()
+    assert "logging.tensorboard: this start goes without" in caplog.text
+
+
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

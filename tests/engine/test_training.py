@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from beit_dist.engine.run_folder import FAILED, MARKERS
 from beit_dist.errors import UserError
 from beit_dist.train import main
 
@@ -166,6 +167,7 @@ def test_a_flipped_byte_in_a_shard_ends_the_run_by_name(new_run: Callable[..., A
     assert code == 1
     assert "shard-000000.tar" in output
     assert "Traceback" not in output
+    assert "Warning" not in output.partition("error: rank")[2]
     failed = json.loads((run.folder / "FAILED").read_text())
     assert failed["exit_code"] == 1
     assert "shard-000000.tar" in failed["error"]
@@ -183,6 +185,7 @@ def test_another_model_or_data_set_cannot_continue_a_run(
     code, output = run.finish("model.depth=3")
     assert code == 2
     assert "model.depth was 2, now 3" in output
+    assert [name for name in MARKERS if (run.folder / name).exists()] == [FAILED]
     code, output = run.finish("seed=1")
     assert code == 2
     assert "seed was 0, now 1" in output

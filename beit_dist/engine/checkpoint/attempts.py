@@ -44,7 +44,9 @@ class Attempts:
         self.place.make()
         mark = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
         self._mark = json.dumps(mark).encode()
-        number = self._newest()
+        # Folders count too: where a copy of a run lacks the attempts, its newest checkpoint must stay the newest.
+        folders = (parse_folder_name(entry) for entry in self._checkpoints.list())
+        number = max([self._newest(), *(name[1] for name in folders if name)])
         while not self.number:
             number += 1
             if self.place.create(f"{number:06d}", self._mark):

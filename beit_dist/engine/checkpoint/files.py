@@ -65,6 +65,7 @@ def file_fault(folder: Place, name: str, size: int, sha256: str) -> str:
 
     Raises:
         StorageError: the store does not answer, which says nothing about the file.
+        PermissionError: nor does this.
     """
     digest = hashlib.sha256()
     try:
@@ -73,7 +74,7 @@ def file_fault(folder: Place, name: str, size: int, sha256: str) -> str:
             return f"{name} has {got} bytes, expected {size}"
         for piece in folder.chunks(name):
             digest.update(piece)
-    except StorageError:
+    except (StorageError, PermissionError):
         raise
     except (OSError, EOFError) as error:
         return f"{name}: {getattr(error, 'strerror', None) or error}"

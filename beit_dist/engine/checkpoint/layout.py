@@ -159,11 +159,12 @@ def read_manifest(folder: Place) -> dict[str, Any]:
 
     Raises:
         StorageError: the store does not answer, which says nothing about the checkpoint.
+        PermissionError: nor does this.
     """
     try:
         manifest: dict[str, Any] = json.loads(folder.read(MANIFEST))
         whole = manifest.pop("sha256") == _digest(manifest)
-    except StorageError:
+    except (StorageError, PermissionError):
         raise
     except (OSError, ValueError, KeyError, AttributeError):
         return {}

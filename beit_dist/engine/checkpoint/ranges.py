@@ -96,7 +96,7 @@ class _ChunkedFile:
             self._held = bytearray(size)
         try:
             self._folder.read_into(self._name, self._first, memoryview(self._held))
-        except StorageError:
+        except (StorageError, PermissionError):
             raise
         except (OSError, EOFError) as error:
             raise CheckpointError(f"{self._folder}: {self._name} cannot be read: {error}") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -140,7 +141,8 @@ class CheckpointStore:
                 return saved
             self.passed_over += 1
             if self._rank == 0:
-                _log.warning("checkpoint %s is damaged (%s); using the one before", saved.folder.name, faults[0])
+                instead = "using the one before" if len(candidates) > 1 else "none is left, the run begins anew"
+                _log.warning("checkpoint %s is damaged (%s); %s", saved.folder.name, faults[0], instead)
                 _set_aside(saved.folder)
 
     def restore(self, saved: Saved, state: EngineState) -> None:
@@ -369,7 +371,8 @@ def kept_for_good(found: Sequence[Saved], settings: CheckpointConfig) -> list[Sa
     since = None
     for saved in sorted(found, key=lambda saved: saved.step):
         at = saved.manifest.get("saved_at")
-        if hours and at is not None and (since is None or at - since >= 3600 * hours):
+        # In either direction: after a clock that was years ahead for a while they must not be years apart.
+        if hours and at is not None and (since is None or abs(at - since) >= 3600 * hours):
             kept.append(saved)
             since = at
     return kept
@@ -383,7 +386,8 @@ def _copied(folder: Place, name: str, path: Path) -> dict[str, Any]:
 def _set_aside(folder: Place) -> None:
     """Keep a damaged checkpoint out of the way, for somebody to look at."""
     if folder.is_local:
-        folder.path.rename(folder.path.with_name(f"{folder.name}.bad"))
+        names = (f"{folder.name}.bad{number or ''}" for number in itertools.count())
+        folder.path.rename(next(path for path in map(folder.path.with_name, names) if not path.exists()))
     else:
         folder.write(BAD, b"")
 

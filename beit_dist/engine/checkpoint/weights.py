@@ -15,17 +15,22 @@ from beit_dist.config import TrainConfig, validate
 from beit_dist.engine.checkpoint.files import file_fault
 from beit_dist.engine.checkpoint.layout import (
     AVERAGE,
+    BAD,
+    FORMAT_VERSION,
+    GIVEN_UP,
     MANIFEST,
     WEIGHT,
     Fragment,
     Saved,
     committed,
     rank_records,
+    read_manifest,
 )
 from beit_dist.engine.checkpoint.ranges import FragmentReader
 from beit_dist.errors import CheckpointError
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import open_place
+from beit_dist.storage.place import Place
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,18 @@ def open_weights(
         CheckpointError: there is no whole checkpoint, or it holds no average.
     """
     place = open_place(run_or_step, access)
-    if place.exists(MANIFEST):
-        candidates = [saved for saved in committed(place.parent) if saved.folder.name == place.name]
-    else:
-        candidates = committed(place / "checkpoints")
+    try:
+        return _newest_whole(place, ema)
+    except PermissionError as error:
+        raise CheckpointError(f"{place} cannot be read: {error.filename}: {error.strerror}") from None
+
+
+def _newest_whole(place: Place, ema: bool) -> StoredWeights:
     faults = []
-    for saved in candidates:
+    for saved in [_step_folder(place)] if place.exists(MANIFEST) else committed(place / "checkpoints"):
         fault = _first_fault(saved)
         if not fault:
+            _check_kind(saved)
             if ema and AVERAGE not in saved.manifest["state_digests"]:
                 raise CheckpointError(
                     f"{saved.folder}: got no averaged weights, expected a run with ema.decay set"
@@ -101,6 +110,24 @@ def open_weights(
         faults.append(f"{saved.folder.name}: {fault}")
     found = "; ".join(faults) or "nothing committed"
     raise CheckpointError(f"{place}: got {found}, expected a run folder or step folder with a whole checkpoint")
+
+
+def _step_folder(place: Place) -> Saved:
+    """The checkpoint in ``place``, which may be a copy under a name of the user's choice."""
+    manifest = {} if place.exists(BAD) else read_manifest(place)
+    return Saved(place, manifest.get("step", 0), manifest.get("attempt", 0), manifest)
+
+
+def _check_kind(saved: Saved) -> None:
+    """Refuse what is whole but holds no weights that this version can read as a BEiT model's."""
+    version = saved.manifest.get("format")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{saved.folder}: got format {version}, expected {FORMAT_VERSION}")
+    if "codebook" in saved.manifest:
+        raise CheckpointError(
+            f"{saved.folder}: got a checkpoint of a tokenizer's training, expected one of pre-training. A "
+            "tokenizer's weights are in the file that tools/train_tokenizer.py wrote (--out)."
+        )
 
 
 def load_weights(
@@ -117,5 +144,7 @@ def load_weights(
 def _first_fault(saved: Saved) -> str:
     if not saved.manifest:
         return "its manifest is damaged"
+    if GIVEN_UP in saved.manifest:
+        return "it was never committed"
     faults = (file_fault(saved.folder, f["file"], f["bytes"], f["sha256"]) for f in saved.manifest["files"])
     return next(filter(None, faults), "")

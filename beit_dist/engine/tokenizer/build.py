@@ -29,7 +29,14 @@ from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.engine.saving import Saving
 from beit_dist.engine.sinks import open_sinks
-from beit_dist.engine.start import initialize_engine, introduce, open_metrics, open_run, take_over
+from beit_dist.engine.start import (
+    initialize_engine,
+    introduce,
+    open_metrics,
+    open_run,
+    refuse_if_superseded,
+    take_over,
+)
 from beit_dist.engine.step_log import LogSettings
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.tokenizer.codebook import Codebook
@@ -155,6 +162,7 @@ def _build(
 
     pool = read_images(recipe, files, agreement, stop)
     if pool is None:
+        refuse_if_superseded(store, agreement)  # then the marker is the newer one's to leave
         reason = next((name for name in agreement.gather(stop.name) if name), MAX_MINUTES)
         return NotBegun(store.attempt, saved.step if saved else 0, reason)
     if saved is not None and saved.manifest["images"] != pool.digest:

@@ -87,8 +87,8 @@ def launch(job: Job, ranks: Ranks) -> int:
         agreement = Agreement(ranks, timeouts.start)
         train(job, files, agreement, device, stop, watchdog, timeouts)
         watchdog.close()
-        stop.close()
         close_process_groups()
+        stop.close(last=True)
     return 0
 
 
@@ -112,7 +112,6 @@ def train(
     parts = build(recipe, job.resolved, job.built_in, files, agreement, device, stop, watchdog, timeouts)
     if isinstance(parts, NotBegun):
         if ranks.rank == 0:
-            run.remove_markers()
             run.mark(PREEMPTED, **asdict(parts))
             print(f"stopped on request, while images were read: step {parts.step}, run folder {recipe.run}")
         return PREEMPTED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -148,6 +149,47 @@ def test_damage_sends_the_run_to_the_checkpoint_before(three: Path, damage: str)
     assert newest(three).step == 2
 
 
+def test_where_no_checkpoint_is_whole_that_is_said_and_the_run_begins_anew(
+    three: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in three.glob("step-*"):
+        DAMAGE["a truncated file"](folder)
+    assert store(three).newest_whole() is None
+    said = [record.getMessage().rpartition("; ")[2] for record in caplog.records]
+    assert said == ["using the one before", "using the one before", "none is left, the run begins anew"]
+
+
+def test_a_checkpoint_that_is_damaged_again_after_it_was_put_back_is_set_aside_again(three: Path) -> None:
+    for _ in range(3):
+        shutil.copytree(three / "step-00000002.a0001", three / "step-00000003.a0001", dirs_exist_ok=True)
+        DAMAGE["a truncated file"](three / "step-00000003.a0001")
+        assert newest(three).step == 2
+    assert names(three)[-3:] == [f"step-00000003.a0001.bad{number}" for number in ("", 1, 2)]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors", "rank-00000.json"])
+def test_a_file_that_may_not_be_read_is_not_damaged(
+    three: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a copy belongs to somebody else the run must not begin anew, beside checkpoints that are whole."""
+    whole = {call: getattr(LocalPlace, call) for call in ("read", "read_into")}
+
+    def refused(call: str) -> Callable[..., Any]:
+        def read(place: LocalPlace, file: str, *arguments: Any) -> Any:
+            if file == name:
+                raise PermissionError(13, "Permission denied", str(place.path / file))
+            return whole[call](place, file, *arguments)
+
+        return read
+
+    for call in whole:
+        monkeypatch.setattr(LocalPlace, call, refused(call))
+    before = names(three)
+    with pytest.raises(PermissionError):
+        store(three).newest_whole()
+    assert names(three) == before
+
+
 def test_without_its_manifest_a_checkpoint_does_not_exist(three: Path) -> None:
     (three / "step-00000003.a0001" / "manifest.json").unlink()
     reader = store(three)
@@ -180,6 +222,19 @@ def test_a_whole_step_is_not_saved_again(three: Path) -> None:
 
 def test_attempts_count_up(tmp_path: Path) -> None:
     assert [store(tmp_path).attempt for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_copy_without_the_attempts_goes_on_counting_where_its_folders_end(three: Path) -> None:
+    """Else its own checkpoints, of attempt 1, would count as older than the one that was copied."""
+    store(three)
+    third = store(three)
+    assert save(third, 4, State(4))
+    shutil.rmtree(three / "attempts")
+    copied = store(three, keep=1)
+    assert copied.attempt == 4
+    assert save(copied, 5, State(5))
+    assert names(three) == ["step-00000005.a0004"]
+    assert newest(three).step == 5
 
 
 def test_the_older_of_two_attempts_stops_and_harms_nothing(three: Path) -> None:

@@ -113,6 +113,14 @@ def test_one_every_so_many_hours_is_kept_for_good(place: Place) -> None:
     assert sorted({saved.step for saved in kept}) == [1, 3, 5, 6, 7]
 
 
+def test_a_clock_that_was_wrong_for_a_while_does_not_end_what_is_kept_for_good(place: Place) -> None:
+    hour = 3600.0
+    clock = [100 * hour, 1.0 * hour, 1.5 * hour, 2.0 * hour]  # it was ahead until the first checkpoint was saved
+    found = [Saved(place, step, 1, {"saved_at": at}) for step, at in enumerate(clock, start=1)]
+    kept = kept_for_good(found, CheckpointConfig(keep_every_hours=1.0))
+    assert sorted(saved.step for saved in kept) == [1, 2, 4]
+
+
 def test_the_manifest_is_json_for_anyone(place: Place) -> None:
     save(store(place), 1, State(1.0), {"position": {"consumed": 3}})
     assert json.loads((place / "step-00000001.a0001").read("manifest.json"))["position"] == {"consumed": 3}

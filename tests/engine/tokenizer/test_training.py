@@ -18,6 +18,7 @@ from PIL import Image
 from support.tokenizers import StopAfter
 
 from beit_dist.data import crops
+from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.tokenizer import training as loop
 from beit_dist.engine.tokenizer.training import Progress, TokenizerTrainer
 from beit_dist.errors import CheckpointError, DataError, TrainingError
@@ -179,6 +180,24 @@ def test_a_stop_while_images_are_read_leaves_the_run_as_it_was(
     assert trained.state() == before
     assert trained.start() == "DONE"
     assert load_tokenizer(trained.out).digest == load_tokenizer(whole.out).digest
+
+
+def test_a_stop_while_images_are_read_leaves_no_marker_beside_a_newer_start(
+    training: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = training("t")
+    stop = StopAfter(0)
+
+    def tried(self: crops.ImagePool, file: crops.ImageFile) -> Any:
+        assert stop.requested
+        (trained.run / "checkpoints" / "attempts" / "000002").touch()
+        return decode(self, file)
+
+    decode = crops.ImagePool._try
+    monkeypatch.setattr(crops.ImagePool, "_try", tried)
+    with pytest.raises(SupersededError, match="superseded by attempt 2"):
+        trained.start(stop)
+    assert not (trained.run / "PREEMPTED").exists()
 
 
 def test_a_broken_image_is_left_out_and_named(training: Make, images: Path, capsys: Any) -> None:
