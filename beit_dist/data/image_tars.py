@@ -83,7 +83,7 @@ def scan_tar(path: str, access: Access, is_image: Callable[[str], bool]) -> Iter
                         raise tarfile.ReadError(f"a member at byte {member.offset} that ends before it begins")
                     at = tar.offset
                     name = member.name.removeprefix("./")
-                    if not is_image(os.path.basename(name)):
+                    if not is_image(name):
                         pass
                     elif member.isreg() and not member.issparse():
                         yield Member(name, member.offset_data, member.size)

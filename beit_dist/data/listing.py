@@ -109,12 +109,12 @@ def _at_url(url: str) -> tuple[str, str]:
 
 def _remote_folder(url: str, source: int, access: Access) -> Iterator[ImageEntry]:
     for name, size in open_place(url, access).files():
-        if _is_image(name.rpartition("/")[2]):
+        if _is_image(name):
             yield ImageEntry(os.fsencode(name), source, 0, size)
 
 
 def _folder(root: str, source: int) -> Iterator[ImageEntry]:
-    """Image files below ``root``, hidden ones left out; links to folders are followed, each folder once."""
+    """Image files below ``root``, none in hidden folders; links to folders are followed, each folder once."""
     seen: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
@@ -130,7 +130,7 @@ def _folder(root: str, source: int) -> Iterator[ImageEntry]:
         for item in listed:
             name = f"{below}/{item.name}" if below else item.name
             wanted = _is_image(item.name)
-            kind = _status(item, wanted)
+            kind = None if item.name.startswith(".") else _status(item, wanted)
             if kind is not None and stat.S_ISDIR(kind.st_mode):
                 pending.append(name)
             elif kind is not None and wanted:
@@ -160,5 +160,7 @@ def _tar(path: str, source: int, access: Access) -> list[ImageEntry]:
     return [ImageEntry(os.fsencode(name), source, offset, size) for name, offset, size in members]
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+def _is_image(path: str) -> bool:
+    """Whether a path below a source is an image's; hidden files are none, nor what lies in hidden folders."""
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
+    return not hidden and path.lower().endswith(IMAGE_SUFFIXES)

@@ -221,6 +221,7 @@ def test_a_bucket_is_listed_page_by_page_and_folder_by_folder(
         bucket.write(name, name.encode())
     bucket.write("b/notes.txt", b"")
     bucket.write("a/.hidden.jpg", b"")
+    bucket.write("a/.snapshot/b/0.jpg", b"")
     system: Any = bucket.system()  # type: ignore[attr-defined]
     call = system.call_s3
     monkeypatch.setattr(system, "call_s3", lambda *args, **options: call(*args, MaxKeys=2, **options))

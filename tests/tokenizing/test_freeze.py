@@ -40,7 +40,15 @@ def touch(path: Path, content: bytes = b"x") -> None:
 def test_a_folder_is_searched_through_and_only_images_are_taken(tmp_path: Path) -> None:
     for name in ("b.JPG", "a/c.jpeg", "a/d/e.Png", "z.webp"):
         touch(tmp_path / "in" / name)
-    for name in ("notes.txt", "._b.jpg", ".hidden/x.jpg.txt", "jpg", "labels.csv"):
+    for name in (
+        "notes.txt",
+        "._b.jpg",
+        ".hidden/x.jpg.txt",
+        ".snapshot/b.JPG",
+        "a/.thumbs/c/x.png",
+        "jpg",
+        "labels.csv",
+    ):
         touch(tmp_path / "in" / name)
     header = freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
     assert header.entries == 4
