@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,20 +83,20 @@ class Recorder(StepLog[StepFacts]):
         with self._results.path.open("rb") as lines:
             return any(json.loads(line)["step"] == step for line in lines)
 
-    def _gathered(self, numbers: list[Sequence[Tensor]]) -> Iterable[tuple[np.float32, np.float32, float]]:
+    def _over_ranks(self, numbers: list[Sequence[Tensor]]) -> Sequence[Tensor]:
         local = torch.stack([own for (own,) in numbers])  # (steps, 3)
-        norms, sums = local[:, 2].cpu(), local[:, :2].contiguous()
+        sums, norms = local[:, :2].contiguous(), local[:, 2]
         sum_over_ranks(sums)
-        return ((*own, norm) for own, norm in zip(sums.cpu().numpy(), norms.tolist(), strict=True))
+        return sums, norms
 
-    def _line(self, fact: StepFacts, numbers: tuple[np.float32, np.float32, float]) -> dict[str, Any]:
-        loss_sum, correct, norm = numbers
+    def _line(self, fact: StepFacts, *numbers: Any) -> dict[str, Any]:
+        (loss_sum, correct), norm = numbers
         count = np.float32(max(1, fact.masked))
         # float() of a float32 is exact and json writes the shortest text that reads back as it: nothing is lost.
         return {
             "loss": finite(float(loss_sum / count)),
             "accuracy": finite(float(correct / count)),
-            "grad_norm": finite(norm),
+            "grad_norm": finite(float(norm)),
             "masked": fact.masked,
             "bad": fact.bad,
             "batch": fact.batch,

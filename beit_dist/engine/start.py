@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,44 @@ import torch
 from beit_dist.config import TrainConfig
 from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import Saved
+from beit_dist.engine.checkpoint.layout import Saved, committed
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.metrics import METRICS, Metric, Metrics
 from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.resume import FROZEN, compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
-from beit_dist.errors import SpaceError
+from beit_dist.errors import CheckpointError, SpaceError
 from beit_dist.tokenizer_config import TokenizerRecipe
 
 Recipe = TrainConfig | TokenizerRecipe
 
 
-def open_run(recipe: Recipe, agreement: Agreement) -> tuple[RunFolder, CheckpointStore]:
+def open_run(
+    recipe: Recipe, agreement: Agreement, frozen: Collection[str] = FROZEN
+) -> tuple[RunFolder, CheckpointStore]:
     """The run folder, made if need be, and its checkpoints; this start has its number then. Collective.
 
-    The markers of earlier starts go at once: should this one fail, ``FAILED`` must not lie beside another.
+    The recipe of another run is refused before it takes a number, which would end a start that is under way. The
+    markers of earlier starts go at once: should this one fail, ``FAILED`` must not lie beside another.
+
+    Args:
+        frozen: settings that must be as the newest checkpoint has them.
+
+    Raises:
+        CheckpointError: they are not.
     """
     run = RunFolder(str(recipe.run), recipe.storage.access)
+    said = ""
     if agreement.ranks.rank == 0:
         run.create()
-    agreement.from_rank_0(None)  # the folder is there before anyone uses it
+        try:
+            for saved in committed(run.checkpoints)[:1]:
+                compare_recipes(recipe, saved.manifest, loud=False, frozen=frozen)
+        except CheckpointError as error:
+            said = str(error)
+    if said := agreement.from_rank_0(said):  # the folder is there before anyone uses it
+        raise CheckpointError(said)
     store = CheckpointStore(run.checkpoints, recipe.checkpoint, agreement)
     store.begin_attempt()
     if agreement.ranks.rank == 0:

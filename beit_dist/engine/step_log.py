@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -97,11 +97,11 @@ class StepLog(ABC, Generic[AnyFacts]):
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # rank 0: told of every line that is written
 
     @abstractmethod
-    def _gathered(self, numbers: list[Sequence[Tensor]]) -> Iterable[Any]:
-        """The noted steps' numbers over all ranks, on the host, one item a step. Collective."""
+    def _over_ranks(self, numbers: list[Sequence[Tensor]]) -> Sequence[Tensor]:
+        """The noted steps' numbers over all ranks, still on the device, each with the steps first. Collective."""
 
     @abstractmethod
-    def _line(self, fact: AnyFacts, numbers: Any) -> dict[str, Any]:
+    def _line(self, fact: AnyFacts, *numbers: Any) -> dict[str, Any]:
         """What a step's line in ``metrics.jsonl`` says of this loop: the gradient's norm, and more."""
 
     @abstractmethod
@@ -188,18 +188,19 @@ class StepLog(ABC, Generic[AnyFacts]):
     def _fetch(self) -> None:
         facts, numbers = self._facts, self._numbers
         self._facts, self._numbers = [], []
-        gathered = self._gathered(numbers)
+        summed = self._over_ranks(numbers)
+        if self._metrics is None or self._lines is None:
+            return  # without waiting for the device
+        fetched = [each.cpu().numpy() for each in summed]
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
-        if self._metrics is None or self._lines is None:
-            return
         line: dict[str, Any] = {}
-        for fact, own in zip(facts, gathered, strict=True):
+        for fact, *own in zip(facts, *fetched, strict=True):
             line = {
                 "step": fact.step,
                 "samples": fact.samples,
                 "epoch": round(fact.epoch, 6),
-                **self._line(fact, own),
+                **self._line(fact, *own),
                 "lr": fact.lr,
                 "skipped": not fact.applied,
                 "attempt": self._attempt,

@@ -137,7 +137,7 @@ def build(
         PreflightError: a rank's host has too little memory, or the ranks' collectives are wrong.
         CheckpointError: the run in the folder is another one.
     """
-    run, store = open_run(recipe, agreement)
+    run, store = open_run(recipe, agreement, FROZEN)
     with store.unless_superseded():
         return _build(recipe, resolved, built_in, files, agreement, device, stop, watchdog, timeouts, run, store)
 

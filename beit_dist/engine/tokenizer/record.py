@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,24 +81,24 @@ class TokenizerRecorder(StepLog[StepFacts]):
             again=step <= self._measured,  # a start that finds nothing left to do measures once more
         )
 
-    def _gathered(self, numbers: list[Sequence[Tensor]]) -> Iterable[tuple[list[float], float, np.ndarray]]:
+    def _over_ranks(self, numbers: list[Sequence[Tensor]]) -> Sequence[Tensor]:
         local, counts = (torch.stack(own) for own in zip(*numbers, strict=True))  # (steps, 5), (steps, V)
-        norms, losses = local[:, -1].cpu(), local[:, :-1].contiguous()
+        losses, norms = local[:, :-1].contiguous(), local[:, -1]
         losses /= sum_over_ranks(losses)
         sum_over_ranks(counts)
-        return zip(losses.tolist(), norms.tolist(), counts.cpu().numpy(), strict=True)
+        return losses, norms, counts
 
-    def _line(self, fact: StepFacts, numbers: tuple[list[float], float, np.ndarray]) -> dict[str, Any]:
+    def _line(self, fact: StepFacts, *numbers: Any) -> dict[str, Any]:
         losses, norm, counts = numbers
         self._codebook.take(fact.step, counts)
         # A float32 as a float is exact, and json writes the shortest text that reads back as it: nothing is lost.
         return {
-            **{name: finite(value) for name, value in zip(_LOSSES, losses, strict=True)},
+            **{name: finite(float(value)) for name, value in zip(_LOSSES, losses, strict=True)},
             "perplexity": round(self._codebook.perplexity, 3),
             "dead": self._codebook.dead,
             "temperature": fact.temperature,
             "kl_weight": fact.kl_weight,
-            "grad_norm": finite(norm),
+            "grad_norm": finite(float(norm)),
         }
 
     def _exported(
