@@ -11,7 +11,7 @@ from beit_dist.engine.checkpoint.weights import open_weights
 from beit_dist.engine.ecosystem import FORMS, export_elsewhere
 from beit_dist.engine.export import DTYPES, export_weights
 from beit_dist.errors import exit_cleanly
-from beit_dist.storage.arguments import access_of, add_storage_argument
+from beit_dist.storage_option import access_of, add_storage_argument
 
 DESCRIPTION = """\
 Write the weights of a checkpoint for other programs. Every byte of it is verified first. Needs no GPU; may be
