@@ -131,6 +131,19 @@ def test_a_run_stopped_in_every_way_ends_as_if_nothing_had_happened(
     assert run.numbers() == whole.numbers()
 
 
+def test_ctrl_c_that_also_ends_what_reads_the_output_still_saves(new_run: Callable[..., Any]) -> None:
+    """As with ``| tee log``, which the same Ctrl-C ends at once."""
+    run = new_run("run", overrides=["loader.workers=0", "steps=4000", "checkpoint.every_steps=null"])
+    process = run.start()
+    until(lambda: len(run.lines()) >= 3, process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 0
+    stopped = json.loads((run.folder / "PREEMPTED").read_text())
+    assert len(manifests(run, stopped["step"])) == 1
+    assert not (run.folder / "FAILED").exists()
+
+
 def _interrupted_while_evaluating(run: Any) -> None:
     """Ctrl-C in a terminal: SIGINT to the launcher, the ranks and their workers, which ignore it."""
     run.entry = run.folder.parent / "evaluating.py"
