@@ -62,13 +62,13 @@ def test_an_error_comes_after_what_was_made_before_it() -> None:
 
 def test_who_stops_taking_ends_all_stages_before() -> None:
     source = Counted()
-    threads = threading.active_count()
+    before = set(threading.enumerate())  # threads of other tests may end at any time
     taken = ahead(ahead(source, 1), 1)
     next(taken)
-    assert threading.active_count() == threads + 2
+    assert len(set(threading.enumerate()) - before) == 2
     taken.close()
     assert source.closed.is_set()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= before
 
 
 def test_the_encoder_works_on_the_next_shard_while_one_is_written_and_another_published(
@@ -114,6 +114,38 @@ def test_a_worker_that_fails_has_ended_its_stages(
         bench.work(tmp_path / "out")
     assert raised.tb is not None  # it holds the frames and what they made
     assert [thread.name for thread in threading.enumerate() if "(work)" in thread.name] == []
+
+
+def test_ctrl_c_does_not_wait_for_the_other_views_of_a_batch(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from beit_dist.tokenizing import worker as worker_module
+
+    honest, calls, in_the_second_batch = bench.encoder, 0, threading.Event()
+    stops: list[threading.Event] = []
+
+    def noting(items: Any, depth: int, *stopped: threading.Event) -> Any:
+        stops.extend(stopped)
+        return ahead(items, depth, *stopped)
+
+    def encode(pixels: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 9:  # after 8 views of the first batch
+            in_the_second_batch.set()
+            assert all(stopped.wait(60) for stopped in stops)
+        return honest(pixels)
+
+    def interrupted(*_: object) -> None:
+        assert in_the_second_batch.wait(60)
+        raise KeyboardInterrupt
+
+    bench.encoder = encode
+    monkeypatch.setattr(worker_module, "ahead", noting)
+    monkeypatch.setattr(worker_module.ShardFiles, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.work(tmp_path / "out", views=8)
+    assert calls == 9
 
 
 def test_a_decoding_process_that_is_killed_ends_the_worker_with_a_reason(bench: Any, tmp_path: Path) -> None:
