@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.processes import members
 
 from beit_dist.engine.preemption import StopRequest
 
@@ -67,18 +68,6 @@ def until(
         if time.monotonic() > deadline or (process is not None and process.poll() is not None):
             pytest.fail(f"it did not come to that: {process.communicate()[0] if process else ''}")
         time.sleep(0.02)
-
-
-def members(group: int) -> list[psutil.Process]:
-    """The living processes of a process group."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            pass
-    return found
 
 
 def manifests(run: Any, step: int) -> list[Path]:
