@@ -47,7 +47,7 @@ def test_items_come_in_order_and_no_more_than_the_depth_ahead() -> None:
     source = Counted()
     taken = ahead(source, 2)
     assert next(taken) == 0
-    assert source.two_ahead.wait(5)  # one taken, two waiting, one in the hands of the thread
+    assert source.two_ahead.wait(60)  # one taken, two waiting, one in the hands of the thread
     threading.Event().wait(0.2)
     assert source.made == 4
     assert list(taken) == list(range(1, 100))
@@ -89,7 +89,7 @@ def test_the_encoder_works_on_the_next_shard_while_one_is_written_and_another_pu
     original = worker_module.write_commit
 
     def write_commit(out: Any, commit: Any) -> None:
-        assert seen_next.wait(10), "nothing was encoded while shard 0 was not committed"
+        assert seen_next.wait(60), "nothing was encoded while shard 0 was not committed"
         original(out, commit)
 
     bench.encoder = encode
