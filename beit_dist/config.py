@@ -151,7 +151,10 @@ class OptimizerConfig(Section):
     def _check(self) -> OptimizerConfig:
         if self.warmup_epochs is not None and self.warmup_steps is not None:
             raise ConfigError(
-                "optimizer.warmup_steps", self.warmup_steps, "only one of warmup_epochs and warmup_steps"
+                "optimizer.warmup_steps",
+                self.warmup_steps,
+                f"only one of warmup_epochs ({self.warmup_epochs:g}) and warmup_steps",
+                "Set the one that the recipe should not have to null, as in optimizer.warmup_epochs=null",
             )
         if self.min_lr > self.lr:
             raise ConfigError("optimizer.min_lr", self.min_lr, f"at most optimizer.lr ({self.lr})")

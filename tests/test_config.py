@@ -55,8 +55,9 @@ def test_all_faults_are_told_at_once() -> None:
 
 
 def test_only_one_form_of_warm_up_is_accepted() -> None:
-    with pytest.raises(ConfigError, match="only one of warmup_epochs and warmup_steps"):
+    with pytest.raises(ConfigError, match=r"only one of .* as in optimizer\.warmup_epochs=null"):
         recipe("optimizer.warmup_epochs=1", "optimizer.warmup_steps=1")
+    assert recipe("optimizer.warmup_epochs=1", "optimizer.warmup_epochs=null", "optimizer.warmup_steps=1")
 
 
 def test_overrides_win_over_the_file_and_over_earlier_ones(tmp_path: Path) -> None:

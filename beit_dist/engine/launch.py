@@ -25,6 +25,7 @@ from beit_dist.engine.distributed import (
     store_of_ranks,
 )
 from beit_dist.engine.failure import Failure
+from beit_dist.engine.output import go_on_unread
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, RunFolder
@@ -43,6 +44,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     """
     since = time.time()
     quieten()
+    go_on_unread()
     check_precision(resolved.precision)
     manifest = open_data(config, check_files=_checks(config.data, ranks))
     check_packages(config)

@@ -63,5 +63,6 @@ def schedule_of(config: TrainConfig, samples: int, first_batch: int) -> Schedule
             field,
             getattr(settings, field.rpartition(".")[2]),
             f"a warm-up shorter than the run's {total:g} steps (it takes {warmup:g})",
+            f"Lower {field}, or train for longer",
         )
     return Schedule(settings, warmup, total)

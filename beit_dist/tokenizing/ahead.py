@@ -19,14 +19,16 @@ class _Result(NamedTuple, Generic[Item]):
     error: BaseException | None = None
 
 
-def ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
+def ahead(
+    items: Iterable[Item], depth: int, stopped: threading.Event | None = None
+) -> Generator[Item, None, None]:
     """``items``, made in a thread of their own, up to ``depth`` of them before they are taken.
 
     What the thread raises is raised here, after all that came before it. When the caller stops early the thread
-    ends with the item it is at.
+    ends with the item it is at, or sooner if the maker of ``items`` looks at ``stopped``.
     """
     results: Queue[_Result[Item]] = Queue(depth)
-    stopped = threading.Event()
+    stopped = stopped or threading.Event()
 
     def put(result: _Result[Item]) -> bool:
         while not stopped.is_set():

@@ -11,6 +11,7 @@ publishes and commits the shard before.
 from __future__ import annotations
 
 import shutil
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -135,7 +136,8 @@ class Worker:
             decoders = stack.enter_context(Decoders(recipe, self._decoders, self._access, self._metrics))
             publisher = stack.enter_context(ThreadPoolExecutor(1))  # ends what is under way, also when we fail
             batches = ahead(self._batches(shards, decoders), _BATCHES_AHEAD)
-            encoded = stack.enter_context(closing(ahead(self._encode(batches), _ENCODED_AHEAD)))
+            stopped = threading.Event()
+            encoded = stack.enter_context(closing(ahead(self._encode(batches, stopped), _ENCODED_AHEAD, stopped)))
             publishing: deque[Future[None]] = deque()
             for shard in shards:
                 written = self._write(shard, encoded, progress)
@@ -162,7 +164,7 @@ class Worker:
                     batch = _Batch([], [], last=False)
             yield batch._replace(last=True)
 
-    def _encode(self, batches: Generator[_Batch, None, None]) -> Iterator[_Encoded]:
+    def _encode(self, batches: Generator[_Batch, None, None], stopped: threading.Event) -> Iterator[_Encoded]:
         side = self._job.token_size
         # Closed here and not by the garbage collector: in the thread of the store's client that would wait for a
         # stage which waits for that client.
@@ -171,6 +173,8 @@ class Worker:
                 tokens = []
                 with self._metrics.timed("encode"):
                     for view in range(self._job.views if batch.usable else 0):
+                        if stopped.is_set():  # on Ctrl-C: all views of a batch can take minutes
+                            return
                         padded = np.zeros((self._job.batch, side, side, 3), np.uint8)
                         for row, decoded in enumerate(batch.usable):
                             padded[row] = decoded.views[view].token_image

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from support.processes import left_of, living
 from support.stream_data import FIELDS, DataSet, advance, assert_equal, copied
 
 from beit_dist.data import stream
@@ -269,10 +270,9 @@ def test_no_worker_outlives_its_rank(data: DataSet, tmp_path: Path, ending: str,
             assert all(helper.status() != psutil.STATUS_ZOMBIE for helper in helpers)
             fork_server = workers[0].parent()
             rank.kill()
-            psutil.wait_procs([*workers, *([fork_server] if fork_server else [])], timeout=30)
-            assert not fork_server or not fork_server.is_running()
+            assert not left_of([*workers, *([fork_server] if fork_server else [])], seconds=60)
         assert rank.wait(60) == code
-        assert not any(worker.is_running() for worker in workers)
+        assert not living(workers)
     finally:
         rank.kill()
         for worker in workers:  # only if the promise is broken

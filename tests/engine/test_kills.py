@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.processes import left_of
 
 KILLS = int(os.environ.get("BEIT_KILLS", "5"))
 SEED = int(os.environ.get("BEIT_SEED", "0"))
@@ -153,7 +154,7 @@ class Family:
             signal_to(victim, signal.SIGKILL)
         if kill.target != "a rank":
             process.kill()
-        psutil.wait_procs(victims[kill.target], timeout=60)
+        left_of(victims[kill.target], seconds=60)
         cut_short = bool(self.start.unfinished)
         process.wait(timeout=LIMIT)  # of one killed rank: the launcher ends the other
         return cut_short
@@ -215,8 +216,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(new_run: Cal
         last.until_begun()
         wake()
         assert last.process.wait(timeout=LIMIT) == 0, last.said
-        _, alive = psutil.wait_procs([*processes, *_those_of(run)], timeout=LIMIT)
-        assert not alive, "ranks that were superseded, or workers that lost their rank, did not end"
+        left = left_of([*processes, *_those_of(run)], seconds=LIMIT)
+        assert not left, "ranks that were superseded, or workers that lost their rank, did not end"
     finally:
         for process in [*processes, *_those_of(run)]:
             signal_to(process, signal.SIGKILL)

@@ -67,7 +67,7 @@ def test_a_second_signal_ends_a_process_that_cannot_run_handlers() -> None:
         "import ctypes, threading\n"
         "StopRequest(grace=0.1).install().share(None)\n"
         "def send():\n"
-        "    for _ in range(2): time.sleep(0.3); os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    while True: time.sleep(0.3); os.kill(os.getpid(), signal.SIGUSR1)\n"
         "threading.Thread(target=send).start()\n"
         "mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
         "libc.pthread_mutex_lock(mutex); libc.pthread_mutex_lock(mutex)  # for ever, and in C\n"

@@ -178,7 +178,7 @@ def test_wrong_credentials_are_one_clear_error(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-at-all")
     run = new_run("unused", overrides=[*SETTINGS, f"run=s3://{object_store.new_bucket()}/run"])
-    code, output = run.finish(seconds=60)
+    code, output = run.finish()
     assert code == 2, output
     assert output.count("Check the credentials in the environment") == 1
     assert "not-the-secret-at-all" not in output

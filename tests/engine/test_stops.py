@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.processes import members
 
 from beit_dist.engine.preemption import StopRequest
 
@@ -69,18 +70,6 @@ def until(
         time.sleep(0.02)
 
 
-def members(group: int) -> list[psutil.Process]:
-    """The living processes of a process group."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            pass
-    return found
-
-
 def manifests(run: Any, step: int) -> list[Path]:
     return list(run.folder.glob(f"checkpoints/step-{step:08d}.*/manifest.json"))
 
@@ -129,6 +118,19 @@ def test_a_run_stopped_in_every_way_ends_as_if_nothing_had_happened(
     assert code == 0, output
     assert "nothing left to do" in output
     assert run.numbers() == whole.numbers()
+
+
+def test_ctrl_c_that_also_ends_what_reads_the_output_still_saves(new_run: Callable[..., Any]) -> None:
+    """As with ``| tee log``, which the same Ctrl-C ends at once."""
+    run = new_run("run", overrides=["loader.workers=0", "steps=4000", "checkpoint.every_steps=null"])
+    process = run.start()
+    until(lambda: len(run.lines()) >= 3, process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 0
+    stopped = json.loads((run.folder / "PREEMPTED").read_text())
+    assert len(manifests(run, stopped["step"])) == 1
+    assert not (run.folder / "FAILED").exists()
 
 
 def _interrupted_while_evaluating(run: Any) -> None:

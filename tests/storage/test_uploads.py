@@ -52,7 +52,7 @@ def test_parts_are_under_way_side_by_side_and_no_more_than_may_be(
                 sizes.append(len(settings["Body"]))
                 first = len(sizes) <= uploads._AT_ONCE
             if first:
-                together.wait(10)  # breaks unless so many are under way at once
+                together.wait(60)  # breaks unless so many are under way at once
 
     intercepted(place, monkeypatch, before)
     with place.writing("large") as file:

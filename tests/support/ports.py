@@ -9,17 +9,27 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+from pathlib import Path
 
-_RANGE = range(10000, 32000)  # Linux gives outgoing connections 32768 and up (ip_local_port_range)
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")  # by default 32768 and up; some hosts begin lower
+
+
+def _range() -> range:
+    try:
+        first = int(_OUTGOING.read_text().split()[0])
+    except (OSError, ValueError):
+        first = 32768
+    return range(10000, first if first >= 12000 else 32000)
 
 
 def free_ports(count: int) -> list[int]:
     """So many ports that nothing listens on."""
     found: list[int] = []
-    for port in random.SystemRandom().sample(_RANGE, 1000):
+    ports = _range()
+    for port in random.SystemRandom().sample(ports, 1000):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             found.append(port)
         if len(found) == count:
             return found
-    raise OSError(f"no free ports between {_RANGE.start} and {_RANGE.stop}")
+    raise OSError(f"no free ports between {ports.start} and {ports.stop}")

@@ -363,11 +363,11 @@ def test_threads_that_open_a_tar_at_once_do_not_close_it_for_one_another(
     together = threading.Barrier(2)
 
     def slow_open(*arguments: Any) -> int:
-        together.wait(5)  # both have missed the cache
+        together.wait(60)  # both have missed the cache
         return opened(*arguments)
 
     def slow_read(*arguments: Any) -> bytes:
-        together.wait(5)  # whatever is to be closed is closed
+        together.wait(60)  # whatever is to be closed is closed
         return read(*arguments)
 
     image_bytes._descriptor.cache_clear()

@@ -43,7 +43,8 @@ if fault == "dies":
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 saved = run / "checkpoints" / "step-1.a1" / "manifest.json"
-position = int(saved.read_text()) if saved.exists() else 0
+fresh = not saved.exists()
+position = 0 if fresh else int(saved.read_text())
 for marker in ("PREEMPTED", "DONE"):
     (run / marker).unlink(missing_ok=True)
 with open(run / "metrics.jsonl", "a") as metrics:
@@ -52,6 +53,8 @@ with open(run / "metrics.jsonl", "a") as metrics:
         if not (fault == "loses a step" and position == steps):
             print(json.dumps({"step": position}), file=metrics, flush=True)
         time.sleep(0.02)
+        while position == 30 and fresh and not stop:  # until it is told to stop, however late
+            time.sleep(0.02)
 saved.parent.mkdir(exist_ok=True)
 saved.write_text(str(position))
 (run / ("DONE" if position == steps else "PREEMPTED")).write_text("{}")

@@ -21,6 +21,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image
+from support.processes import left_of, members
 
 from beit_dist.config import DVAEConfig
 from beit_dist.data.shards import load_manifest
@@ -246,20 +247,9 @@ def test_a_worker_killed_by_sigkill_is_run_again_and_leaves_no_process(command: 
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert first.exists()
-    group = process.pid
-    while time.monotonic() < deadline and _alive(group):
-        time.sleep(0.05)
-    assert not _alive(group), "the decoding processes outlived their parent"
+    assert not left_of(members(process.pid), seconds=120), "the decoding processes outlived their parent"
     assert subprocess.run([*tool, *options], check=False, capture_output=True).returncode == 0
     assert files(command.root / "out") == files(command.root / "whole")
-
-
-def _alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
 
 
 def test_a_folder_that_cannot_be_written_is_a_user_error(command: Command) -> None:

@@ -22,6 +22,7 @@ from beit_dist.engine.distributed import (
     store_of_ranks,
 )
 from beit_dist.engine.launch import failures_marked, quieten
+from beit_dist.engine.output import go_on_unread
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.resume import compare_recipes
@@ -68,6 +69,7 @@ def launch(job: Job, ranks: Ranks) -> int:
     """
     since = time.time()
     quieten()
+    go_on_unread()
     recipe = job.recipe
     check_precision(job.resolved.precision)
     check_packages(recipe)
