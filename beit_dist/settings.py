@@ -53,7 +53,8 @@ def validate(schema: type[Recipe], tree: Mapping[str, Any]) -> Recipe:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        faults = [_explain(schema, fault) for fault in error.errors(include_url=False)]
+        listed: set[str] = set()
+        faults = [_explain(schema, fault, listed) for fault in error.errors(include_url=False)]
         if len(faults) == 1:
             raise faults[0] from None
         raise UserError("\n       ".join(str(fault) for fault in faults)) from None
@@ -116,15 +117,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explain(schema: type[Section], fault: Mapping[str, Any]) -> ConfigError:
-    """One fault of pydantic's in our words."""
+def _explain(schema: type[Section], fault: Mapping[str, Any], listed: set[str]) -> ConfigError:
+    """One fault of pydantic's in our words; what a section knows is said once, and noted in ``listed``."""
     path = [part for part in fault["loc"] if isinstance(part, str)]
     field = ".".join(path)
     if fault["type"] == "extra_forbidden":
         known = sorted(_section(schema, path[:-1]).model_fields)
         close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
         way_out = f"Did you mean {'.'.join([*path[:-1], close[0]])}?" if close else ""
-        return ConfigError(field, fault["input"], f"one of the known settings: {', '.join(known)}", way_out)
+        section, expected = ".".join(path[:-1]), "one of the known settings"
+        if section not in listed:
+            listed.add(section)
+            expected += f": {', '.join(known)}"
+        return ConfigError(field, fault["input"], expected, way_out)
     if fault["type"] == "missing":
         return ConfigError(
             field, None, "a value", f"Set it in the recipe or give {field}=... on the command line."

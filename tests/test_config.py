@@ -54,6 +54,15 @@ def test_all_faults_are_told_at_once() -> None:
     assert "epochs" in str(caught.value)
 
 
+def test_what_there_is_to_set_is_listed_once() -> None:
+    """As when a DeepSpeed file is given for the recipe."""
+    with pytest.raises(UserError) as caught:
+        recipe("zero_optimization={}", "bf16={}", "model.width_=1", "model.depth_=1")
+    assert str(caught.value).count("global_batch, ") == 1
+    assert str(caught.value).count("depth, ") == 1
+    assert str(caught.value).count("expected one of the known settings") == 4
+
+
 def test_only_one_form_of_warm_up_is_accepted() -> None:
     with pytest.raises(ConfigError, match=r"only one of .* as in optimizer\.warmup_epochs=null"):
         recipe("optimizer.warmup_epochs=1", "optimizer.warmup_steps=1")

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import beit_dist
+from beit_dist.data.manifest import MANIFEST_NAME
 from beit_dist.durable import writing
 from beit_dist.errors import ConfigError, UserError
 from beit_dist.settings import Section
@@ -80,13 +81,14 @@ class RunFolder:
         """Look whether this rank can write into the folder, or reach its store; nothing is left in it.
 
         Raises:
-            ConfigError: it cannot write.
+            ConfigError: it cannot write, or the folder is a data set's.
             StorageError: the store refuses, or does not answer.
         """
-        if not self.place.is_local:
-            self.place.list()
-        folders = [self.ranks]
-        if self.place.is_local:
+        local, folders = self.place.is_local, [self.ranks]
+        # of a store the list is asked for in any case: it shows whether it can be reached
+        if os.path.isfile(self.path / MANIFEST_NAME) if local else MANIFEST_NAME in self.place.list():
+            raise ConfigError("run", str(self.place), "a folder of the run's own, but this one holds a data set")
+        if local:
             folders += [self.path, self.checkpoints.path, self.checkpoints.path / "attempts"]
         try:
             self.ranks.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from beit_dist.engine.run_folder import FAILED, MARKERS
-from beit_dist.errors import UserError
+from beit_dist.errors import ConfigError, UserError
+from beit_dist.storage.opening import open_place
 from beit_dist.train import main
 
 pytestmark = pytest.mark.slow
@@ -149,6 +151,16 @@ def test_what_a_user_can_get_wrong_is_named_before_anything_starts(
     assert said in str(caught.value)
     assert caught.value.exit_code == 2
     assert not run.folder.exists()
+
+
+def test_the_folder_of_a_data_set_is_no_run_folder(new_run: Callable[..., Any], small_data: Path) -> None:
+    run = new_run("run")
+    before = sorted(small_data.rglob("*"))
+    for place in (str(small_data), f"memory://{uuid.uuid4()}/shards"):
+        open_place(place).write("manifest.json", (small_data / "manifest.json").read_bytes())
+        with pytest.raises(ConfigError, match=r"run: .* expected a folder of the run's own"):
+            main([*run.command()[2:], f"run={place}"])
+    assert sorted(small_data.rglob("*")) == before
 
 
 def test_a_user_sees_one_line_and_no_traceback(new_run: Callable[..., Any]) -> None:
