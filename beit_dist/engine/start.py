@@ -50,10 +50,12 @@ def open_run(
     if agreement.ranks.rank == 0:
         run.create()
         try:
-            for saved in committed(run.checkpoints)[:1]:
-                compare_recipes(recipe, saved.manifest, loud=False, frozen=frozen)
+            readable = (saved.manifest for saved in committed(run.checkpoints) if saved.manifest)
+            if newest := next(readable, None):
+                compare_recipes(recipe, newest, loud=False, frozen=frozen)
         except CheckpointError as error:
             said = str(error)
+            run.remove_markers()
     if said := agreement.from_rank_0(said):  # the folder is there before anyone uses it
         raise CheckpointError(said)
     store = CheckpointStore(run.checkpoints, recipe.checkpoint, agreement)
