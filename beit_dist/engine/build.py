@@ -16,12 +16,11 @@ from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import AVERAGE, Saved, checkpoint_bytes
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
-from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.initialisation import initialise_from
 from beit_dist.engine.optimizer import build_optimizer
-from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.preflight import preflight
+from beit_dist.engine.process import Process
 from beit_dist.engine.profiling import Profiler
 from beit_dist.engine.record import Recorder
 from beit_dist.engine.resolve import Resolved
@@ -33,24 +32,14 @@ from beit_dist.engine.sinks import open_sinks
 from beit_dist.engine.start import initialize_engine, introduce, open_metrics, open_run, take_over
 from beit_dist.engine.step_log import LogSettings
 from beit_dist.engine.stragglers import Stragglers
-from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.trainer import Parts, Progress
 from beit_dist.engine.validation import Validation
-from beit_dist.engine.watchdog import Watchdog
 from beit_dist.models.flops import flops_per_image
 from beit_dist.models.mim import MaskedImageModel
 
 
 def build(
-    config: TrainConfig,
-    resolved: Resolved,
-    manifest: Manifest,
-    ranks: Ranks,
-    device: torch.device,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    timeouts: Timeouts,
-    held_out: Manifest | None = None,
+    config: TrainConfig, resolved: Resolved, manifest: Manifest, held_out: Manifest | None, process: Process
 ) -> Parts:
     """Build what a trainer needs and restore the newest whole checkpoint. Collective.
 
@@ -61,27 +50,21 @@ def build(
         CheckpointError: the run in the folder has another model, data set, seed or masking.
         SpaceError: the disk has no room for the checkpoints that are kept.
     """
-    agreement = Agreement(ranks, timeouts.start)
-    run, store = open_run(config, agreement)
+    run, store = open_run(config, process.agreement)
     with store.unless_superseded():
-        return _build(
-            config, resolved, manifest, device, stop, watchdog, timeouts, held_out, agreement, run, store
-        )
+        return _build(config, resolved, manifest, held_out, process, run, store)
 
 
 def _build(
     config: TrainConfig,
     resolved: Resolved,
     manifest: Manifest,
-    device: torch.device,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    timeouts: Timeouts,
     held_out: Manifest | None,
-    agreement: Agreement,
+    process: Process,
     run: RunFolder,
     store: CheckpointStore,
 ) -> Parts:
+    agreement, device = process.agreement, process.device
     ranks = agreement.ranks
     saved = store.newest_whole()
     if saved is not None:
@@ -121,7 +104,7 @@ def _build(
         )
         metrics.add("beit_train_masked_patches", progress.counters["masked"])
         metrics.add("beit_data_bad_samples", progress.counters["bad"])
-    watchdog.metrics = metrics
+    process.watchdog.metrics = metrics
     port = metrics.serve(config.logging) if metrics else None
     facts = {
         "stage": resolved.stage,
@@ -185,7 +168,7 @@ def _build(
         ),
         agreement=agreement,
         store=store,
-        saving=Saving(store, state, config.checkpoint, agreement, timeouts, watchdog, metrics),
+        saving=Saving(store, state, config.checkpoint, agreement, process.timeouts, process.watchdog, metrics),
         average=average,
         validation=None
         if held_out is None
@@ -194,11 +177,11 @@ def _build(
         guard=guard,
         stragglers=Stragglers(agreement, hosts, device, metrics),
         profiler=Profiler(config.profile, run.path / "ranks", ranks.rank),
-        watchdog=watchdog,
-        timeouts=timeouts,
+        watchdog=process.watchdog,
+        timeouts=process.timeouts,
         metrics=metrics,
         run=run,
-        stop=stop,
+        stop=process.stop,
         progress=progress,
         facts=facts,
     )

@@ -20,19 +20,16 @@ from beit_dist.engine.dataset import open_data, open_validation
 from beit_dist.engine.distributed import (
     Ranks,
     check_precision,
-    close_process_groups,
-    init_process_groups,
-    store_of_ranks,
 )
 from beit_dist.engine.failure import Failure
 from beit_dist.engine.output import go_on_unread
 from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.process import Process, join
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, RunFolder
 from beit_dist.engine.sinks import check_packages
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.trainer import Trainer
-from beit_dist.engine.watchdog import Watchdog, record_collectives
 from beit_dist.storage.place import is_url
 
 
@@ -49,12 +46,15 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     manifest = open_data(config, check_files=_checks(config.data, ranks))
     check_packages(config)
     held_out = open_validation(config, manifest, check_files=_checks(config.validation.data, ranks))
-    RunFolder(config.run, config.storage.access).check_writable()
+    run = RunFolder(config.run, config.storage.access)
+    run.check_writable()
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
     stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()
     timeouts = Timeouts(config.timeouts, config.checkpoint.timeout_seconds)
-    with failures_marked(RunFolder(config.run, config.storage.access), ranks, timeouts, since):
-        _train(config, resolved, ranks, (manifest, held_out), stop, timeouts)
+    with failures_marked(run, ranks, timeouts, since):
+        process = join(config, run, ranks, stop, timeouts)
+        _train(config, resolved, run, process, manifest, held_out)
+        process.leave()
     return 0
 
 
@@ -77,33 +77,25 @@ def failures_marked(run: RunFolder, ranks: Ranks, timeouts: Timeouts, since: flo
 def _train(
     config: TrainConfig,
     resolved: Resolved,
-    ranks: Ranks,
-    data: tuple[Manifest, Manifest | None],
-    stop: StopRequest,
-    timeouts: Timeouts,
+    run: RunFolder,
+    process: Process,
+    manifest: Manifest,
+    held_out: Manifest | None,
 ) -> None:
-    run = RunFolder(config.run, config.storage.access)
-    record_collectives(run.ranks)
-    watchdog = Watchdog(config.watchdog, run.ranks, ranks.rank).start()
-    device = init_process_groups(ranks, timeouts.start)
-    stop.share(store_of_ranks())
-    manifest, held_out = data
-    parts = build(config, resolved, manifest, ranks, device, stop, watchdog, timeouts, held_out)
+    parts = build(config, resolved, manifest, held_out, process)
     first_step = parts.progress.step
     trainer = Trainer(parts)
     with parts.store.unless_superseded():
         marker = trainer.run()
-        if ranks.rank == 0:
+        if process.ranks.rank == 0:
             parts.store.refuse_if_superseded()
-    if ranks.rank == 0:
+    if process.ranks.rank == 0:
         step, total = parts.progress.step, parts.total_steps
         run.mark(marker, attempt=parts.store.attempt, step=step, reason=trainer.reason)
         nothing_left = marker == DONE and first_step >= total
         ended = "nothing left to do" if nothing_left else "done" if marker == DONE else "stopped on request"
         print(f"\n{ended}: step {step} of {total}, run folder {config.run}", flush=True)
     parts.close()  # not after a failure: the others shall not wait for this rank's loader to end
-    close_process_groups()
-    stop.close(last=True)
 
 
 def _checks(where: str | None, ranks: Ranks) -> bool:

@@ -77,7 +77,7 @@ class Parts:
     """What every manifest says besides the position: recipe, plan, versions."""
 
     def close(self) -> None:
-        """Release what the run holds; in the order in which they depend on each other."""
+        """Release what the run holds, each part before those it depends on, but not the process's own."""
         self.batches.close()
         if self.validation is not None:
             self.validation.close()
@@ -87,7 +87,6 @@ class Parts:
         self.stragglers.close()
         if self.metrics is not None:
             self.metrics.close()
-        self.watchdog.close()
 
 
 class Trainer:

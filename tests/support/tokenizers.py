@@ -15,6 +15,7 @@ from beit_dist.data.crops import find_images
 from beit_dist.engine.checkpoint.layout import committed
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.process import Process
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.tokenizer.build import resolve
 from beit_dist.engine.tokenizer.launch import Job, train
@@ -84,7 +85,7 @@ class Training:
         agreement = Agreement(Ranks(), timeouts.start)
         files = find_images(str(self.images))
         try:
-            return train(job, files, agreement, self.device, stop or StopRequest(), watchdog, timeouts)
+            return train(job, files, Process(agreement, self.device, stop or StopRequest(), watchdog, timeouts))
         finally:
             watchdog.close()
 

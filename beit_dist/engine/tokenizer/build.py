@@ -24,6 +24,7 @@ from beit_dist.engine.metrics import TOKENIZER_METRICS, Metrics
 from beit_dist.engine.optimizer import build_optimizer
 from beit_dist.engine.preemption import MAX_MINUTES, StopRequest
 from beit_dist.engine.preflight import Needs, memory_faults, raise_faults, trial
+from beit_dist.engine.process import Process
 from beit_dist.engine.resolve import Resolved, combine
 from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
@@ -38,12 +39,10 @@ from beit_dist.engine.start import (
     take_over,
 )
 from beit_dist.engine.step_log import LogSettings
-from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.tokenizer.codebook import Codebook
 from beit_dist.engine.tokenizer.draws import weights_seed
 from beit_dist.engine.tokenizer.record import TokenizerRecorder
 from beit_dist.engine.tokenizer.training import Parts, Progress, views
-from beit_dist.engine.watchdog import Watchdog
 from beit_dist.errors import CheckpointError, ConfigError, DataError
 from beit_dist.tokenizer_config import TokenizerRecipe
 from beit_dist.visual_tokens.dvae import DVAE
@@ -120,15 +119,7 @@ class NotBegun:
 
 
 def build(
-    recipe: TokenizerRecipe,
-    resolved: Resolved,
-    built_in: bool,
-    files: list[ImageFile],
-    agreement: Agreement,
-    device: torch.device,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    timeouts: Timeouts,
+    recipe: TokenizerRecipe, resolved: Resolved, built_in: bool, files: list[ImageFile], process: Process
 ) -> Parts | NotBegun:
     """Build what a trainer needs and restore the newest whole checkpoint. Collective.
 
@@ -137,9 +128,9 @@ def build(
         PreflightError: a rank's host has too little memory, or the ranks' collectives are wrong.
         CheckpointError: the run in the folder is another one.
     """
-    run, store = open_run(recipe, agreement, FROZEN)
+    run, store = open_run(recipe, process.agreement, FROZEN)
     with store.unless_superseded():
-        return _build(recipe, resolved, built_in, files, agreement, device, stop, watchdog, timeouts, run, store)
+        return _build(recipe, resolved, built_in, files, process, run, store)
 
 
 def _build(
@@ -147,14 +138,11 @@ def _build(
     resolved: Resolved,
     built_in: bool,
     files: list[ImageFile],
-    agreement: Agreement,
-    device: torch.device,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    timeouts: Timeouts,
+    process: Process,
     run: RunFolder,
     store: CheckpointStore,
 ) -> Parts | NotBegun:
+    agreement, device, stop = process.agreement, process.device, process.stop
     ranks = agreement.ranks
     saved = store.newest_whole()
     if saved is not None:
@@ -188,7 +176,7 @@ def _build(
     take_over(recipe, run, store, agreement, state, saved, size, device)
 
     metrics = _metrics(recipe, resolved, progress, store) if ranks.rank == 0 else None
-    watchdog.metrics = metrics
+    process.watchdog.metrics = metrics
     port = metrics.serve(recipe.logging) if metrics else None
     arithmetic = choose_arithmetic(recipe, resolved, built_in, device)
     facts = {
@@ -252,9 +240,9 @@ def _build(
         shapes=shapes,
         codebook=codebook,
         recorder=recorder,
-        saving=Saving(store, state, recipe.checkpoint, agreement, timeouts, watchdog, metrics),
-        watchdog=watchdog,
-        timeouts=timeouts,
+        saving=Saving(store, state, recipe.checkpoint, agreement, process.timeouts, process.watchdog, metrics),
+        watchdog=process.watchdog,
+        timeouts=process.timeouts,
         metrics=metrics,
         run=run,
         stop=stop,

@@ -9,21 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from beit_dist.data.crops import ImageFile, find_images
 from beit_dist.durable import write_whole
 from beit_dist.engine.distributed import (
-    Agreement,
     Ranks,
     check_precision,
-    close_process_groups,
-    init_process_groups,
-    store_of_ranks,
 )
 from beit_dist.engine.launch import failures_marked, quieten
 from beit_dist.engine.output import go_on_unread
 from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.process import Process, join
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
@@ -32,7 +27,6 @@ from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.tokenizer.build import FROZEN, NotBegun, build
 from beit_dist.engine.tokenizer.quality import Quality, picture
 from beit_dist.engine.tokenizer.training import TokenizerTrainer
-from beit_dist.engine.watchdog import Watchdog, record_collectives
 from beit_dist.errors import TokenizerError, UserError
 from beit_dist.tokenizer_config import TokenizerRecipe
 from beit_dist.visual_tokens.weights import check_writable, save_tokenizer, tokenizer_digest, tokenizer_extra
@@ -82,36 +76,22 @@ def launch(job: Job, ranks: Ranks) -> int:
     stop = StopRequest(max_minutes=recipe.max_minutes if ranks.rank == 0 else None).install()
     timeouts = Timeouts(recipe.timeouts, recipe.checkpoint.timeout_seconds)
     with failures_marked(run, ranks, timeouts, since):
-        record_collectives(run.ranks)
-        watchdog = Watchdog(recipe.watchdog, run.ranks, ranks.rank).start()
-        device = init_process_groups(ranks, timeouts.start)
-        stop.share(store_of_ranks())
-        agreement = Agreement(ranks, timeouts.start)
-        train(job, files, agreement, device, stop, watchdog, timeouts)
-        watchdog.close()
-        close_process_groups()
-        stop.close(last=True)
+        process = join(recipe, run, ranks, stop, timeouts)
+        train(job, files, process)
+        process.leave()
     return 0
 
 
-def train(
-    job: Job,
-    files: list[ImageFile],
-    agreement: Agreement,
-    device: torch.device,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    timeouts: Timeouts,
-) -> str:
+def train(job: Job, files: list[ImageFile], process: Process) -> str:
     """Train from where the run is, and write the tokenizer if it is done; the marker that was left. Collective."""
-    recipe, ranks = job.recipe, agreement.ranks
+    recipe, ranks = job.recipe, process.ranks
     run = RunFolder(str(recipe.run), recipe.storage.access)
-    written = agreement.from_rank_0(finished(job, run) if ranks.rank == 0 else None)
+    written = process.agreement.from_rank_0(finished(job, run) if ranks.rank == 0 else None)
     if written is not None:
         if ranks.rank == 0:
             print(f"already done: {job.out} (digest {written[:16]}), run folder {recipe.run}", flush=True)
         return DONE
-    parts = build(recipe, job.resolved, job.built_in, files, agreement, device, stop, watchdog, timeouts)
+    parts = build(recipe, job.resolved, job.built_in, files, process)
     if isinstance(parts, NotBegun):
         if ranks.rank == 0:
             run.mark(PREEMPTED, **asdict(parts))

@@ -87,7 +87,7 @@ class Parts:
         return range(rank * size, (rank + 1) * size)
 
     def close(self) -> None:
-        """Release what the run holds, but for what the caller made: the watchdog and the stop request."""
+        """Release what the run holds, but not the process's own."""
         self.batches.close()
         self.recorder.close()
         if self.metrics is not None:
