@@ -186,6 +186,9 @@ def test_the_next_start_fetches_nothing_and_a_damaged_block_is_fetched_anew(
         counts.take()
         for step, rows in enumerate(stored.take(steps, cache_dir=str(tmp_path))):
             assert_equal(rows, stored.stored(2 * step, 8))
+        for thread in threading.enumerate():
+            if thread.name.startswith("fetch-"):  # what it still looks up would count for the next start
+                thread.join(60)
         return counts.take()
 
     first, second = take(8), take()  # the second looks less far ahead than the first has read
@@ -196,11 +199,12 @@ def test_the_next_start_fetches_nothing_and_a_damaged_block_is_fetched_anew(
         with open(path, "r+b") as file:
             file.seek(2000)  # among the patches of the first sample
             file.write(b"\xff\x00\xff\x00")
-    third, fourth = take(), take()
+    third, fourth, fifth = take(), take(), take()
     assert third["beit_data_samples_read_again"]["whole"] > 0
     assert third["beit_data_cache_lookups"]["damaged"] > 0
     assert "beit_data_samples_read_again" not in fourth
-    assert set(fourth["beit_data_cache_lookups"]) == {"hit", "miss"}
+    assert fourth["beit_data_cache_lookups"]["miss"] > 0  # besides hits, if the threads get so far ahead
+    assert set(fifth["beit_data_cache_lookups"]) == {"hit"}
 
 
 def test_single_samples_are_not_kept(stored: DataSet, tmp_path: Path) -> None:
