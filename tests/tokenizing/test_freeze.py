@@ -37,7 +37,7 @@ def touch(path: Path, content: bytes = b"x") -> None:
     path.write_bytes(content)
 
 
-def test_a_folder_is_searched_through_and_only_images_are_taken(tmp_path: Path) -> None:
+def test_folders_and_tars_are_searched_through_and_only_images_are_taken(tmp_path: Path, pack_tar: Pack) -> None:
     for name in ("b.JPG", "a/c.jpeg", "a/d/e.Png", "z.webp"):
         touch(tmp_path / "in" / name)
     for name in (
@@ -50,9 +50,12 @@ def test_a_folder_is_searched_through_and_only_images_are_taken(tmp_path: Path) 
         "labels.csv",
     ):
         touch(tmp_path / "in" / name)
-    header = freeze([str(tmp_path / "in")], LocalPlace(tmp_path / "out"), 0)
-    assert header.entries == 4
-    assert sorted(names(tmp_path / "out")) == ["a/c.jpeg", "a/d/e.Png", "b.JPG", "z.webp"]
+    pack_tar(tmp_path / "in", tmp_path / "in.tar")
+    for number, source in enumerate(("in", "in.tar")):
+        out = tmp_path / f"out{number}"
+        header = freeze([str(tmp_path / source)], LocalPlace(out), 0)
+        assert header.entries == 4
+        assert sorted(names(out)) == ["a/c.jpeg", "a/d/e.Png", "b.JPG", "z.webp"]
 
 
 def test_the_order_is_a_permutation_by_the_seed_and_the_same_every_time(tmp_path: Path) -> None:
