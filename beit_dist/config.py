@@ -2,7 +2,7 @@
 
 A recipe is refused at start when a key is unknown, a type is wrong or settings contradict each other; the
 message names the field, what it got, what it expected and the way out. What the DeepSpeed JSON sets (ZeRO
-stage, precision, accumulation type) is not repeated here: see ``beit_dist/engine/resolve.py``.
+stage, accumulation type) is not repeated here: see ``beit_dist/engine/resolve.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from beit_dist.storage.access import Access
 from beit_dist.storage.place import check_place, is_url
 
 Unit = tuple[float, float, float]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 HALF: Unit = (0.5, 0.5, 0.5)
 """Mean and deviation of the released 22k models (unilm ``IMAGENET_INCEPTION_MEAN``)."""
@@ -351,6 +352,9 @@ class TrainConfig(Section):
     tokenizer: str | None = None
     """The tokenizer's file, if its digest shall be compared with the one the shards were made with."""
     seed: int = Field(0, ge=0, lt=2**63)
+    precision: Precision = "auto"
+    """What the model computes in; master weights and moments are fp32 either way. ``auto`` is what the JSON of
+    ``--ds_config`` says or, where that says ``"auto"``, what the slowest rank's device is fast in."""
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
     global_batch: int = Field(2048, ge=1)

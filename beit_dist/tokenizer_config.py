@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from beit_dist.config import (
     CheckpointConfig,
     DVAEConfig,
     LoggingConfig,
+    Precision,
     StorageConfig,
     TimeoutsConfig,
     WatchdogConfig,
@@ -76,9 +75,10 @@ class TokenizerRecipe(Section):
     usage_weight: float = Field(0.0, ge=0)
     """Weight, in the same units, of the KL of the batch's average token distribution alone: keeps the codebook
     in use in short trainings on little data. 0 in the paper."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the convolutions. ``auto`` is what ``--ds_config`` says; without one, weights are fp32, and it is bf16 on
-    a GPU and on a CPU with AMX, fp32 on any other CPU."""
+    precision: Precision = "auto"
+    """Of the convolutions. ``auto`` is what ``--ds_config`` says or, where that says ``"auto"`` or there is none,
+    what the slowest rank's device is fast in. Without ``--ds_config`` weights are fp32; fp16 needs one, for its
+    scaler."""
     held_out: int = Field(64, ge=1)
     """Images kept aside to measure reconstruction and codebook use."""
     measure_every_steps: int | None = Field(None, ge=1)

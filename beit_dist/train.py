@@ -68,8 +68,11 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     if args.dry_run:
         from beit_dist.engine.dataset import open_data, open_validation
         from beit_dist.engine.dry_run import describe
+        from beit_dist.engine.precision import settle_alone
+        from beit_dist.engine.resume import saved_precision
 
         if ranks.rank == 0:
+            resolved = settle_alone(resolved, saved_precision(config))
             manifest = open_data(config, check_files=True) if config.data else None
             if manifest is not None:
                 open_validation(config, manifest, check_files=True)

@@ -19,6 +19,7 @@ from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.initialisation import initialise_from
 from beit_dist.engine.optimizer import build_optimizer
+from beit_dist.engine.precision import settle
 from beit_dist.engine.preflight import preflight
 from beit_dist.engine.process import Process
 from beit_dist.engine.profiling import Profiler
@@ -69,6 +70,7 @@ def _build(
     saved = store.newest_whole()
     if saved is not None:
         compare_recipes(config, saved.manifest, loud=ranks.rank == 0)
+    resolved = settle(resolved, saved.manifest["precision"] if saved else None, agreement, device)
     plan = build_plan(config, manifest, saved.manifest["plan"] if saved else None)
     trial = preflight(config, resolved, manifest, plan, agreement, device) if config.preflight else None
     masks = mask_generator(config)
@@ -119,7 +121,8 @@ def _build(
         "versions": versions(),
     }
     told = {name: facts[name] for name in ("init_from", "stage", "precision", "dataset", "versions")}
-    hosts = introduce(run, store, agreement, saved, port, {**told, "preflight": trial})
+    told |= {"precision_why": resolved.why, "preflight": trial}
+    hosts = introduce(run, store, agreement, saved, port, told)
     recorder = Recorder(
         run,
         metrics,

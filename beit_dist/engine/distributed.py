@@ -95,23 +95,6 @@ def check_devices(ranks: Ranks, count: int, kind: str) -> None:
         )
 
 
-def check_precision(precision: str) -> None:
-    """Refuse a precision that the device cannot compute in.
-
-    Raises:
-        ConfigError: it cannot; DeepSpeed would say so only after the ranks have joined.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if precision == "fp16" and not accelerator.is_fp16_supported():
-        name = accelerator.device_name()
-        raise ConfigError("--ds_config fp16.enabled", True, f"a precision that this {name} supports", "Use bf16.")
-    if precision == "bf16" and not accelerator.is_bf16_supported():
-        name = accelerator.device_name()
-        raise ConfigError("--ds_config bf16.enabled", True, f"a precision that this {name} supports", "Use fp16.")
-
-
 class Agreement:
     """Small sums and exchanges over all ranks on the CPU, beside whatever the device does.
 

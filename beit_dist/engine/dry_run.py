@@ -88,7 +88,8 @@ def _batch_rows(config: TrainConfig, resolved: Resolved) -> Iterator[tuple[str, 
     yield "lanes", f"{config.lanes}, each {per_lane} samples of a batch{whole}"
     yield (
         "precision",
-        f"{resolved.precision}, gradients summed in {resolved.accumulation_type}, ZeRO stage {resolved.stage}",
+        f"{resolved.precision} ({resolved.why}), gradients summed in {resolved.accumulation_type}, "
+        f"ZeRO stage {resolved.stage}",
     )
 
 

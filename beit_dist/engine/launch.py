@@ -17,12 +17,10 @@ from beit_dist.data.shards import Manifest
 from beit_dist.engine.build import build
 from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.dataset import open_data, open_validation
-from beit_dist.engine.distributed import (
-    Ranks,
-    check_precision,
-)
+from beit_dist.engine.distributed import Ranks
 from beit_dist.engine.failure import Failure
 from beit_dist.engine.output import go_on_unread
+from beit_dist.engine.precision import check_precision
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.process import Process, join
 from beit_dist.engine.resolve import Resolved

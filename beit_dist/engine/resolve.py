@@ -1,7 +1,7 @@
 """The recipe and the DeepSpeed JSON together: batch arithmetic, ``"auto"`` filled in, conflicts refused.
 
-The JSON is the one truth for the ZeRO stage, the precision and the accumulation type; the recipe for the rest.
-Where both speak, they must agree.
+The JSON is the one truth for the ZeRO stage and the accumulation type; the recipe for the rest. Where both speak,
+as they may of the precision, they must agree.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ _KNOWN = {
     "zero_allow_untested_optimizer",
 }
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "comms_logger", "flops_profiler")
+_SCALER: dict[str, Any] = {
+    "loss_scale": 0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+"""DeepSpeed's own defaults of the dynamic loss scale (runtime/precision_config.py), spelt out for run folders."""
 _RECIPES_OWN = {"optimizer": "optimizer", "scheduler": "optimizer", "checkpoint": "checkpoint"}
 
 
@@ -51,14 +59,29 @@ class Resolved:
     accumulation: int
     stage: int
     precision: str
-    """``bf16``, ``fp16`` or ``fp32``."""
+    """``bf16``, ``fp16`` or ``fp32``; ``auto`` until it is :meth:`settled`."""
     accumulation_type: str
     deepspeed: dict[str, Any]
+    """With ``"auto"`` for what is not settled."""
+    why: str = ""
+    """Where the precision comes from."""
+    excluded: tuple[str, ...] = ()
+    """What ``auto`` may not stand for."""
 
     @property
     def rank_batch(self) -> int:
         """Samples of a rank in one optimizer step."""
         return self.micro_batch * self.accumulation
+
+    def settled(self, precision: str, why: str) -> Resolved:
+        """The same in a precision that ``auto`` stands for, as DeepSpeed must be told of it."""
+        accumulation = precision if self.accumulation_type == AUTO else self.accumulation_type
+        filled = dict(self.deepspeed)
+        for name, built_in in (("bf16", {}), ("fp16", _SCALER)):
+            if name in filled or name == precision:
+                own = built_in if name == precision else {}
+                filled[name] = {**own, **filled.get(name, {}), "enabled": name == precision}
+        return replace(self, precision=precision, accumulation_type=accumulation, deepspeed=filled, why=why)
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
@@ -86,6 +109,7 @@ def resolve(config: TrainConfig, ds_config: Mapping[str, Any], ranks: int) -> Re
         batch=config.global_batch,
         micro_batch=config.micro_batch,
         clip_grad=config.optimizer.clip_grad,
+        precision=config.precision,
     )
     if config.compile and resolved.stage == 3:
         raise ConfigError(
@@ -104,9 +128,10 @@ def combine(
     batch: int,
     micro_batch: int,
     clip_grad: float,
+    precision: str,
     field: str = "global_batch",
 ) -> Resolved:
-    """What any recipe says of batch and clipping, and the JSON, for ``ranks`` ranks.
+    """What any recipe says of batch, clipping and precision, and the JSON, for ``ranks`` ranks.
 
     Args:
         field: the recipe's name of ``batch``.
@@ -115,18 +140,20 @@ def combine(
         ConfigError: as :func:`resolve`.
     """
     _check_keys(ds_config)
-    stage, precision, accumulation_type = _numerics(ds_config)
+    stage, accumulation_type = _numerics(ds_config)
+    precision, why = _precision(ds_config, precision, stage, accumulation_type)
+    excluded = ("fp16",) if ds_config.get("fp16", {}).get("enabled") is False else ()
     _check_sections(ds_config)
     micro, accumulation = batch_arithmetic(batch, micro_batch, ranks, field)
-    guarded = stage == 0 and precision == "fp32"
     filled = dict(ds_config)
     filled["train_batch_size"] = _agree(ds_config, "train_batch_size", batch)
     filled["train_micro_batch_size_per_gpu"] = _agree(ds_config, "train_micro_batch_size_per_gpu", micro)
     filled["gradient_accumulation_steps"] = _agree(ds_config, "gradient_accumulation_steps", accumulation)
     filled["gradient_clipping"] = _agree(ds_config, "gradient_clipping", clip_grad)
-    if guarded:  # GuardedAdamW clips: DeepSpeed would, but without checking that the norm is finite
+    if stage == 0 and precision == "fp32":  # GuardedAdamW clips: DeepSpeed would not check that the norm is finite
         filled["gradient_clipping"] = 0.0
-    return Resolved(ranks, micro, accumulation, stage, precision, accumulation_type, filled)
+    resolved = Resolved(ranks, micro, accumulation, stage, precision, accumulation_type, filled, why, excluded)
+    return resolved if precision == AUTO else resolved.settled(precision, why)
 
 
 def batch_arithmetic(
@@ -182,7 +209,8 @@ def _check_sections(ds_config: Mapping[str, Any]) -> None:
     schemas = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     for section, schema in schemas.items():
         try:
-            schema(**ds_config.get(section, {}))
+            given = ds_config.get(section, {})
+            schema(**{key: value for key, value in given.items() if (key, value) != ("enabled", AUTO)})
         except ValidationError as error:
             fault = error.errors()[0]
             field = ".".join([section, *map(str, fault["loc"])])
@@ -196,8 +224,8 @@ def _check_sections(ds_config: Mapping[str, Any]) -> None:
             ) from None
 
 
-def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str, str]:
-    """ZeRO stage, precision and accumulation type of the JSON, if they can be run."""
+def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str]:
+    """ZeRO stage and accumulation type of the JSON, if they can be run; ``auto`` is the precision itself."""
     zero = ds_config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
@@ -205,10 +233,6 @@ def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str, str]:
     for section in ("offload_optimizer", "offload_param"):
         if zero.get(section):
             raise ConfigError(f"--ds_config zero_optimization.{section}", zero[section], "no offloading")
-    low = [name for name in ("bf16", "fp16") if _enabled(ds_config, name)]
-    if len(low) > 1:
-        raise ConfigError("--ds_config fp16.enabled", True, "only one of bf16 and fp16 enabled")
-    precision = low[0] if low else "fp32"
     for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
         if ds_config.get("bf16", {}).get(name):
             raise ConfigError(f"--ds_config bf16.{name}", True, "false", "Checkpoints hold fp32 state.")
@@ -224,25 +248,62 @@ def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str, str]:
                 "true",
                 "Without it DeepSpeed updates the weights from gradients that are not finite.",
             )
-    asked = ds_config.get("data_types", {}).get("grad_accum_dtype")
-    if asked not in ("fp32", precision, None):
-        raise ConfigError("--ds_config data_types.grad_accum_dtype", asked, f"fp32 or {precision}, the precision")
-    accumulation = asked or precision
-    if stage == 0 and precision != accumulation:
+    asked = ds_config.get("data_types", {}).get("grad_accum_dtype") or AUTO
+    if asked not in ("fp32", "bf16", "fp16", AUTO):
+        raise ConfigError("--ds_config data_types.grad_accum_dtype", asked, "fp32, bf16 or fp16")
+    return stage, asked
+
+
+def _precision(ds_config: Mapping[str, Any], recipes: str, stage: int, accumulation: str) -> tuple[str, str]:
+    """The precision by name, or ``auto``, and who says so.
+
+    Raises:
+        ConfigError: recipe and JSON contradict each other, or DeepSpeed cannot sum the gradients as it is told.
+    """
+    given = _precision_of_json(ds_config)
+    refused = recipes == "fp16" and ds_config.get("fp16", {}).get("enabled") is False
+    if refused or (AUTO not in (given, recipes) and given != recipes):
+        raise ConfigError(
+            "precision",
+            recipes,
+            f"{'another' if given == AUTO else given} as --ds_config has it, or auto",
+            'Change one of the two, or let the JSON defer to the recipe: "bf16": {"enabled": "auto"}.',
+        )
+    precision, why = (recipes, "from the recipe") if given == AUTO else (given, "from --ds_config")
+    if precision == AUTO and accumulation in ("bf16", "fp16"):
+        precision, why = accumulation, "in which --ds_config has the gradients summed"
+    elif precision == AUTO and stage == 0:
+        precision, why = "fp32", "auto at ZeRO stage 0: DeepSpeed cannot sum gradients of bf16 in fp32 there"
+    if accumulation not in ("fp32", precision, AUTO):
+        raise ConfigError(
+            "--ds_config data_types.grad_accum_dtype", accumulation, f"fp32 or {precision}, the precision"
+        )
+    if stage == 0 and accumulation not in (precision, AUTO):
         raise ConfigError(
             "--ds_config data_types.grad_accum_dtype",
-            asked,
+            accumulation,
             f"{precision} at ZeRO stage 0 (DeepSpeed cannot sum {precision} gradients in fp32 there)",
             "Set zero_optimization.stage to 1, which can.",
         )
-    return stage, precision, accumulation
+    return precision, why
 
 
-def _enabled(ds_config: Mapping[str, Any], section: str) -> bool:
-    asked = ds_config.get(section, {}).get("enabled", False)
-    if not isinstance(asked, bool):  # DeepSpeed takes "auto" for false
-        raise ConfigError(f"--ds_config {section}.enabled", asked, "true or false")
-    return asked
+def _precision_of_json(ds_config: Mapping[str, Any]) -> str:
+    """What ``bf16.enabled`` and ``fp16.enabled`` come to; ``auto`` where neither is said."""
+    said = {name: ds_config.get(name, {}).get("enabled", AUTO) for name in ("bf16", "fp16")}
+    for name, enabled in said.items():
+        if "enabled" in ds_config.get(name, {}) and not isinstance(enabled, bool):
+            if name == "bf16" and enabled == AUTO:
+                continue
+            way_out = "The recipe's precision=fp16 turns it on." if enabled == AUTO else ""
+            expected = "true or false" if name == "fp16" else 'true, false or "auto"'
+            raise ConfigError(f"--ds_config {name}.enabled", enabled, expected, way_out)
+    if said["bf16"] is True and said["fp16"] is True:
+        raise ConfigError("--ds_config fp16.enabled", True, "only one of bf16 and fp16 enabled")
+    for name, enabled in said.items():
+        if enabled is True:
+            return name
+    return "fp32" if said["bf16"] is False else AUTO
 
 
 def _agree(ds_config: Mapping[str, Any], key: str, value: float) -> float:

@@ -6,7 +6,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from beit_dist.config import TrainConfig
+from beit_dist.engine.checkpoint.layout import committed
 from beit_dist.errors import CheckpointError
+from beit_dist.storage.opening import open_place
+from beit_dist.storage.place import is_url
 from beit_dist.tokenizer_config import TokenizerRecipe
 
 FROZEN = ("model", "masking", "seed")
@@ -48,6 +51,17 @@ def compare_recipes(
     for name, was, now in _differences(old, new, ""):
         if loud and name.partition(".")[0] in shown:
             print(f"changed on resume: {name} was {was!r}, now {now!r}", flush=True)
+
+
+def saved_precision(config: TrainConfig) -> str | None:
+    """The precision of the newest checkpoint in the run folder, for a look from outside; None if there is none.
+
+    A run in a store is not looked at: its owner's credentials may be elsewhere.
+    """
+    if is_url(config.run):
+        return None
+    manifests = (saved.manifest for saved in committed(open_place(config.run) / "checkpoints"))
+    return next((str(manifest["precision"]) for manifest in manifests if manifest), None)
 
 
 def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

@@ -131,8 +131,11 @@ def new_run(tmp_path: Path, small_data: Path) -> Callable[..., Run]:
     """``new_run(name, ds="zero1.json" or a dict, ranks=1, overrides=[])``."""
 
     def make(name: str, ds: str | dict[str, Any] = "zero1.json", ranks: int = 1, overrides: Any = ()) -> Run:
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(f"run: {tmp_path / name}\n{RECIPE}")
+        named = isinstance(ds, dict) and bool({"bf16", "fp16"} & set(ds))
+        recipe = tmp_path / ("recipe.yaml" if named else "recipe-fp32.yaml")
+        # fp32 is fast on every machine, and `auto` might be another one in the next start beside other work.
+        precision = "auto" if named else "fp32"
+        recipe.write_text(f"run: {tmp_path / name}\nprecision: {precision}\n{RECIPE}")
         ds_config = ROOT / "configs" / "deepspeed" / ds if isinstance(ds, str) else tmp_path / f"{name}.json"
         if isinstance(ds, dict):
             ds_config.write_text(json.dumps(ds))

@@ -50,7 +50,7 @@ def test_auto_is_filled_in() -> None:
     assert resolved.deepspeed["train_micro_batch_size_per_gpu"] == 24
     assert resolved.deepspeed["gradient_accumulation_steps"] == 2
     assert resolved.deepspeed["gradient_clipping"] == 3.0
-    assert (resolved.stage, resolved.precision, resolved.accumulation_type) == (1, "bf16", "fp32")
+    assert (resolved.stage, resolved.accumulation_type) == (1, "fp32")
 
 
 def test_shipped_files_accumulate_in_fp32() -> None:
@@ -71,13 +71,17 @@ def test_shipped_files_accumulate_in_fp32() -> None:
         ({"fp16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "zero_optimization.stage to 1"),
         ({"fp16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}, "fp32 or fp16"),
         ({**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, "zero_optimization.stage to 1"),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "fp32 or fp32, the precision"),
+        ({"bf16": {"enabled": False}, "data_types": {"grad_accum_dtype": "bf16"}}, "fp32 or fp32, the precision"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "fp32 state"),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "gradients that are not finite"),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "gradients that are not finite"),
         ({"bf16": True}, "bf16: got True, expected a section"),
         ({"bf16": {"enable": True}}, "Did you mean bf16.enabled?"),
-        ({"fp16": {"enabled": "auto"}}, "true or false"),
+        (
+            {"fp16": {"enabled": "auto"}},
+            "fp16.enabled: got 'auto', expected true or false. The recipe's precision=",
+        ),
+        ({"bf16": {"enabled": 1}}, 'bf16.enabled: got 1, expected true, false or "auto"'),
         ({"fp16": {"enabled": True, "loss_scale": "big"}}, "fp16.loss_scale: got 'big'"),
         ({"zero_optimization": {"stag": 1}}, "Did you mean zero_optimization.stage?"),
         ({"data_types": {"grad_acum_dtype": "fp32"}}, "grad_accum_dtype alone"),

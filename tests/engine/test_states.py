@@ -26,7 +26,7 @@ MODEL = {"size": "tiny", "width": 32, "depth": 2, "heads": 2, "image_size": 32, 
 MASKED, MICRO = 7, 4
 LIMIT = timedelta(seconds=120)
 PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {},
+    "fp32": {"bf16": {"enabled": False}},
     "bf16": {"bf16": {"enabled": True}},
     "bf16, sums in fp32": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 18, "loss_scale_window": 2}},

@@ -83,7 +83,7 @@ def test_fp16_is_refused_where_the_device_has_none(new_run: Callable[..., Any]) 
     code, output = run.finish()
     assert code in (0, 2)
     if code:
-        assert "fp16.enabled: got True, expected a precision that this cpu supports. Use bf16." in output
+        assert "precision: got 'fp16', expected one that this cpu computes in. Use fp32 or auto." in output
 
 
 def test_ranks_accumulation_and_mask_mode_do_not_change_the_loss(new_run: Callable[..., Any]) -> None:

@@ -78,6 +78,8 @@ class Training:
 
     def start(self, stop: StopRequest | None = None, ds: Mapping[str, Any] | None = None, **changes: Any) -> str:
         """Start it once; the marker it leaves."""
+        if not {"bf16", "fp16"} & set(ds or ()):
+            changes.setdefault("precision", "fp32")  # fast on every machine
         recipe = self.recipe(**changes)
         job = Job(str(self.images), self.out, recipe, resolve(recipe, ds, 1), ds is None)
         timeouts = Timeouts(recipe.timeouts, recipe.checkpoint.timeout_seconds)

@@ -6,8 +6,7 @@ import math
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.dry_run import state_bytes
 from beit_dist.engine.metrics import TOKENIZER_METRICS, Metrics
 from beit_dist.engine.optimizer import build_optimizer
+from beit_dist.engine.precision import decide, settle
 from beit_dist.engine.preemption import MAX_MINUTES, StopRequest
 from beit_dist.engine.preflight import Needs, memory_faults, raise_faults, trial
 from beit_dist.engine.process import Process
@@ -54,13 +54,11 @@ FROZEN = ("model", "seed", "batch", "view_size", "image_size", "crop_scale", "he
 """Settings that make another run."""
 SHOWN = (
     *("steps", "lr", "min_lr", "lr_steps", "warmup_steps", "betas", "weight_decay", "clip_grad", "ema"),
-    *("temperature", "temperature_steps", "kl_weight", "kl_warmup_steps", "usage_weight", "precision"),
+    *("temperature", "temperature_steps", "kl_weight", "kl_warmup_steps", "usage_weight"),
 )
 """Settings that may change, and change what is learnt: the difference is printed."""
 _LOG_LINES = 20
 """Progress lines of a whole training, when they do not go to a terminal."""
-
-Arithmetic = Literal["fp32", "bf16", "fp16"]
 
 
 def resolve(recipe: TokenizerRecipe, ds_config: Mapping[str, Any] | None, ranks: int) -> Resolved:
@@ -69,43 +67,18 @@ def resolve(recipe: TokenizerRecipe, ds_config: Mapping[str, Any] | None, ranks:
     Raises:
         ConfigError: they conflict, the ranks do not divide the batch, or DeepSpeed cannot do it.
     """
-    resolved = combine(
+    if ds_config is None and recipe.precision == "fp16":
+        way_out = "Give --ds_config configs/deepspeed/zero1.json, or use another precision."
+        raise ConfigError("precision", "fp16", "DeepSpeed's loss scaler, without which fp16 underflows", way_out)
+    return combine(
         BUILT_IN if ds_config is None else ds_config,
         ranks,
         batch=recipe.batch,
         micro_batch=recipe.micro_batch,
         clip_grad=recipe.clip_grad,
+        precision="fp32" if ds_config is None else recipe.precision,
         field="batch",
     )
-    if ds_config is not None and recipe.precision not in ("auto", resolved.precision):
-        raise ConfigError(
-            "precision", recipe.precision, f"{resolved.precision} as --ds_config has it, or auto", "Change one."
-        )
-    return resolved
-
-
-def choose_arithmetic(
-    recipe: TokenizerRecipe,
-    resolved: Resolved,
-    built_in: bool,
-    device: torch.device,
-    processor: Path = Path("/proc/cpuinfo"),
-) -> Arithmetic:
-    """In what the convolutions are computed: what recipe or JSON say, else what is fast on ``device``.
-
-    A CPU without AMX has no matrix unit for bf16. Steps of ``tokenizer_demo.yaml`` on one core of an AMD EPYC
-    (Zen 5): fp32 60 ms; bf16 56 ms with AVX-512's bf16 instructions, 87 ms with AVX-512 alone, 380 ms with AVX2.
-
-    Args:
-        built_in: there is no JSON.
-        processor: where the system tells what the CPU can do.
-    """
-    if not built_in:
-        return cast(Arithmetic, resolved.precision)
-    if recipe.precision != "auto":
-        return recipe.precision
-    amx = processor.exists() and "amx_bf16" in processor.read_text().split()
-    return "bf16" if device.type == "cuda" or amx else "fp32"
 
 
 @dataclass(frozen=True)
@@ -147,6 +120,13 @@ def _build(
     saved = store.newest_whole()
     if saved is not None:
         compare_recipes(recipe, saved.manifest, loud=ranks.rank == 0, frozen=FROZEN, shown=SHOWN)
+    was = saved.manifest["arithmetic"] if saved else None
+    if built_in:
+        taken = decide(recipe.precision, "from the recipe", was, agreement, device, excluded=("fp16",))
+        arithmetic, why = taken.precision, taken.why
+    else:
+        resolved = settle(resolved, was, agreement, device)
+        arithmetic, why = resolved.precision, resolved.why
 
     pool = read_images(recipe, files, agreement, stop)
     if pool is None:
@@ -178,7 +158,6 @@ def _build(
     metrics = _metrics(recipe, resolved, progress, store) if ranks.rank == 0 else None
     process.watchdog.metrics = metrics
     port = metrics.serve(recipe.logging) if metrics else None
-    arithmetic = choose_arithmetic(recipe, resolved, built_in, device)
     facts = {
         "stage": resolved.stage,
         "precision": resolved.precision,
@@ -189,7 +168,7 @@ def _build(
         "versions": versions(),
     }
     told = {name: facts[name] for name in ("stage", "precision", "arithmetic", "images", "versions")}
-    introduce(run, store, agreement, saved, port, told)
+    introduce(run, store, agreement, saved, port, {**told, "precision_why": why})
     if ranks.rank == 0:
         print(
             f"{len(order) - recipe.held_out} images, {recipe.held_out} held out; batch {recipe.batch} = "

@@ -11,12 +11,10 @@ from typing import Any
 
 from beit_dist.data.crops import ImageFile, find_images
 from beit_dist.durable import write_whole
-from beit_dist.engine.distributed import (
-    Ranks,
-    check_precision,
-)
+from beit_dist.engine.distributed import Ranks
 from beit_dist.engine.launch import failures_marked, quieten
 from beit_dist.engine.output import go_on_unread
+from beit_dist.engine.precision import check_precision
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.process import Process, join
 from beit_dist.engine.resolve import Resolved

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from beit_dist.engine.resolve import read_ds_config
-from beit_dist.engine.tokenizer.build import choose_arithmetic, resolve
+from beit_dist.engine.tokenizer.build import resolve
 from beit_dist.engine.tokenizer.draws import noise_of_rows
 from beit_dist.errors import ConfigError
 from beit_dist.settings import validate
@@ -32,35 +32,12 @@ def test_the_batch_is_the_same_on_any_ranks_that_divide_it() -> None:
         resolve(recipe(batch=512), None, 12)
 
 
-def test_precision_is_that_of_the_json_and_a_conflict_is_refused() -> None:
-    low, cpu = read_ds_config(DEEPSPEED / "zero1.json"), torch.device("cpu")
-    assert choose_arithmetic(recipe(), resolve(recipe(), low, 1), False, cpu) == "bf16"
-    plain = read_ds_config(DEEPSPEED / "zero0.json")
-    assert choose_arithmetic(recipe(), resolve(recipe(), plain, 1), False, torch.device("cuda")) == "fp32"
-    with pytest.raises(ConfigError, match="precision: got 'fp32', expected bf16 as --ds_config has it, or auto"):
-        resolve(recipe(precision="fp32"), low, 1)
-
-
-@pytest.mark.parametrize(
-    ("device", "flags", "expected"),
-    [
-        ("cuda", "avx2", "bf16"),
-        ("cpu", "avx512_bf16 amx_bf16 amx_tile", "bf16"),
-        ("cpu", "avx512_bf16", "fp32"),
-        ("cpu", None, "fp32"),
-    ],
-)
-def test_without_json_precision_is_bf16_only_where_that_is_fast(
-    tmp_path: Path, device: str, flags: str | None, expected: str
-) -> None:
-    processor = tmp_path / "cpuinfo"
-    if flags is not None:
-        processor.write_text(f"flags\t: fpu {flags}\n")
-    for asked, got in (("auto", expected), ("bf16", "bf16"), ("fp32", "fp32")):
-        chosen = recipe(precision=asked)
-        resolved = resolve(chosen, None, 1)
-        assert resolved.precision == "fp32", "of the weights"
-        assert choose_arithmetic(chosen, resolved, True, torch.device(device), processor) == got
+def test_weights_are_fp32_without_json_and_fp16_is_refused_for_want_of_its_scaler() -> None:
+    for asked in ("auto", "bf16", "fp32"):
+        assert resolve(recipe(precision=asked), None, 1).precision == "fp32"
+    with pytest.raises(ConfigError, match=r"precision: got 'fp16', expected DeepSpeed's loss scaler.*zero1\.json"):
+        resolve(recipe(precision="fp16"), None, 1)
+    assert resolve(recipe(precision="fp16"), read_ds_config(DEEPSPEED / "zero1.json"), 1).precision == "fp16"
 
 
 def test_noise_depends_on_seed_step_and_row_alone() -> None:
