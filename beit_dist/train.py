@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--ds_config", required=True, metavar="F.json", help="DeepSpeed's settings: stage, precision"
+        "--ds_config", required=True, metavar="F.json", help="DeepSpeed's settings, such as the ZeRO stage"
     )
     parser.add_argument("--config", metavar="R.yaml", help="the recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")

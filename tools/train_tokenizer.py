@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--ds_config",
         metavar="F.json",
-        help="DeepSpeed's settings: stage, precision (default: stage 0, fp32 weights)",
+        help="DeepSpeed's settings, such as the ZeRO stage (default: stage 0, fp32 weights)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(

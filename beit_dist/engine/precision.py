@@ -65,10 +65,8 @@ def check_precision(precision: str) -> None:
     from deepspeed.accelerator import get_accelerator
 
     if not supported(precision):
-        device, other = get_accelerator().device_name(), "fp16" if precision == "bf16" else "bf16"
-        raise ConfigError(
-            "precision", precision, f"one that this {device} computes in", f"Use {other}, fp32 or auto."
-        )
+        device = get_accelerator().device_name()
+        raise ConfigError("precision", precision, f"one that this {device} computes in", "Use fp32 or auto.")
 
 
 def supported(precision: str) -> bool:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -13,7 +17,6 @@ from pathlib import Path
 import botocore.exceptions
 import pytest
 import s3fs
-from support import servers
 from support.fault_proxy import Fault, FaultProxy
 from support.http_files import HttpFiles
 from support.object_store import ObjectStore, Unavailable
@@ -69,17 +72,24 @@ def test_s3fs_finds_the_store_by_the_environment_and_uploads_in_parts(
     assert object_store.whole(f"/{bucket}/parts") == content
 
 
-@pytest.mark.parametrize(("required", "outcome"), [("1", "Failed"), ("0", "Skipped")])
-def test_a_missing_server_skips_or_where_it_is_required_fails(
-    required: str, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BEIT_REQUIRE_SERVERS", required)
+def test_a_missing_server_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BEIT_SWIFT_PYTHON", str(tmp_path / "python"))
-    with pytest.raises(Unavailable, match="`make servers` installs it") as missing:
+    with pytest.raises(Unavailable, match="`make servers` installs it"):
         ObjectStore(tmp_path).start()
-    with pytest.raises(BaseException, match="make servers") as raised:
-        servers.unavailable(missing.value)
-    assert raised.type.__name__ == outcome
+
+
+@pytest.mark.parametrize(("nothing", "outcome"), [("1", "1 failed"), ("0", "1 skipped")])
+def test_a_test_that_skips_fails_where_nothing_may_be_skipped(
+    nothing: str, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEIT_SKIP_NOTHING", nothing)
+    shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text("import pytest\n\ndef test_it():\n    pytest.skip('no server')\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-o", "addopts=", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    assert outcome in said
+    assert "no server" in said
 
 
 # The proxy before the store

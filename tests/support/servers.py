@@ -1,11 +1,7 @@
-"""Servers that tests can ask for by name; where one is missing the test skips and says how to get it.
-
-With ``BEIT_REQUIRE_SERVERS=1``, as in CI, a missing server is a failure.
-"""
+"""Servers that tests can ask for by name; where one is missing the test skips and says how to get it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,13 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("server")
 
 
-def unavailable(reason: object) -> None:
-    """Skip the test, or fail it where servers are required."""
-    if os.environ.get("BEIT_REQUIRE_SERVERS", "0") not in ("", "0"):
-        pytest.fail(f"BEIT_REQUIRE_SERVERS is set: {reason}", pytrace=False)
-    pytest.skip(str(reason))
-
-
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     """A real S3 server, one for each test process; take a bucket of your own by ``new_bucket()``."""
@@ -42,7 +31,7 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
         with running(tmp_path_factory.mktemp("object_store")) as store:
             yield store
     except Unavailable as missing:
-        unavailable(missing)
+        pytest.skip(str(missing))
 
 
 @pytest.fixture
@@ -52,7 +41,7 @@ def slurm() -> Iterator[slurm_cluster.Slurm]:
         with slurm_cluster.running() as cluster:
             yield cluster
     except Unavailable as missing:
-        unavailable(missing)
+        pytest.skip(str(missing))
 
 
 @pytest.fixture
