@@ -45,6 +45,10 @@ STOP_SECONDS = 180.0
 """How long a stopped run may take to save and end; a save takes a second or two here."""
 
 
+FIXED_SECONDS, PRODUCTS = 60.0, 6000.0
+"""What the demo takes on two free cores besides matrix products, and gigaflops of them one after another."""
+
+
 class StageError(UserError):
     """A command of the demo failed or left something out."""
 
@@ -370,6 +374,21 @@ def say(name: str, title: str) -> None:
     print(f"\n== {name}: {title}", flush=True)
 
 
+def expected_minutes() -> float:
+    """How long the demo takes on this machine if nothing else runs there, from the speed of one core's products."""
+    import torch
+
+    torch.set_num_threads(1)
+    side, times = 512, []
+    a = torch.ones(side, side)
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    gigaflops = 2e-9 * side**3 / min(times)
+    return (FIXED_SECONDS + PRODUCTS / gigaflops) / 60
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on now, from below the range that outgoing connections get theirs from."""
     for port in random.SystemRandom().sample(range(10000, 32000), 1000):
@@ -415,6 +434,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fast", action="store_true", help="a minute's worth: all stages, nothing learnt")
     options = parser.parse_args(argv)
     start = time.monotonic()
+    if not options.fast:
+        print(f"The demo takes about {expected_minutes():.0f} minutes on this machine, if nothing else runs here.")
     demo = Demo(options.out.resolve(), FAST if options.fast else FULL)
     demo.prepare()
     demo.train()
