@@ -122,6 +122,9 @@ class Block(nn.Module):
     torch.compile builds such values into the graph, and compiles anew for each.
     """
 
+    ran_uncompiled = False
+    """Whether it was ever run as plain PyTorch, compiled or not: torch.compile falls back to that."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
@@ -136,6 +139,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None, factors: Tensor | None) -> Tensor:
         """(B, N, C) to (B, N, C); ``factors`` (B, 2) multiply the attention and the MLP branch of a sample."""
+        if not torch.compiler.is_compiling():
+            self.ran_uncompiled = True
         keep_1 = keep_2 = None
         if factors is not None:
             keep_1, keep_2 = factors[:, :, None, None].unbind(1)
