@@ -174,6 +174,16 @@ class BeitBackbone(nn.Module):
         self.register_buffer("kept_gains", self._kept_gains(), persistent=False)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
 
+    def embed(self, patches: Tensor, masked: Tensor | None = None) -> Tensor:
+        """What the first block gets, (B, 1 + P, C); arguments as of :meth:`encode`."""
+        x = _tensor(self.patch_embed(patches))
+        if masked is not None:
+            x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+        if self.pos_embed is not None:  # after masking: a mask token knows where it is
+            x = x + self.pos_embed
+        return x
+
     def encode(self, patches: Tensor, masked: Tensor | None = None, keeps: Tensor | None = None) -> Tensor:
         """Run the backbone.
 
@@ -186,12 +196,7 @@ class BeitBackbone(nn.Module):
         Returns:
             (B, 1 + P, C) after the final norm, the class token first.
         """
-        x = self.patch_embed(patches)
-        if masked is not None:
-            x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
-        if self.pos_embed is not None:  # after masking: a mask token knows where it is
-            x = x + self.pos_embed
+        x = self.embed(patches, masked)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         scaled = None if keeps is None else keeps.to(x.dtype) * self.kept_gains.to(x.dtype)
         for index, block in enumerate(self.blocks):
