@@ -43,7 +43,7 @@ class CompiledBlocks:
             self._graphs_before = _graphs()
 
     def micro_batch_ended(self) -> None:
-        """Called when the blocks have run, forward and backward; the first call says what became of them."""
+        """Called when the blocks have run forward and backward; the first call says what became of them."""
         if not self._unsaid:
             return
         self._unsaid = False
@@ -55,7 +55,7 @@ class CompiledBlocks:
         blocks, graphs = len(self._blocks), _graphs() - self._graphs_before
         compiled = blocks - sum(block.ran_uncompiled for block in self._blocks)
         said = f"compile: {compiled} of {blocks} blocks run compiled, in {graphs} graph{'s' * (graphs != 1)}"
-        return said if compiled == blocks else f"{said}; the others run as without compile, slower. {_WAY_OUT}"
+        return said if compiled == blocks else f"{said}; the rest run as without compile, slower. {_WAY_OUT}"
 
     def close(self) -> None:
         """Leave torch's warnings to torch."""
@@ -110,7 +110,7 @@ class _LimitFilter(logging.Filter):
                 "runs uncompiled from now on: the same model, but slower. Last reason: %s. %s",
                 limit[2],
                 limit[1],
-                reason[1].rstrip(". ") if reason else "not told",
+                " ".join(reason[1].split()).rstrip(".") if reason else "not told",
                 _WAY_OUT,
             )
         return False

@@ -155,7 +155,7 @@ def test_torchs_limit_is_a_warning_that_names_the_way_out(
     assert f"compiled the blocks {limit} times" in warning.getMessage()
     assert "number" in warning.getMessage()
     said = capsys.readouterr().out
-    assert f"{limit} of 12 blocks run compiled, in {limit} graphs; the others" in said
+    assert f"{limit} of 12 blocks run compiled, in {limit} graphs; the rest" in said
     assert all("compile=false" in text for text in (warning.getMessage(), said))
 
 
