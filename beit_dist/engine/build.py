@@ -15,6 +15,7 @@ from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import AVERAGE, Saved, checkpoint_bytes
 from beit_dist.engine.checkpoint.store import CheckpointStore
+from beit_dist.engine.compiled import CompiledBlocks
 from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.initialisation import initialise_from
@@ -179,6 +180,7 @@ def _build(
         recorder=recorder,
         guard=guard,
         stragglers=Stragglers(agreement, hosts, device, metrics),
+        compiled=CompiledBlocks(engine.module, config.compile, loud=ranks.rank == 0),
         profiler=Profiler(config.profile, run.path / "ranks", ranks.rank),
         watchdog=process.watchdog,
         timeouts=process.timeouts,

@@ -12,10 +12,13 @@ import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
+from deepspeed.accelerator import get_accelerator
+
 from beit_dist.config import TrainConfig
 from beit_dist.data.shards import Manifest
 from beit_dist.engine.build import build
 from beit_dist.engine.checkpoint.attempts import SupersededError
+from beit_dist.engine.compiled import check_compiler
 from beit_dist.engine.dataset import open_data, open_validation
 from beit_dist.engine.distributed import Ranks
 from beit_dist.engine.failure import Failure
@@ -43,6 +46,8 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     check_precision(resolved.precision)
     manifest = open_data(config, check_files=_checks(config.data, ranks))
     check_packages(config)
+    if config.compile:
+        check_compiler(get_accelerator().device_name())
     held_out = open_validation(config, manifest, check_files=_checks(config.validation.data, ranks))
     run = RunFolder(config.run, config.storage.access)
     run.check_writable()

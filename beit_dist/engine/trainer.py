@@ -14,6 +14,7 @@ from beit_dist.data.plan import Plan
 from beit_dist.data.stream import RankBatch, RankBatches
 from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.store import CheckpointStore
+from beit_dist.engine.compiled import CompiledBlocks
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.metrics import Metrics
@@ -66,6 +67,7 @@ class Parts:
     recorder: Recorder
     guard: Guard
     stragglers: Stragglers
+    compiled: CompiledBlocks
     profiler: Profiler
     watchdog: Watchdog
     timeouts: Timeouts
@@ -81,6 +83,7 @@ class Parts:
         self.batches.close()
         if self.validation is not None:
             self.validation.close()
+        self.compiled.close()
         self.profiler.close()
         self.recorder.close()
         self.guard.close()
@@ -158,6 +161,7 @@ class Trainer:
             with parts.stragglers.own_time():
                 output = parts.engine(*micro_batch)
             parts.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
+            parts.compiled.micro_batch_ended()
             losses.append(output.loss_sum.detach())
             loss_sum = loss_sum + losses[-1]
             correct = correct + output.correct

@@ -57,16 +57,7 @@ class MaskedImageModel(BeitBackbone):
             positions: (B, K) integers, the masked patches; -1 is padding and counts for nothing.
             keeps: (B, depth, 2) stochastic-depth keeps; see :meth:`BeitBackbone.encode`.
         """
-        logits = self.predict(patches, positions, keeps).flatten(0, 1)
-        wanted = tokens.long().gather(1, positions.long().clamp(min=0))
-        targets = torch.where(positions < 0, PADDING, wanted).flatten()
-        log_likelihoods = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        loss_sum = F.nll_loss(log_likelihoods, targets, ignore_index=PADDING, reduction="sum")
-        with torch.no_grad():
-            guesses = log_likelihoods.max(dim=-1).indices  # argmax is three times as slow on the CPU
-            correct = (guesses == targets).sum(dtype=torch.float32)
-            count = (targets != PADDING).sum(dtype=torch.float32)
-        return MimOutput(loss_sum, correct, count)
+        return score(self.predict(patches, positions, keeps), tokens, positions)
 
     def predict(self, patches: Tensor, positions: Tensor, keeps: Tensor | None = None) -> Tensor:
         """Logits (B, K, vocabulary) of the masked patches; those of padding mean nothing."""
@@ -99,6 +90,19 @@ class MaskedImageModel(BeitBackbone):
             {"name": "decay", "params": decay, "weight_decay": weight_decay},
             {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
         ]
+
+
+def score(logits: Tensor, tokens: Tensor, positions: Tensor) -> MimOutput:
+    """What :class:`MaskedImageModel` returns, from its logits (B, K, vocabulary)."""
+    wanted = tokens.long().gather(1, positions.long().clamp(min=0))
+    targets = torch.where(positions < 0, PADDING, wanted).flatten()
+    log_likelihoods = F.log_softmax(logits.flatten(0, 1), dim=-1, dtype=torch.float32)
+    loss_sum = F.nll_loss(log_likelihoods, targets, ignore_index=PADDING, reduction="sum")
+    with torch.no_grad():
+        guesses = log_likelihoods.max(dim=-1).indices  # argmax is three times as slow on the CPU
+        correct = (guesses == targets).sum(dtype=torch.float32)
+        count = (targets != PADDING).sum(dtype=torch.float32)
+    return MimOutput(loss_sum, correct, count)
 
 
 def masked_patches(positions: Tensor, patches: int) -> Tensor:

@@ -118,12 +118,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a LayerNorm, scaled by LayerScale and stochastic depth, added to its input.
 
-    Args:
-        config: the model's.
-        drop_rate: probability that a sample's branch is dropped; kept ones are divided by its complement.
+    One compiled graph serves all blocks, so nothing here may be a Python value that differs from block to block:
+    torch.compile builds such values into the graph, and compiles anew for each.
     """
 
-    def __init__(self, config: ModelConfig, drop_rate: float) -> None:
+    ran_uncompiled = False
+    """Whether it was ever run as plain PyTorch, compiled or not: torch.compile falls back to that."""
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
@@ -134,13 +136,14 @@ class Block(nn.Module):
         if config.layer_scale:
             self.gamma_1 = nn.Parameter(torch.full((width,), config.layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((width,), config.layer_scale))
-        self.kept_gain = 1 / (1 - drop_rate)
 
-    def forward(self, x: Tensor, bias: Tensor | None, keeps: Tensor | None) -> Tensor:
-        """(B, N, C) to (B, N, C); ``keeps`` (B, 2) is 1 or 0 for the attention and the MLP branch."""
+    def forward(self, x: Tensor, bias: Tensor | None, factors: Tensor | None) -> Tensor:
+        """(B, N, C) to (B, N, C); ``factors`` (B, 2) multiply the attention and the MLP branch of a sample."""
+        if not torch.compiler.is_compiling():
+            self.ran_uncompiled = True
         keep_1 = keep_2 = None
-        if keeps is not None:
-            keep_1, keep_2 = (keeps * self.kept_gain)[:, :, None, None].unbind(1)
+        if factors is not None:
+            keep_1, keep_2 = factors[:, :, None, None].unbind(1)
         x = _add_branch(x, self.attn(self.norm1(x), bias), self.gamma_1, keep_1)
         return _add_branch(x, self.mlp(self.norm2(x)), self.gamma_2, keep_2)
 
@@ -152,6 +155,8 @@ class BeitBackbone(nn.Module):
         config: sizes and variant.
         recompute: keep only each block's input for the backward pass, and run the block again there.
     """
+
+    kept_gains: Tensor
 
     def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
         super().__init__()
@@ -165,8 +170,19 @@ class BeitBackbone(nn.Module):
         self.rel_pos_bias = None
         if config.relative_positions:
             self.rel_pos_bias = RelativePositionBias(config.grid, config.heads)
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in config.drop_path_rates)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.register_buffer("kept_gains", self._kept_gains(), persistent=False)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+
+    def embed(self, patches: Tensor, masked: Tensor | None = None) -> Tensor:
+        """What the first block gets, (B, 1 + P, C); arguments as of :meth:`encode`."""
+        x = _tensor(self.patch_embed(patches))
+        if masked is not None:
+            x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+        if self.pos_embed is not None:  # after masking: a mask token knows where it is
+            x = x + self.pos_embed
+        return x
 
     def encode(self, patches: Tensor, masked: Tensor | None = None, keeps: Tensor | None = None) -> Tensor:
         """Run the backbone.
@@ -175,26 +191,21 @@ class BeitBackbone(nn.Module):
             patches: (B, P, D) uint8 as they lie in a shard.
             masked: (B, P) bool, the patches to hide behind the mask token; None hides none.
             keeps: (B, depth, 2), 1 where a residual branch (attention, MLP) is kept and 0 where stochastic depth
-                drops it; None keeps all and scales none.
+                drops it. Kept ones are divided by the probability of that. None keeps all and scales none.
 
         Returns:
             (B, 1 + P, C) after the final norm, the class token first.
         """
-        x = self.patch_embed(patches)
-        if masked is not None:
-            x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
-        if self.pos_embed is not None:  # after masking: a mask token knows where it is
-            x = x + self.pos_embed
+        x = self.embed(patches, masked)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        kept = None if keeps is None else keeps.to(x.dtype)
+        scaled = None if keeps is None else keeps.to(x.dtype) * self.kept_gains.to(x.dtype)
         for index, block in enumerate(self.blocks):
-            keep = None if kept is None else kept[:, index]
+            factors = None if scaled is None else scaled[:, index]
             if self.recompute:
                 # Nothing in a block is drawn, so there is no state of a generator to put back.
-                x = checkpoint(block, x, bias, keep, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, bias, factors, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, bias, keep)
+                x = block(x, bias, factors)
         return _tensor(self.norm(x))
 
     def forward(self, patches: Tensor, masked: Tensor | None = None, keeps: Tensor | None = None) -> Tensor:
@@ -211,9 +222,15 @@ class BeitBackbone(nn.Module):
 
     def reset_constants(self) -> None:
         """Compute all buffers anew, for a module that was built on the meta device."""
+        self.kept_gains.copy_(self._kept_gains())
         self.patch_embed.reset_constants()
         if self.rel_pos_bias is not None:
             self.rel_pos_bias.reset_constants()
+
+    def _kept_gains(self) -> Tensor:
+        """(depth, 1): by how much each block scales a branch that stochastic depth keeps."""
+        gains = [[1 / (1 - rate)] for rate in self.config.drop_path_rates]
+        return torch.tensor(gains, dtype=torch.float32)
 
 
 def relative_position_index(grid: int) -> Tensor:

@@ -1,0 +1,123 @@
+"""``compile: true``, looked after: what it needs is there, and what torch did with the blocks is said.
+
+torch.compile never fails a run for being of no use: past its limit of graphs for one function it runs what is new
+uncompiled, with a warning of its own that says nothing to a user.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+from torch import nn
+
+from beit_dist.errors import ConfigError
+from beit_dist.models.vit import Block
+
+_log = logging.getLogger(__name__)
+_LOGGER = "torch._dynamo.convert_frame"  # of the one warning of a limit, in every torch from 2.6 on
+_LIMIT = re.compile(r"hit config\.(\w*(?:recompile|cache_size)_limit) \((\d+)\)")  # either name: torch changes it
+_REASON = re.compile(r"last reason: (.+)")
+_WAY_OUT = "TORCH_LOGS=recompiles prints what torch compiles anew and why; compile=false does without."
+
+
+class CompiledBlocks:
+    """Says after a start's first step how many blocks run compiled, and warns whenever torch's limit is hit.
+
+    Args:
+        model: whose blocks are to be compiled at their first call.
+        wanted: they are; else there is nothing to say.
+        loud: on rank 0; what it says holds for all ranks, which compile alike.
+    """
+
+    def __init__(self, model: nn.Module, wanted: bool, loud: bool) -> None:
+        self._blocks = [module for module in model.modules() if isinstance(module, Block)] if wanted else []
+        self._loud, self._unsaid = loud, bool(self._blocks)
+        self._filter = _LimitFilter(loud)
+        if self._blocks:
+            logging.getLogger(_LOGGER).addFilter(self._filter)
+            self._graphs_before = _graphs()
+
+    def micro_batch_ended(self) -> None:
+        """Called when the blocks have run forward and backward; the first call says what became of them."""
+        if not self._unsaid:
+            return
+        self._unsaid = False
+        if self._loud:
+            print(self.summary(), flush=True)
+
+    def summary(self) -> str:
+        """One line: how many blocks run compiled, from how many graphs."""
+        blocks, graphs = len(self._blocks), _graphs() - self._graphs_before
+        compiled = blocks - sum(block.ran_uncompiled for block in self._blocks)
+        said = f"compile: {compiled} of {blocks} blocks run compiled, in {graphs} graph{'s' * (graphs != 1)}"
+        return said if compiled == blocks else f"{said}; the rest run as without compile, slower. {_WAY_OUT}"
+
+    def close(self) -> None:
+        """Leave torch's warnings to torch."""
+        logging.getLogger(_LOGGER).removeFilter(self._filter)
+
+
+def check_compiler(device: str) -> None:
+    """Refuse to compile where the first step would fail for want of a C++ compiler, behind a screen of traceback.
+
+    Args:
+        device: type of the device; only for a CPU torch writes C++.
+
+    Raises:
+        ConfigError: there is no compiler, or Python's headers are missing.
+    """
+    if device != "cpu":
+        return
+    compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            "compile",
+            True,
+            f"a C++ compiler on this machine: there is no {compiler}",
+            "Install one (apt-get install g++), name another in CXX, or set compile=false.",
+        )
+    headers = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
+    if not any(Path(folder, "Python.h").is_file() for folder in headers):
+        raise ConfigError(
+            "compile",
+            True,
+            f"Python's C headers on this machine: there is no Python.h in {' or '.join(sorted(headers))}",
+            "Install them (apt-get install python3-dev), or set compile=false.",
+        )
+
+
+class _LimitFilter(logging.Filter):
+    """Puts a warning of ours in the place of torch's."""
+
+    def __init__(self, loud: bool) -> None:
+        super().__init__()
+        self._loud = loud
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record goes its way."""
+        message = record.getMessage()
+        if not (limit := _LIMIT.search(message)):
+            return True
+        if self._loud:
+            reason = _REASON.search(message)
+            _log.warning(
+                "compile: torch has compiled the blocks %s times, its limit (%s); what would take one graph more "
+                "runs uncompiled from now on: the same model, but slower. Last reason: %s. %s",
+                limit[2],
+                limit[1],
+                " ".join(reason[1].split()).rstrip(".") if reason else "not told",
+                _WAY_OUT,
+            )
+        return False
+
+
+def _graphs() -> int:
+    """How many graphs this process has compiled."""
+    from torch._dynamo.utils import counters  # takes a second to import: only where something is compiled
+
+    return int(counters["stats"]["unique_graphs"])

@@ -1,0 +1,196 @@
+"""``compile: true`` compiles every block once, and what torch did or could not do is said."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from beit_dist.config import ModelConfig, TrainConfig
+from beit_dist.engine.build import build_engine
+from beit_dist.engine.compiled import CompiledBlocks, check_compiler
+from beit_dist.engine.resolve import resolve
+from beit_dist.errors import ConfigError
+from beit_dist.models.mim import MaskedImageModel
+from beit_dist.models.vit import BeitBackbone, Block
+
+SMALL: dict[str, Any] = {"width": 32, "heads": 2, "image_size": 32, "patch_size": 8, "vocabulary": 64}
+DEPTH = 12  # that of the shipped recipes, and above torch's limit of graphs for one function
+SHIPPED_DROP_PATH = TrainConfig(run="r").model.drop_path
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Blocks are compiled by a backend that needs no C++ compiler and counts its graphs."""
+    backend = CompileCounterWithBackend("aot_eager")
+    compile_blocks = BeitBackbone.compile_blocks
+    monkeypatch.setattr(BeitBackbone, "compile_blocks", lambda model: compile_blocks(model, backend))
+    return backend
+
+
+def a_batch(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random patches, tokens and positions."""
+    patches = torch.randint(0, 256, (rows, 16, 192), dtype=torch.uint8)
+    return patches, torch.randint(0, 64, (rows, 16)), torch.arange(7).expand(rows, -1)
+
+
+def keeps(rows: int) -> Tensor:
+    """Random stochastic-depth keeps."""
+    return torch.randint(0, 2, (rows, DEPTH, 2), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("variant", "recompute"),
+    [
+        ({"drop_path": SHIPPED_DROP_PATH}, False),
+        ({"drop_path": SHIPPED_DROP_PATH}, True),
+        ({"relative_positions": False, "absolute_positions": True, "layer_scale": 0, "drop_path": 0.1}, False),
+        ({"drop_path": 0}, False),
+    ],
+    ids=["released", "recomputed", "paper", "no drop path"],
+)
+def test_all_blocks_are_one_graph_for_training_and_one_for_evaluation(
+    counted: CompileCounterWithBackend, variant: dict[str, Any], recompute: bool
+) -> None:
+    model = MaskedImageModel(ModelConfig(**SMALL, depth=DEPTH, **variant), recompute=recompute)
+    model.initialise(0)
+    model.compile_blocks()
+    for graphs in (1, 2):
+        for _ in range(2):
+            model(*a_batch(3), keeps(3) if variant["drop_path"] else None).loss_sum.backward()
+            assert counted.frame_count == graphs
+        with torch.no_grad():
+            model(*a_batch(3))
+        assert counted.frame_count == 2
+    assert not any(block.ran_uncompiled for block in model.blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "precision", "rows"),
+    [(0, "fp32", 1), (1, "bf16", 4), (2, "bf16", 1)],
+    ids=["stage 0", "stage 1", "stage 2"],
+)
+def test_they_stay_so_under_deepspeeds_engine(
+    joined: torch.device, counted: CompileCounterWithBackend, stage: int, precision: str, rows: int
+) -> None:
+    config = TrainConfig(
+        run="r",
+        model={**SMALL, "depth": DEPTH},  # type: ignore[arg-type]
+        masking={"min_block": 4},  # type: ignore[arg-type]
+        global_batch=2 * rows,
+        micro_batch=rows,
+        compile=True,
+    )
+    settings = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"}}
+    engine = build_engine(config, resolve(config, settings, 1), joined)
+    for _ in range(2):
+        for _ in range(2):
+            engine.backward(engine(*a_batch(rows), keeps(rows)).loss_sum, scale_wrt_gas=False)
+            engine.step()
+        with torch.no_grad():
+            engine.module(*a_batch(rows))
+        assert counted.frame_count == 2
+    assert not any(block.ran_uncompiled for block in engine.module.blocks)
+
+
+def test_what_was_compiled_is_said_once(
+    counted: CompileCounterWithBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MaskedImageModel(ModelConfig(**SMALL, depth=DEPTH))
+    model.compile_blocks()
+    compiled = CompiledBlocks(model, wanted=True, loud=True)
+    for _ in range(2):
+        model(*a_batch(2), keeps(2)).loss_sum.backward()
+        compiled.micro_batch_ended()
+    compiled.close()
+    assert capsys.readouterr().out == "compile: 12 of 12 blocks run compiled, in 1 graph\n"
+
+
+def test_where_nothing_is_to_be_compiled_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = MaskedImageModel(ModelConfig(**SMALL, depth=2))
+    compiled = CompiledBlocks(model, wanted=False, loud=True)
+    model(*a_batch(2))
+    compiled.micro_batch_ended()
+    compiled.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_torchs_limit_is_a_warning_that_names_the_way_out(
+    counted: CompileCounterWithBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    forward = Block.forward
+
+    def with_a_number_of_its_own(block: Block, *inputs: Any) -> Tensor:
+        return forward(block, *inputs) * block.number
+
+    monkeypatch.setattr(Block, "forward", with_a_number_of_its_own)
+    model = MaskedImageModel(ModelConfig(**SMALL, depth=DEPTH))
+    for number, block in enumerate(model.blocks):
+        block.number = 1 + number / 100
+    model.compile_blocks()
+    compiled = CompiledBlocks(model, wanted=True, loud=True)
+    model(*a_batch(2), keeps(2)).loss_sum.backward()
+    compiled.micro_batch_ended()
+    compiled.close()
+    limit = torch._dynamo.config.recompile_limit
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.name == "beit_dist.engine.compiled"
+    assert f"compiled the blocks {limit} times" in warning.getMessage()
+    assert "number" in warning.getMessage()
+    said = capsys.readouterr().out
+    assert f"{limit} of 12 blocks run compiled, in {limit} graphs; the rest" in said
+    assert all("compile=false" in text for text in (warning.getMessage(), said))
+
+
+def test_other_warnings_of_torch_are_let_through(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    compiled = CompiledBlocks(MaskedImageModel(ModelConfig(**SMALL, depth=1)), wanted=True, loud=True)
+    with caplog.at_level(logging.WARNING, logger.name):
+        logger.warning("something else")
+        logger.warning("torch._dynamo hit config.%s (%s)\n   function: f", "cache_size_limit", 8)
+    compiled.close()
+    logger.warning("torch._dynamo hit config.%s (%s)", "recompile_limit", 8)
+    names = [record.name for record in caplog.records if record.levelno >= logging.WARNING]
+    assert names == [logger.name, "beit_dist.engine.compiled", logger.name]
+
+
+def test_without_a_compiler_the_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_compiler("cuda")
+    with pytest.raises(ConfigError, match=r"compile: got True, expected a C\+\+ compiler .* no g\+\+"):
+        check_compiler("cpu")
+    compiler = tmp_path / "c++-of-my-own"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", compiler.name)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no Python\.h in .*python3-dev"):
+        check_compiler("cpu")
+    (tmp_path / "Python.h").touch()
+    check_compiler("cpu")
+
+
+@pytest.mark.slow
+def test_a_run_says_that_all_its_blocks_are_compiled(new_run: Callable[..., Any]) -> None:
+    run = new_run("run", overrides=["loader.workers=0", "steps=2", "optimizer.warmup_steps=1", "compile=true"])
+    code, output = run.finish()
+    assert code == 0, output
+    assert output.count("compile: 2 of 2 blocks run compiled, in 1 graph\n") == 1
