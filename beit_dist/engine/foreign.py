@@ -54,7 +54,9 @@ def is_foreign(source: str) -> bool:
     path = Path(source)
     if is_url(source):
         return path.suffix in _SUFFIXES
-    return path.suffix in _SUFFIXES or any((path / name).is_file() for name in (_CONFIG, *_NAMES))
+    if path.is_dir():  # whatever its name: what follows a dot may be part of it
+        return any((path / name).is_file() for name in (_CONFIG, *_NAMES))
+    return path.suffix in _SUFFIXES
 
 
 def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:

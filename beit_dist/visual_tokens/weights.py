@@ -30,6 +30,14 @@ FORMAT_VERSION = 1
 _WAY_OUT = "Train one with tools/train_tokenizer.py, or copy the file again."
 
 
+def beside(tokenizer: Path, ending: str) -> Path:
+    """The path beside a tokenizer's file that ends with ``ending``, in place of ``.safetensors`` if it has that.
+
+    What else follows a dot is part of the name: ``dvae-kl0.1`` and ``dvae-kl0.5`` share nothing.
+    """
+    return tokenizer.parent / (tokenizer.name.removesuffix(".safetensors") + ending)
+
+
 def save_tokenizer(
     path: str | Path, model: DVAE, config: DVAEConfig, extra: Mapping[str, Any] | None = None
 ) -> str:

@@ -175,6 +175,14 @@ def test_the_originals_file_has_its_layout(tmp_path: Path) -> None:
     assert read_foreign(tmp_path / "old.pth", RELEASED).known == {"pixel_mean": HALF, "pixel_std": HALF}
 
 
+def test_a_run_in_a_folder_named_like_a_file_of_weights_is_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "sweep.bin"
+    (run / "checkpoints").mkdir(parents=True)
+    assert not is_foreign(str(run))
+    (tmp_path / "weights.bin").touch()
+    assert is_foreign(str(tmp_path / "weights.bin"))
+
+
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=r"a\.pth: got no state of a model"):

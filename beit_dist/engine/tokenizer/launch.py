@@ -24,12 +24,18 @@ from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
 from beit_dist.engine.sinks import check_packages
 from beit_dist.engine.timeouts import Timeouts
-from beit_dist.engine.tokenizer.build import FROZEN, NotBegun, build
+from beit_dist.engine.tokenizer.build import FROZEN, SHOWN, NotBegun, build
 from beit_dist.engine.tokenizer.quality import Quality, picture
 from beit_dist.engine.tokenizer.training import TokenizerTrainer
 from beit_dist.errors import TokenizerError, UserError
 from beit_dist.tokenizer_config import TokenizerRecipe
-from beit_dist.visual_tokens.weights import check_writable, save_tokenizer, tokenizer_digest, tokenizer_extra
+from beit_dist.visual_tokens.weights import (
+    beside,
+    check_writable,
+    save_tokenizer,
+    tokenizer_digest,
+    tokenizer_extra,
+)
 
 _OF_THE_HOST = {"run", "checkpoint", "storage", "logging", "watchdog", "timeouts", "workers", "cache_gib"}
 """Settings that are no part of how a tokenizer was made; some are places."""
@@ -52,7 +58,7 @@ class Job:
     @property
     def picture(self) -> Path:
         """Held-out images over their reconstructions."""
-        return self.out.with_suffix(".png")
+        return beside(self.out, ".png")
 
 
 def launch(job: Job, ranks: Ranks) -> int:
@@ -124,7 +130,7 @@ def finished(job: Job, run: RunFolder) -> str | None:
         digest, recipe = str(said["digest"]), tokenizer_extra(job.out)["recipe"]
     except (FileNotFoundError, ValueError, KeyError, TokenizerError):
         return None
-    compare_recipes(job.recipe, {"config": recipe}, loud=False, frozen=FROZEN)
+    compare_recipes(job.recipe, {"config": recipe}, loud=True, frozen=FROZEN, shown=SHOWN)
     return digest
 
 
