@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -58,6 +59,15 @@ def validate(schema: type[Recipe], tree: Mapping[str, Any]) -> Recipe:
         if len(faults) == 1:
             raise faults[0] from None
         raise UserError("\n       ".join(str(fault) for fault in faults)) from None
+
+
+def exact(number: float) -> Fraction:
+    """The decimal number that somebody wrote: 1.1 is eleven tenths, of which the binary number is a little more.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    return Fraction(repr(float(number)))
 
 
 def near_divisors(number: int, wanted: int) -> str:
