@@ -151,11 +151,11 @@ def _write(job: Job, trainer: TokenizerTrainer, images: int) -> dict[str, Any]:
     _write_picture(job.picture, picture(model, parts.held_out))
     digest = save_tokenizer(job.out, model, job.recipe.model, about)
     print(f"wrote {job.out} (digest {digest[:16]}) and {job.picture}")
-    _say_quality(quality, parts.progress.skipped)
+    _say_quality(quality, parts.progress.skipped, job.recipe.least_perplexity)
     return {"digest": digest, **asdict(quality)}
 
 
-def _say_quality(quality: Quality, skipped: int) -> None:
+def _say_quality(quality: Quality, skipped: int, least_perplexity: float) -> None:
     print(
         f"held-out PSNR {quality.psnr:.2f} dB, tokens in use {quality.used} of {quality.vocabulary}, "
         f"perplexity {quality.perplexity:.1f}",
@@ -163,11 +163,11 @@ def _say_quality(quality: Quality, skipped: int) -> None:
     )
     if skipped:
         _warn(f"{skipped} steps were skipped for gradients that were not finite")
-    if quality.collapsed:
+    if quality.perplexity < least_perplexity:
         _warn(
-            f"the codebook has COLLAPSED: perplexity {quality.perplexity:.1f} of {quality.vocabulary} tokens. "
-            "Such tokens teach a model nothing. Raise usage_weight, lower kl_weight, train for more steps, or "
-            "choose a smaller model.vocabulary"
+            f"the codebook has COLLAPSED: perplexity {quality.perplexity:.1f} of {quality.vocabulary} tokens, "
+            f"below {least_perplexity:.1f}. Such tokens teach a model nothing. Raise usage_weight, lower "
+            "kl_weight, train for more steps, or choose a smaller model.vocabulary"
         )
 
 
