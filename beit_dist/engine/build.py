@@ -199,7 +199,6 @@ def build_engine(config: TrainConfig, resolved: Resolved, device: torch.device) 
     optimizer = build_optimizer(
         model.parameter_groups(config.optimizer.weight_decay),
         config.optimizer,
-        guarded=resolved.stage == 0 and resolved.precision == "fp32",
         fused=True,
     )
     return initialize_engine(model, optimizer, resolved)

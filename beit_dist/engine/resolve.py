@@ -60,6 +60,11 @@ class Resolved:
         """Samples of a rank in one optimizer step."""
         return self.micro_batch * self.accumulation
 
+    @property
+    def optimizer_is_bare(self) -> bool:
+        """Whether DeepSpeed uses the optimizer as it is, without one of its own around it: none of its checks."""
+        return self.stage == 0 and self.precision == "fp32"
+
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read the file of ``--ds_config``."""
@@ -118,14 +123,11 @@ def combine(
     stage, precision, accumulation_type = _numerics(ds_config)
     _check_sections(ds_config)
     micro, accumulation = batch_arithmetic(batch, micro_batch, ranks, field)
-    guarded = stage == 0 and precision == "fp32"
     filled = dict(ds_config)
     filled["train_batch_size"] = _agree(ds_config, "train_batch_size", batch)
     filled["train_micro_batch_size_per_gpu"] = _agree(ds_config, "train_micro_batch_size_per_gpu", micro)
     filled["gradient_accumulation_steps"] = _agree(ds_config, "gradient_accumulation_steps", accumulation)
     filled["gradient_clipping"] = _agree(ds_config, "gradient_clipping", clip_grad)
-    if guarded:  # GuardedAdamW clips: DeepSpeed would, but without checking that the norm is finite
-        filled["gradient_clipping"] = 0.0
     return Resolved(ranks, micro, accumulation, stage, precision, accumulation_type, filled)
 
 
