@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from beit_dist.config import DVAEConfig, validate
-from beit_dist.durable import temporary_path, write_whole
+from beit_dist.durable import check_takes_files, write_whole
 from beit_dist.errors import TokenizerError, UserError
 from beit_dist.visual_tokens.dvae import DVAE
 
@@ -133,11 +133,9 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise TokenizerError(f"{path}: got a folder, expected the name of a file to write")
-    probe = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        check_takes_files(path.parent)
     except OSError as error:
         raise TokenizerError(
             f"{path}: cannot be written ({error.strerror}). Choose another --out, or make its folder writable"
