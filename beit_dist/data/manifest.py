@@ -151,7 +151,7 @@ class Manifest:
     def _parse(cls, raw: bytes) -> Manifest:
         try:
             fields = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"got invalid JSON ({error}), expected a manifest of token shards") from None
         got = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
         _expect(got == FORMAT, "format", got, repr(FORMAT))

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from beit_dist.config import TrainConfig
 from beit_dist.errors import ConfigError
+from beit_dist.settings import read_text
 
 AUTO = "auto"
 
@@ -68,11 +69,10 @@ class Resolved:
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read the file of ``--ds_config``."""
+    text = read_text("--ds_config", path, "JSON")
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("--ds_config", str(path), "a readable JSON file", error.strerror or "") from None
-    except ValueError as error:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError("--ds_config", str(path), "valid JSON", str(error)) from None
     if not isinstance(tree, dict):
         raise ConfigError("--ds_config", str(path), "a JSON object")

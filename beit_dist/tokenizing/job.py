@@ -161,7 +161,7 @@ def read_job(out: Place) -> Job:
         raise DataError(f"{path}: not found, so no worker has started here yet") from None
     except StorageError:
         raise
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, ConfigError) as error:
         raise DataError(f"{path}: not a job of this version of shard_tokens.py ({error})") from None
 
 
