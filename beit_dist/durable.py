@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -12,6 +13,10 @@ from typing import BinaryIO
 
 TEMPORARY = ".tmp"
 """Suffix of files under way. Their names start with a dot, so patterns such as ``shard-*.tar`` skip them."""
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR}
+"""What file systems that have no such operation answer to fsync, most often of a folder."""
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
+"""What those without hard links answer to ``link`` (exFAT, SMB, bucket mounts, some NFS servers)."""
 
 
 def temporary_path(path: Path) -> Path:
@@ -34,12 +39,38 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names created in ``folder`` survive a power loss."""
+    """Make names created in ``folder`` survive a power loss, where the file system can."""
     number = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        sync(number)
     finally:
         os.close(number)
+
+
+def sync(descriptor: int) -> None:
+    """Make what was written survive a power loss, where the file system can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def check_takes_files(folder: Path) -> None:
+    """See whether files can be made in a folder and renamed, as all here are; nothing is left in it.
+
+    Raises:
+        OSError: they cannot.
+    """
+    first = temporary_path(folder / "probe")
+    second = first.with_name(f"{first.name}{TEMPORARY}")
+    try:
+        for path in (second, first):  # a rename replaces
+            path.touch(exist_ok=False)
+        os.replace(first, second)
+    finally:
+        for path in (first, second):
+            path.unlink(missing_ok=True)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -58,7 +89,7 @@ def writing(path: Path, opened: Callable[[Path], BinaryIO] = _opened) -> Iterato
         with opened(temporary) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -73,6 +104,10 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_once(path: Path, content: bytes) -> bool:
     """Create ``path`` with ``content`` unless it exists; of several processes one succeeds. Returns whether.
 
+    Where the file system has no hard links, it has its name before all of its content for a moment, or for good
+    after a crash in that moment: readers must tell that from a whole one. Such a file may be replaced
+    (``write_whole``): a writer that hangs in between then finds that it has not created it.
+
     Raises:
         FileNotFoundError: its folder is not there. Nothing makes it: another process may just have removed it.
     """
@@ -81,11 +116,35 @@ def write_once(path: Path, content: bytes) -> bool:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.link(temporary, path)  # unlike a rename, a link never replaces
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS or not temporary.exists():
+            raise
+        if not _created(path, content):
+            return False
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
     return True
+
+
+def _created(path: Path, content: bytes) -> bool:
+    """:func:`write_once` without links."""
+    try:
+        with open(path, "xb", buffering=0) as file:
+            try:
+                left = memoryview(content)
+                while left:
+                    left = left[file.write(left) :]
+                sync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                        path.unlink()
+                raise
+        return path.read_bytes() == content  # it is another's if that one has replaced it meanwhile
+    except (FileExistsError, FileNotFoundError):
+        return False

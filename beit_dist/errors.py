@@ -87,6 +87,12 @@ class AccessError(StorageError):
     exit_code = 2
 
 
+class RangesError(StorageError):
+    """A web server sends whole files where a part is asked for."""
+
+    exit_code = 2
+
+
 class SpaceError(UserError):
     """A disk or /dev/shm is too small for what was asked."""
 

@@ -5,8 +5,10 @@ What there is to set is in ``beit_dist/config.py``.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,6 +16,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from beit_dist.errors import ConfigError, UserError
+
+_MOST_BYTES = 16 << 20
+"""Of a file of settings: by mistake it may be one of weights, or a device."""
+_NO_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+"""What PyYAML raises: itself; for dates and numbers that are none; for keys that are lists; for deep nesting."""
 
 
 class Section(BaseModel):
@@ -60,6 +67,15 @@ def validate(schema: type[Recipe], tree: Mapping[str, Any]) -> Recipe:
         raise UserError("\n       ".join(str(fault) for fault in faults)) from None
 
 
+def exact(number: float) -> Fraction:
+    """The decimal number that somebody wrote: 1.1 is eleven tenths, of which the binary number is a little more.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    return Fraction(repr(float(number)))
+
+
 def near_divisors(number: int, wanted: int) -> str:
     """The divisors of ``number`` nearest to ``wanted``, as a list in words."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
@@ -74,9 +90,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _construct_unique(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
+        key, line = loader.construct_object(key_node, deep=True), f"See line {key_node.start_mark.line + 1}."
+        if not isinstance(key, str):
+            raise ConfigError(str(key), key, "a name as the key", f"Put it in quotes if it is one. {line}")
         if key in seen:
-            raise ConfigError(str(key), "the key twice", "it once", f"See line {key_node.start_mark.line + 1}.")
+            raise ConfigError(key, "the key twice", "it once", line)
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -84,14 +102,45 @@ def _construct_unique(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_unique)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_text(field: str, path: str | Path, kind: str) -> str:
+    """A text file of the user's: UTF-8, with or without a byte order mark.
+
+    Args:
+        field: the option that names it.
+        path: the file, or a pipe.
+        kind: ``YAML`` or ``JSON``, for messages.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError("--config", str(path), "a readable YAML file", error.strerror or "") from None
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
+        raise ConfigError(
+            field, str(path), f"a readable {kind} file", getattr(error, "strerror", "") or ""
+        ) from None
+    expected, way_out = f"a {kind} file: text in UTF-8", ""
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(field, str(path), f"{expected}, up to {_MOST_BYTES >> 20} MiB")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(field, str(path), expected, "It is in UTF-16: save it as UTF-8.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        way_out = f"Byte {error.start}, in line {line}, is none: save the file as UTF-8."
+        raise ConfigError(field, str(path), expected, way_out) from None
+    if "\0" in text:
+        raise ConfigError(field, str(path), expected, "It holds null bytes: is it another file, or in UTF-16?")
+    return text
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    text = read_text("--config", path, "YAML")
     try:
         tree = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except _NO_YAML as error:
         raise ConfigError("--config", str(path), "valid YAML", " ".join(str(error).split())) from None
     if tree is None:
         return {}
@@ -106,7 +155,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(override, override, "an override of the form key=value, such as optimizer.lr=1e-3")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except _NO_YAML:
         raise ConfigError(key, text, "a YAML value") from None
     *parents, last = key.split(".")
     for parent in parents:

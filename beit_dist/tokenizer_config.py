@@ -17,15 +17,17 @@ from beit_dist.errors import ConfigError
 from beit_dist.settings import Section
 from beit_dist.storage.place import check_place
 
+_COLLAPSED = 0.02  # of the vocabulary
 _LEAST_PATIENCE, _MOST_PATIENCE = 50, 2000
 
 
 class CollapseConfig(Section):
     """When the codebook counts as collapsed: nearly all positions take the same few tokens."""
 
-    below: float | None = Field(0.02, gt=0, lt=1)
-    """Perplexity, as a share of the vocabulary, under which the codebook is too little in use (and under 2 in any
-    case); null never stops a training for it."""
+    below: float | None = Field(_COLLAPSED, gt=0, lt=1)
+    """Perplexity, as a share of the vocabulary, under which the codebook counts as collapsed (and under 2 in any
+    case), in training and in the tokenizer that is written; null never stops a training for it, and warns of what
+    is written as the default does."""
     after_steps: int | None = Field(None, ge=0)
     """Steps that are not judged; by default those in which the KL weight rises."""
     for_steps: int | None = Field(None, ge=1)
@@ -148,7 +150,6 @@ class TokenizerRecipe(Section):
         return self.collapse.for_steps or min(_MOST_PATIENCE, max(_LEAST_PATIENCE, self.steps // 20))
 
     @property
-    def least_perplexity(self) -> float | None:
-        """Perplexity below which the codebook counts as collapsed; None: none does."""
-        share = self.collapse.below
-        return None if share is None else max(2.0, share * self.model.vocabulary)
+    def least_perplexity(self) -> float:
+        """Perplexity below which the codebook counts as collapsed."""
+        return max(2.0, (self.collapse.below or _COLLAPSED) * self.model.vocabulary)

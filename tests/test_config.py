@@ -85,6 +85,37 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
         load_recipe(TrainConfig, path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("run: café\n".encode("latin-1"), r"text in UTF-8\. Byte 8, in line 1, is none: save"),
+        ("run: a\n".encode("utf-16"), "It is in UTF-16: save it as UTF-8"),
+        ("run: a\n".encode("utf-16-be"), "It holds null bytes"),
+        (b"run: a\n\0", "It holds null bytes"),
+        (b"#" * (1 << 24) + b"#", "up to 16 MiB"),
+        (b"run: 2001-99-99", "valid YAML"),
+        (b"? [a]\n: 1", "a name as the key"),
+        (b"run: a\n1: 2", r"1: got 1, expected a name as the key\. .* line 2"),
+        (b"[" * 5000, "valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_text_or_no_recipe_is_refused_in_a_line(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as refused:
+        load_recipe(TrainConfig, path)
+    assert "\n" not in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("run: a\nepochs: 3\n", encoding="utf-8-sig")
+    assert load_recipe(TrainConfig, path).run == "a"
+
+
 @pytest.mark.parametrize(("content", "said"), [("a: [", "valid YAML"), ("- 1", "a YAML mapping")])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "r.yaml"

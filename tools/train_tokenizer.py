@@ -13,7 +13,8 @@ from beit_dist.tokenizer_config import TokenizerRecipe
 
 DESCRIPTION = """\
 Train a discrete VAE on images and write it as FILE.safetensors, with FILE.png beside it: held-out images over
-their reconstructions from tokens. Look at that picture before sharding a data set with the tokenizer.
+their reconstructions from tokens. Look at that picture before sharding a data set with the tokenizer. Any other
+name is kept whole: dvae-0.1 has dvae-0.1.png and dvae-0.1.run.
 
 Both are written at the end, whole. Meanwhile FILE.run has checkpoints, the numbers of every step, measurements on
 held-out images and pictures. Started again with the same command, a training that was stopped or killed goes on
@@ -72,14 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = ranks_from_environment()
     try:
         recipe = load_recipe(TokenizerRecipe, args.config, args.overrides)
-        out = Path(args.out)
-        recipe = recipe.model_copy(update={"run": args.run or recipe.run or str(out.with_suffix(".run"))})
         choose_accelerator(args.device)
 
         from beit_dist.engine.resolve import read_ds_config
         from beit_dist.engine.tokenizer.build import resolve
         from beit_dist.engine.tokenizer.launch import Job, launch
+        from beit_dist.visual_tokens.weights import beside
 
+        out = Path(args.out)
+        recipe = recipe.model_copy(update={"run": args.run or recipe.run or str(beside(out, ".run"))})
         ds_config = None if args.ds_config is None else read_ds_config(args.ds_config)
         resolved = resolve(recipe, ds_config, ranks.world)
         return launch(Job(args.images, out, recipe, resolved, ds_config is None), ranks)

@@ -65,7 +65,8 @@ class BlockCache:
                 if got < len(content) or content[size:] != mark or file.read(1):
                     self.drop(shard, offset, size)
                     return None
-            os.utime(path)
+            with contextlib.suppress(PermissionError):  # of a file system that keeps no times
+                os.utime(path)
         except FileNotFoundError:
             cache_lookups.add("miss")
             return None

@@ -151,7 +151,7 @@ class Manifest:
     def _parse(cls, raw: bytes) -> Manifest:
         try:
             fields = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"got invalid JSON ({error}), expected a manifest of token shards") from None
         got = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
         _expect(got == FORMAT, "format", got, repr(FORMAT))
@@ -218,7 +218,7 @@ def check_shard_files(
 
     Raises:
         DataError: names each missing or wrongly sized file (the first 20).
-        StorageError: the store does not answer, or refuses.
+        StorageError: the store does not answer, refuses, or sends whole files where a part is asked for.
     """
     place = as_place(where, access)
     try:
@@ -241,6 +241,13 @@ def check_shard_files(
             f"{place}: {len(faults)} of {len(manifest.shards)} shards are missing or damaged:\n  {listed}\n"
             "Copy them again, or make them again with shard_tokens.py; check_shards.py tells more."
         )
+    if manifest.shards and str(place).startswith("http"):
+        try:  # a web server that sends whole files is found out now, and not when all ranks have started
+            place.read_range(manifest.shards[0].name, 0, 1)
+        except StorageError:
+            raise
+        except (OSError, EOFError) as error:
+            raise DataError(f"{place}: cannot be read ({error})") from None
 
 
 def _expect(holds: bool, field: str, got: object, expected: str) -> None:

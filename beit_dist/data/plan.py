@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -257,11 +255,6 @@ class Plan:
         return kept[2]
 
     # ------------------------------------------------------------------------------- what a run remembers
-
-    def steps(self, epochs: float, global_batch: int) -> int:
-        """Steps that see each sample at least ``epochs`` times: ⌈epochs · samples / global_batch⌉."""
-        # Through its decimal form, so that 0.1 epochs of 1,000 samples are 100 and not one more.
-        return math.ceil(Fraction(repr(float(epochs))) * self.samples / global_batch)
 
     def constants(self) -> dict[str, Any]:
         """What must stay the same for the life of a run; plain JSON, kept in every checkpoint."""

@@ -93,7 +93,7 @@ def _build(
     size = checkpoint_bytes(parameters, average is not None)
     take_over(config, run, store, agreement, state, saved, size, device)
 
-    total_steps = steps_of(config, plan.samples)
+    total_steps = steps_of(config, plan.samples, progress.step, progress.samples)
     metrics = None
     if ranks.rank == 0:
         metrics = open_metrics(
@@ -153,7 +153,7 @@ def _build(
         engine=engine,
         device=device,
         plan=plan,
-        schedule=schedule_of(config, plan.samples, progress.first_batch),
+        schedule=schedule_of(config, plan.samples, progress.first_batch, progress.step, progress.samples),
         total_steps=total_steps,
         batches=RankBatches(
             root=str(config.data),
@@ -204,7 +204,6 @@ def build_engine(config: TrainConfig, resolved: Resolved, device: torch.device) 
     optimizer = build_optimizer(
         model.parameter_groups(config.optimizer.weight_decay),
         config.optimizer,
-        guarded=resolved.stage == 0 and resolved.precision == "fp32",
         fused=True,
     )
     return initialize_engine(model, optimizer, resolved)

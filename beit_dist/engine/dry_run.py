@@ -44,7 +44,7 @@ def state_bytes(resolved: Resolved, parameters: int) -> dict[str, int]:
     gradients = low if resolved.accumulation_type == resolved.precision else 4
     if resolved.stage == 1 and resolved.precision == "bf16" and resolved.accumulation_type == "fp32":
         gradients += low  # DeepSpeed's BF16_Optimizer keeps the fp32 sums of all parameters beside the bf16 ones
-    state = BYTES_OF_STATE if resolved.stage or low == 2 else 8  # fp32 at stage 0: the weights are the masters
+    state = 8 if resolved.optimizer_is_bare else BYTES_OF_STATE  # the weights are their own masters there
     return {
         "weights": low * parameters // (resolved.ranks if resolved.stage >= 3 else 1),
         "gradients": gradients * parameters // (resolved.ranks if resolved.stage >= 2 else 1),

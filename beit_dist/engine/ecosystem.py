@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 from pathlib import Path
@@ -135,16 +134,20 @@ def _timm_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _unilm_args(model: ModelConfig) -> argparse.Namespace:
-    """What the original keeps beside the weights, as far as it is known here."""
-    return argparse.Namespace(
-        model=f"beit_{model.size}_patch{model.patch_size}_{model.image_size}_8k_vocab",
-        input_size=model.image_size,
-        rel_pos_bias=model.relative_positions,
-        abs_pos_emb=model.absolute_positions,
-        layer_scale_init_value=model.layer_scale,
-        drop_path=model.drop_path,
-        imagenet_default_mean_and_std=(model.pixel_mean, model.pixel_std) == (IMAGENET_MEAN, IMAGENET_STD),
-        pixel_mean=list(model.pixel_mean),
-        pixel_std=list(model.pixel_std),
-    )
+def _unilm_args(model: ModelConfig) -> dict[str, Any]:
+    """What the original keeps beside the weights, as far as it is known here.
+
+    Plain values: its scripts never read them, and a namespace, as it has there, is refused by ``torch.load`` from
+    2.6 on, which by default makes tensors and plain values only.
+    """
+    return {
+        "model": f"beit_{model.size}_patch{model.patch_size}_{model.image_size}_8k_vocab",
+        "input_size": model.image_size,
+        "rel_pos_bias": model.relative_positions,
+        "abs_pos_emb": model.absolute_positions,
+        "layer_scale_init_value": model.layer_scale,
+        "drop_path": model.drop_path,
+        "imagenet_default_mean_and_std": (model.pixel_mean, model.pixel_std) == (IMAGENET_MEAN, IMAGENET_STD),
+        "pixel_mean": list(model.pixel_mean),
+        "pixel_std": list(model.pixel_std),
+    }

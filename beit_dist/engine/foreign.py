@@ -54,7 +54,9 @@ def is_foreign(source: str) -> bool:
     path = Path(source)
     if is_url(source):
         return path.suffix in _SUFFIXES
-    return path.suffix in _SUFFIXES or any((path / name).is_file() for name in (_CONFIG, *_NAMES))
+    if path.is_dir():  # whatever its name: what follows a dot may be part of it
+        return any((path / name).is_file() for name in (_CONFIG, *_NAMES))
+    return path.suffix in _SUFFIXES
 
 
 def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:
@@ -126,8 +128,8 @@ def _read(path: Path, digest: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix != ".safetensors":
         found = read_torch_file(path)
-        arguments = found.get("args") if isinstance(found, dict) else None
-        return _state(path, found), _unilm_known(arguments.state) if isinstance(arguments, Inert) else {}
+        arguments = found.get("args") if isinstance(found, dict) else None  # the original's are a namespace
+        return _state(path, found), _unilm_known(arguments.state if isinstance(arguments, Inert) else arguments)
     try:
         tensors = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

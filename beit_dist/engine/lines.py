@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from io import FileIO
 from pathlib import Path
+
+from beit_dist.durable import sync
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Lines:
             while self._left:
                 self._left = self._left[self._file.write(self._left) or 0 :]  # a full disk takes a part
             if durable:
-                os.fsync(self._file.fileno())
+                sync(self._file.fileno())
         except OSError as error:
             if not self._fault:
                 _log.warning("%s cannot be written, its lines wait in memory: %s", self.path, error.strerror)

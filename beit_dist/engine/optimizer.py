@@ -1,8 +1,7 @@
-"""AdamW with the original's decay groups, in the form that each ZeRO stage needs."""
+"""AdamW with the original's decay groups, and a guard for optimizers that DeepSpeed leaves as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,52 +9,48 @@ import torch
 from beit_dist.config import OptimizerConfig
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips by the global norm and leaves the parameters alone when that norm is not finite.
+def guard_updates(optimizer: torch.optim.Optimizer, clip_grad: float) -> None:
+    """Have an optimizer clip by the global norm, and leave everything alone when that norm is not finite.
 
     DeepSpeed's wrapped optimizers do both themselves; without a wrapper (stage 0 in fp32) it does neither check
     nor report. The engine reads ``overflow`` and ``_global_grad_norm`` after each step. Gradients are already
     averaged over the ranks here, so all ranks see the same norm.
-    """
 
-    def __init__(self, groups: list[dict[str, Any]], clip_grad: float, **settings: Any) -> None:
-        super().__init__(groups, **settings)
-        self.clip_grad = clip_grad
-        self.overflow = False
-        self._global_grad_norm: torch.Tensor | None = None
+    Args:
+        optimizer: any.
+        clip_grad: largest global L2 norm of the gradient; 0 never clips.
+    """
+    guarded: Any = optimizer
+    update = guarded.step
+    guarded.overflow, guarded._global_grad_norm = False, None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Clip and update, or skip."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+    def step() -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        self._global_grad_norm = norm
-        self.overflow = not bool(torch.isfinite(norm))
-        if self.overflow:
+        guarded._global_grad_norm = norm
+        guarded.overflow = not bool(torch.isfinite(norm))
+        if guarded.overflow:
             return
-        if self.clip_grad > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
-        super().step()
+        if clip_grad > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        update()
+
+    guarded.step = step
 
 
-def build_optimizer(
-    groups: list[dict[str, Any]], settings: OptimizerConfig, *, guarded: bool, fused: bool
-) -> torch.optim.AdamW:
+def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
     """AdamW over ``groups`` (each with ``name``, ``params``, ``weight_decay``).
 
     Args:
         groups: parameter groups of the model.
-        settings: betas, eps and clipping.
-        guarded: no DeepSpeed optimizer will wrap this one (stage 0 in fp32).
+        settings: betas and eps.
         fused: use torch's fused kernel.
 
     The learning rate starts at 0: the schedule sets it before each step, and wrappers that step once on zero
     gradients to create their state must not decay the weights.
     """
-    common: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps, "fused": fused}
-    if guarded:
-        return GuardedAdamW(groups, settings.clip_grad, **common)
-    return torch.optim.AdamW(groups, **common)
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
 def layer_scales(depth: int, decay: float) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from beit_dist.config import TrainConfig
 from beit_dist.errors import ConfigError
+from beit_dist.settings import read_text
 
 AUTO = "auto"
 
@@ -83,14 +84,18 @@ class Resolved:
                 filled[name] = {**own, **filled.get(name, {}), "enabled": name == precision}
         return replace(self, precision=precision, accumulation_type=accumulation, deepspeed=filled, why=why)
 
+    @property
+    def optimizer_is_bare(self) -> bool:
+        """Whether DeepSpeed uses the optimizer as it is, without one of its own around it: none of its checks."""
+        return self.stage == 0 and self.precision == "fp32"
+
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """Read the file of ``--ds_config``."""
+    text = read_text("--ds_config", path, "JSON")
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("--ds_config", str(path), "a readable JSON file", error.strerror or "") from None
-    except ValueError as error:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError("--ds_config", str(path), "valid JSON", str(error)) from None
     if not isinstance(tree, dict):
         raise ConfigError("--ds_config", str(path), "a JSON object")
@@ -150,8 +155,6 @@ def combine(
     filled["train_micro_batch_size_per_gpu"] = _agree(ds_config, "train_micro_batch_size_per_gpu", micro)
     filled["gradient_accumulation_steps"] = _agree(ds_config, "gradient_accumulation_steps", accumulation)
     filled["gradient_clipping"] = _agree(ds_config, "gradient_clipping", clip_grad)
-    if stage == 0 and precision == "fp32":  # GuardedAdamW clips: DeepSpeed would not check that the norm is finite
-        filled["gradient_clipping"] = 0.0
     resolved = Resolved(ranks, micro, accumulation, stage, precision, accumulation_type, filled, why, excluded)
     return resolved if precision == AUTO else resolved.settled(precision, why)
 

@@ -20,7 +20,7 @@ import yaml
 
 import beit_dist
 from beit_dist.data.manifest import MANIFEST_NAME
-from beit_dist.durable import writing
+from beit_dist.durable import check_takes_files, writing
 from beit_dist.errors import ConfigError, UserError
 from beit_dist.settings import Section
 from beit_dist.storage.access import Access
@@ -94,8 +94,7 @@ class RunFolder:
             self.ranks.mkdir(parents=True, exist_ok=True)
             for folder in folders:  # each, in case a copy, or a part of it, belongs to somebody else
                 if folder.exists():
-                    with tempfile.TemporaryFile(dir=folder):
-                        pass
+                    check_takes_files(folder)
         except OSError as error:
             raise ConfigError(
                 "run",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from beit_dist.config import OptimizerConfig, TrainConfig
 from beit_dist.errors import ConfigError
+from beit_dist.settings import exact
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,41 @@ class Schedule:
         return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * progress))
 
 
-def steps_of(config: TrainConfig, samples: int) -> int:
-    """Optimizer steps of a run on ``samples`` samples: ``steps``, or ceil(epochs · samples / global_batch)."""
-    return config.steps or math.ceil(config.epochs * samples / config.global_batch)
+def steps_of(config: TrainConfig, samples: int, step: int = 0, trained: int = 0) -> int:
+    """Optimizer steps of a run on ``samples`` samples: ``steps``, or up to the first that completes ``epochs``.
+
+    Args:
+        config: the recipe.
+        samples: of an epoch.
+        step: where the run is; the steps before may have had another global batch.
+        trained: samples of those steps.
+    """
+    if config.steps is not None:
+        return config.steps
+    left = exact(config.epochs) * samples - trained
+    return step + max(0, math.ceil(left / config.global_batch))
 
 
-def schedule_of(config: TrainConfig, samples: int, first_batch: int) -> Schedule:
+def schedule_of(config: TrainConfig, samples: int, first_batch: int, step: int = 0, trained: int = 0) -> Schedule:
     """The schedule of a run on ``samples`` samples an epoch that was first started with ``first_batch``.
+
+    ``step`` and ``trained`` are those of :func:`steps_of`.
 
     Raises:
         ConfigError: the warm-up is not shorter than the run.
     """
     settings = config.optimizer
     if config.steps is not None:
-        total = config.steps * config.global_batch / first_batch
+        total = (trained + max(0, config.steps - step) * config.global_batch) / first_batch
     else:
-        total = float(math.ceil(config.epochs * samples / first_batch))
+        total = float(math.ceil(exact(config.epochs) * samples / first_batch))
     if settings.warmup_steps is not None:
         field, warmup = "optimizer.warmup_steps", float(settings.warmup_steps)
     else:
-        field, warmup = "optimizer.warmup_epochs", (settings.warmup_epochs or 0.0) * samples / first_batch
+        field, warmup = (
+            "optimizer.warmup_epochs",
+            float(exact(settings.warmup_epochs or 0) * samples / first_batch),
+        )
     if warmup > 0 and warmup >= total:
         raise ConfigError(
             field,

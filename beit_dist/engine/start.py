@@ -22,7 +22,8 @@ from beit_dist.engine.checkpoint.layout import Saved, committed
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.metrics import METRICS, Metric, Metrics
-from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.optimizer import guard_updates
+from beit_dist.engine.resolve import AUTO, Resolved
 from beit_dist.engine.resume import FROZEN, compare_recipes
 from beit_dist.engine.run_folder import RunFolder, versions
 from beit_dist.errors import CheckpointError, SpaceError
@@ -66,10 +67,16 @@ def open_run(
 
 
 def initialize_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, resolved: Resolved) -> Any:
-    """DeepSpeed's engine around a model and its optimizer, ready to train."""
+    """DeepSpeed's engine around a model and its optimizer, ready to train and guarded."""
+    if resolved.precision == AUTO:
+        raise ValueError("the precision is not settled, and DeepSpeed takes auto for fp32")
+    settings = resolved.deepspeed
+    if resolved.optimizer_is_bare:
+        guard_updates(optimizer, settings["gradient_clipping"])
+        settings = settings | {"gradient_clipping": 0.0}  # DeepSpeed would clip without a look at the norm
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures that nothing turns off
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=resolved.deepspeed, dist_init_required=False
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
     engine.train()
     return engine

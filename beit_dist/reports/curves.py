@@ -60,7 +60,7 @@ def read_history(path: str | Path) -> History:
         try:
             row = json.loads(line)
             rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines):
                 break
             raise DataError(

@@ -54,7 +54,7 @@ class DirectFile(io.RawIOBase):
             self._descriptor = os.open(path, flags | os.O_DIRECT, 0o666)
             self.is_direct = True
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
             self._descriptor = os.open(path, flags, 0o666)
             self.is_direct = False

@@ -18,6 +18,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from beit_dist.errors import AccessError, ConfigError, StorageError
 from beit_dist.storage.access import Access
+from beit_dist.storage.http_ranges import read_http_range
 from beit_dist.storage.listings import folder_files, s3_files
 from beit_dist.storage.place import Buffer, Place, shown
 from beit_dist.storage.retries import ShortReadError, retrying
@@ -138,10 +139,15 @@ class RemotePlace(Place):
 
     def read_range(self, name: str, offset: int, size: int) -> Buffer:
         key = self._key(name)
+        on_the_web = urlsplit(key).scheme in _HTTP
 
         def read(fs: Any) -> bytes:
             # By name: the second position of s3fs's cat_file is a version id.
-            content: bytes = fs.cat_file(key, start=offset, end=offset + size)
+            content: bytes = (
+                read_http_range(fs, key, offset, size)
+                if on_the_web
+                else fs.cat_file(key, start=offset, end=offset + size)
+            )
             if len(content) == size:
                 return content
             # A range past the end comes back short, and a server that ignores ranges sends the whole file.

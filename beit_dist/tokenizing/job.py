@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from beit_dist.storage.place import Place
 JOB_NAME = "job.json"
 TOKEN_STRIDE = 8
 """Pixels of the tokenizer's view for each visual token: the dVAE's downsampling."""
+
+_PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 0.0)  # seconds between looks at a job that is being written
 
 SOFTWARE = ("torch", "pillow", "numpy")
 """Fields of a job that are versions of what computes its bytes."""
@@ -149,7 +152,7 @@ def read_job(out: Place) -> Job:
     """
     path = out / JOB_NAME
     try:
-        settings = json.loads(out.read(JOB_NAME))
+        settings = json.loads(_read_when_written(out))
         missing = {field.name for field in fields(Job)} ^ set(settings)
         if missing:
             raise ValueError(f"wrong fields {sorted(missing)}")
@@ -158,5 +161,23 @@ def read_job(out: Place) -> Job:
         raise DataError(f"{path}: not found, so no worker has started here yet") from None
     except StorageError:
         raise
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, ConfigError) as error:
         raise DataError(f"{path}: not a job of this version of shard_tokens.py ({error})") from None
+
+
+def _read_when_written(out: Place) -> bytes:
+    """``job.json``; where files have their names before their content, another worker may just be writing it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: its worker died while it wrote it.
+    """
+    for pause in _PAUSES:
+        content = out.read(JOB_NAME)
+        if content.rstrip().endswith(b"}"):
+            return content
+        time.sleep(pause)
+    raise DataError(
+        f"{out / JOB_NAME}: got {len(content)} bytes without an end, so its worker died while it wrote it. "
+        "Remove it, and run the same command again"
+    )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from beit_dist.errors import ConfigError, DataError, printable
+from beit_dist.settings import exact
 
 REJECTED_NAME = "rejected.jsonl"
 _EXAMPLES = 3
@@ -34,10 +35,10 @@ def rejection_limit(text: str, entries: int) -> int:
         ConfigError: it is neither.
     """
     try:
-        limit = float(text[:-1]) / 100 * entries if text.endswith("%") else float(int(text))
+        limit = exact(float(text[:-1])) / 100 * entries if text.endswith("%") else int(text)
     except ValueError:
-        limit = -1.0
-    if not 0 <= limit <= float("inf"):
+        limit = -1
+    if limit < 0:
         raise ConfigError("--max-rejected", text, "a number of images, or a percentage such as 1%")
     return int(min(limit, entries))
 

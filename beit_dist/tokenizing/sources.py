@@ -142,7 +142,7 @@ def read_header(out: Place) -> SourcesHeader:
             f"{path}: not found. Workers that share a job need its frozen list of images: run the same command "
             "with --index-only once, before them"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     if not isinstance(fields, dict) or (fields.get("format"), fields.get("version")) != (FORMAT, FORMAT_VERSION):
         raise DataError(f"{path}: got another kind of file, expected {FORMAT}, version {FORMAT_VERSION}")

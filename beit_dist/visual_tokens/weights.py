@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from beit_dist.config import DVAEConfig, validate
-from beit_dist.durable import temporary_path, write_whole
+from beit_dist.durable import check_takes_files, write_whole
 from beit_dist.errors import TokenizerError, UserError
 from beit_dist.visual_tokens.dvae import DVAE
 
@@ -28,6 +28,14 @@ FORMAT = "beit_dist.tokenizer"
 FORMAT_VERSION = 1
 
 _WAY_OUT = "Train one with tools/train_tokenizer.py, or copy the file again."
+
+
+def beside(tokenizer: Path, ending: str) -> Path:
+    """The path beside a tokenizer's file that ends with ``ending``, in place of ``.safetensors`` if it has that.
+
+    What else follows a dot is part of the name: ``dvae-kl0.1`` and ``dvae-kl0.5`` share nothing.
+    """
+    return tokenizer.parent / (tokenizer.name.removesuffix(".safetensors") + ending)
 
 
 def save_tokenizer(
@@ -125,11 +133,9 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise TokenizerError(f"{path}: got a folder, expected the name of a file to write")
-    probe = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        check_takes_files(path.parent)
     except OSError as error:
         raise TokenizerError(
             f"{path}: cannot be written ({error.strerror}). Choose another --out, or make its folder writable"

@@ -203,13 +203,6 @@ def test_the_bit_stream_is_pinned() -> None:
     assert plan.constants() == CONSTANTS
 
 
-def test_steps_are_rounded_up_from_the_decimal_the_user_wrote() -> None:
-    plan = Plan(shard_samples=[1000], views=1, seed=0, lanes=1)
-    assert plan.steps(0.1, 1) == 100  # the binary 0.1 is a little more than a tenth
-    assert plan.steps(1, 64) == 16
-    assert plan.steps(800, 1000) == 800
-
-
 def test_constants_survive_json_and_a_difference_is_named() -> None:
     plan = Plan(shard_samples=[50], views=2, seed=3, lanes=2, dataset_digest="d1")
     saved = json.loads(json.dumps(plan.constants()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from collections.abc import Callable
@@ -165,14 +166,22 @@ def test_hugging_face_loads_the_folder_whole_and_saves_what_we_read(tmp_path: Pa
 def test_the_originals_file_has_its_layout(tmp_path: Path) -> None:
     stored, weights = a_run(RELEASED)
     exported = export_elsewhere(stored, tmp_path, "unilm")
-    loaded = torch.load(exported.path, weights_only=False)  # as the original does
-    assert loaded["args"].imagenet_default_mean_and_std is True
+    loaded = torch.load(exported.path)  # as the original does: with torch's defaults, today's or those of its time
+    assert loaded["args"]["imagenet_default_mean_and_std"] is True
     assert loaded["model"]["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
     assert loaded["model"]["rel_pos_bias.relative_position_index"].shape == (17, 17)
     assert loaded["model"].keys() == {*weights, "rel_pos_bias.relative_position_index"}
-    loaded["args"] = type(loaded["args"])(imagenet_default_mean_and_std=False)
+    loaded["args"] = argparse.Namespace(imagenet_default_mean_and_std=False)  # as in the original's own files
     torch.save(loaded, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert read_foreign(tmp_path / "old.pth", RELEASED).known == {"pixel_mean": HALF, "pixel_std": HALF}
+
+
+def test_a_run_in_a_folder_named_like_a_file_of_weights_is_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "sweep.bin"
+    (run / "checkpoints").mkdir(parents=True)
+    assert not is_foreign(str(run))
+    (tmp_path / "weights.bin").touch()
+    assert is_foreign(str(tmp_path / "weights.bin"))
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -107,3 +107,25 @@ def test_a_file_that_is_no_ds_config_is_refused(tmp_path: Path, content: str, sa
         read_ds_config(tmp_path / "absent.json")
     path.write_text(json.dumps({}))
     assert read_ds_config(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a": "\xe9"}', "text in UTF-8"),
+        ("{}".encode("utf-16"), "UTF-16"),
+        (b"{}\0", "null bytes"),
+        (b"", "valid JSON"),
+        (b"[" * 100_000, "valid JSON"),
+        (b"[]", "a JSON object"),
+    ],
+)
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"--ds_config: got .*{said}"):
+        read_ds_config(path)
+    path.write_bytes(b"\xef\xbb\xbf{}")
+    assert read_ds_config(path) == {}
+    with pytest.raises(ConfigError, match="Is a directory"):
+        read_ds_config(tmp_path)

@@ -53,6 +53,32 @@ def test_steps_cover_the_epochs() -> None:
     assert steps_of(recipe("steps=7"), 101) == 7
 
 
+def test_steps_are_counted_from_the_decimal_that_the_user_wrote() -> None:
+    """1.1 epochs of 7,000 samples are 7,700, though the binary number is a little more than eleven tenths."""
+    for epochs, samples, batch, steps in [
+        ("1.1", 7000, 100, 77),
+        ("0.1", 1000, 1, 100),
+        ("0.07", 10_000, 7, 100),
+        ("1e-2", 700, 7, 1),
+        ("800", 1_281_167, 2048, 500_456),
+    ]:
+        config = recipe(f"epochs={epochs}", f"global_batch={batch}")
+        assert steps_of(config, samples) == steps, epochs
+        assert schedule_of(config, samples, batch).total == steps, epochs
+    assert schedule_of(recipe("optimizer.warmup_epochs=1.1"), samples=70, first_batch=11).warmup == 7
+
+
+def test_a_run_continued_with_another_batch_ends_when_its_epochs_are_complete() -> None:
+    """4 epochs of 100 samples; 20 steps of 10 have trained on 200."""
+    assert steps_of(recipe("global_batch=20"), 100, step=20, trained=200) == 30
+    assert steps_of(recipe("global_batch=30"), 100, step=20, trained=200) == 27
+    assert steps_of(recipe("epochs=1"), 100, step=20, trained=200) == 20
+    config = recipe("steps=30", "global_batch=20")
+    assert steps_of(config, 100, step=20, trained=200) == 30
+    assert schedule_of(config, 100, 10, step=20, trained=200).total == 40  # in first batches
+    assert schedule_of(recipe("global_batch=20"), 100, 10, step=20, trained=200).total == 40
+
+
 def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.warmup_steps: got 40, expected .* Lower optimizer.warm"):
         schedule_of(recipe("optimizer.warmup_steps=40"), samples=100, first_batch=10)

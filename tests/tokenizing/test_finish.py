@@ -86,7 +86,7 @@ def test_finished_knows_its_own_data_set_and_refuses_another(bench: Any, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("text", "limit"), [("0", 0), ("7", 7), ("1%", 10), ("0.25%", 2), ("100%", 1000), ("5000", 1000)]
+    ("text", "limit"), [("0", 0), ("7", 7), ("1%", 10), ("0.25%", 2), ("0.7%", 7), ("100%", 1000), ("5000", 1000)]
 )
 def test_the_limit_is_a_number_or_a_percentage(text: str, limit: int) -> None:
     assert rejection_limit(text, 1000) == limit

@@ -126,6 +126,29 @@ def test_an_output_that_is_a_folder_is_refused(tmp_path: Path, load_tool: Any, m
         load_tool("train_tokenizer").main(["--images", "nowhere", "--out", str(tmp_path), *TINY])
 
 
+def test_what_follows_a_dot_is_part_of_the_name(tmp_path: Path, load_tool: Any, monkeypatch: Any) -> None:
+    """Two settings of a sweep have two runs and two pictures; only ``.safetensors`` is exchanged."""
+    from beit_dist.engine.tokenizer import launch
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    jobs: list[launch.Job] = []
+    monkeypatch.setattr(launch, "launch", lambda job, ranks: jobs.append(job) or 0)
+    names = [
+        "dvae-kl0.1",
+        "dvae-kl0.5",
+        "dvae-kl0.5.safetensors.safetensors",
+        "a.png",
+        "a.run",
+        "v1.2.safetensors",
+    ]
+    for name in names:
+        load_tool("train_tokenizer").main(["--images", "nowhere", "--out", str(tmp_path / name), *TINY])
+    ends = ["dvae-kl0.1", "dvae-kl0.5", "dvae-kl0.5.safetensors", "a.png", "a.run", "v1.2"]
+    assert [job.recipe.run for job in jobs] == [f"{tmp_path / name}.run" for name in ends]
+    assert [job.picture for job in jobs] == [tmp_path / f"{name}.png" for name in ends]
+
+
 @pytest.mark.parametrize("name", ["demo", "small", "dalle"])
 def test_shipped_recipes_are_valid_and_divide_over_many_ranks(name: str) -> None:
     recipe = load_recipe(TokenizerRecipe, ROOT / "configs" / f"tokenizer_{name}.yaml")

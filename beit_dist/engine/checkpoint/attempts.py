@@ -78,9 +78,11 @@ class Attempts:
         for entry in self._checkpoints.list():
             name = parse_folder_name(entry)
             folder = self._checkpoints / entry
-            if name and name[1] < self.number and not folder.exists(MANIFEST):
+            if name and name[1] < self.number and not folder.sizes([MANIFEST]).get(MANIFEST):
+                given_up = sealed({GIVEN_UP: self.number})
                 with contextlib.suppress(FileNotFoundError):  # its attempt has just removed it
-                    folder.create(MANIFEST, sealed({GIVEN_UP: self.number}))
+                    if not folder.create(MANIFEST, given_up) and not folder.size(MANIFEST):
+                        folder.write(MANIFEST, given_up)  # of a writer that ended or hangs before its content
 
     def _newest(self) -> int:
         return max((int(name) for name in self.place.list() if name.isdigit()), default=0)

@@ -166,7 +166,7 @@ def read_manifest(folder: Place) -> dict[str, Any]:
         whole = manifest.pop("sha256") == _digest(manifest)
     except (StorageError, PermissionError):
         raise
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return {}
     return manifest if whole else {}
 

@@ -132,7 +132,7 @@ class CheckpointStore:
                 return None
             saved: Saved = candidates[0]
             files = saved.manifest.get("files", [])
-            faults = [] if files else ["its manifest is damaged"]
+            faults = [] if files else ["its manifest is damaged, or was not written to its end"]
             for record in files[self._rank :: self._world]:
                 fault = file_fault(saved.folder, record["file"], record["bytes"], record["sha256"])
                 faults += [fault] if fault else []

@@ -282,7 +282,6 @@ def build_engine(model: DVAE, recipe: TokenizerRecipe, resolved: Resolved) -> An
             {"name": "no_decay", "params": others, "weight_decay": 0.0},
         ],
         settings,
-        guarded=resolved.stage == 0 and resolved.precision == "fp32",
         fused=True,
     )
     return initialize_engine(model, optimizer, resolved)

@@ -59,13 +59,13 @@ class Codebook:
         """Count in a step's tokens, ``(V,)`` over all ranks."""
         self._step = step
         self._counts = _KEPT * self._counts + counts
-        least = self._recipe.least_perplexity
-        judged = least is not None and step > self._recipe.judged_after
-        self._low_steps = self._low_steps + 1 if judged and self.perplexity < (least or 0) else 0
+        recipe = self._recipe
+        judged = recipe.collapse.below is not None and step > recipe.judged_after
+        self._low_steps = self._low_steps + 1 if judged and self.perplexity < recipe.least_perplexity else 0
 
     @property
     def alarm(self) -> bool:
-        """Whether the codebook has collapsed."""
+        """Whether the codebook has collapsed, and the training is to be stopped for it."""
         return self._low_steps >= self._recipe.collapse_patience
 
     def stop(self, agreement: Agreement) -> None:
@@ -78,7 +78,7 @@ class Codebook:
         text = (
             f"the codebook has collapsed: at step {self._step} the perplexity is {self.perplexity:.1f} of "
             f"{recipe.model.vocabulary} tokens, for {self._low_steps} steps now below "
-            f"{recipe.least_perplexity or 0:.1f}. It does not recover by itself. Start anew, in another run "
+            f"{recipe.least_perplexity:.1f}. It does not recover by itself. Start anew, in another run "
             f"folder, with a larger usage_weight ({recipe.usage_weight:g}), a smaller kl_weight "
             f"({recipe.kl_weight:g}), a longer kl_warmup_steps ({recipe.kl_rise}), a lower lr ({recipe.lr:g}) or "
             f"a smaller model.vocabulary; collapse.below=null trains on nevertheless"

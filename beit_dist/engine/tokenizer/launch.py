@@ -22,12 +22,18 @@ from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
 from beit_dist.engine.sinks import check_packages
 from beit_dist.engine.timeouts import Timeouts
-from beit_dist.engine.tokenizer.build import FROZEN, NotBegun, build
+from beit_dist.engine.tokenizer.build import FROZEN, SHOWN, NotBegun, build
 from beit_dist.engine.tokenizer.quality import Quality, picture
 from beit_dist.engine.tokenizer.training import TokenizerTrainer
 from beit_dist.errors import TokenizerError, UserError
 from beit_dist.tokenizer_config import TokenizerRecipe
-from beit_dist.visual_tokens.weights import check_writable, save_tokenizer, tokenizer_digest, tokenizer_extra
+from beit_dist.visual_tokens.weights import (
+    beside,
+    check_writable,
+    save_tokenizer,
+    tokenizer_digest,
+    tokenizer_extra,
+)
 
 _OF_THE_HOST = {"run", "checkpoint", "storage", "logging", "watchdog", "timeouts", "workers", "cache_gib"}
 """Settings that are no part of how a tokenizer was made; some are places."""
@@ -50,7 +56,7 @@ class Job:
     @property
     def picture(self) -> Path:
         """Held-out images over their reconstructions."""
-        return self.out.with_suffix(".png")
+        return beside(self.out, ".png")
 
 
 def launch(job: Job, ranks: Ranks) -> int:
@@ -122,7 +128,7 @@ def finished(job: Job, run: RunFolder) -> str | None:
         digest, recipe = str(said["digest"]), tokenizer_extra(job.out)["recipe"]
     except (FileNotFoundError, ValueError, KeyError, TokenizerError):
         return None
-    compare_recipes(job.recipe, {"config": recipe}, loud=False, frozen=FROZEN)
+    compare_recipes(job.recipe, {"config": recipe}, loud=True, frozen=FROZEN, shown=SHOWN)
     return digest
 
 
@@ -143,11 +149,11 @@ def _write(job: Job, trainer: TokenizerTrainer, images: int) -> dict[str, Any]:
     _write_picture(job.picture, picture(model, parts.held_out))
     digest = save_tokenizer(job.out, model, job.recipe.model, about)
     print(f"wrote {job.out} (digest {digest[:16]}) and {job.picture}")
-    _say_quality(quality, parts.progress.skipped)
+    _say_quality(quality, parts.progress.skipped, job.recipe.least_perplexity)
     return {"digest": digest, **asdict(quality)}
 
 
-def _say_quality(quality: Quality, skipped: int) -> None:
+def _say_quality(quality: Quality, skipped: int, least_perplexity: float) -> None:
     print(
         f"held-out PSNR {quality.psnr:.2f} dB, tokens in use {quality.used} of {quality.vocabulary}, "
         f"perplexity {quality.perplexity:.1f}",
@@ -155,11 +161,11 @@ def _say_quality(quality: Quality, skipped: int) -> None:
     )
     if skipped:
         _warn(f"{skipped} steps were skipped for gradients that were not finite")
-    if quality.collapsed:
+    if quality.perplexity < least_perplexity:
         _warn(
-            f"the codebook has COLLAPSED: perplexity {quality.perplexity:.1f} of {quality.vocabulary} tokens. "
-            "Such tokens teach a model nothing. Raise usage_weight, lower kl_weight, train for more steps, or "
-            "choose a smaller model.vocabulary"
+            f"the codebook has COLLAPSED: perplexity {quality.perplexity:.1f} of {quality.vocabulary} tokens, "
+            f"below {least_perplexity:.1f}. Such tokens teach a model nothing. Raise usage_weight, lower "
+            "kl_weight, train for more steps, or choose a smaller model.vocabulary"
         )
 
 

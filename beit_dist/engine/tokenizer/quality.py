@@ -14,9 +14,6 @@ from beit_dist.engine.distributed import Agreement
 from beit_dist.visual_tokens.dvae import DVAE
 from beit_dist.visual_tokens.objective import perplexity, psnr
 
-COLLAPSED = 0.02
-"""Perplexity below this share of the vocabulary is reported as a collapsed codebook."""
-
 _SHOWN = 8
 """Columns of the picture of reconstructions."""
 _AT_ONCE = 32
@@ -38,11 +35,6 @@ class Quality:
     def dead(self) -> int:
         """Tokens that do not occur."""
         return self.vocabulary - self.used
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether hardly any token is in use."""
-        return self.perplexity < max(2.0, COLLAPSED * self.vocabulary)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from beit_dist import durable
 from beit_dist.config import CheckpointConfig
 from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.checkpoint.files import write_fragments
@@ -325,6 +327,42 @@ def test_what_the_newer_attempt_has_not_found_is_never_committed(
     assert found is not None
     assert (found.step, found.attempt) == ((5, 3) if newer_saves else (3, 1))
     assert third.passed_over == 0
+
+
+@pytest.mark.parametrize("written", [0, 100])
+def test_without_hard_links_what_the_newer_attempt_has_not_found_whole_is_never_committed(
+    three: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """The older one hangs while it writes its manifest, which has its name by then. Nothing is overwritten."""
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr(durable.os, "link", no_links)
+    older, sync = store(three), durable.sync
+    newer: list[CheckpointStore] = []
+
+    def hanging(descriptor: int) -> None:
+        sync(descriptor)
+        manifest = three / "step-00000004.a0002" / "manifest.json"
+        if not newer and manifest.exists():
+            monkeypatch.setattr(durable, "sync", sync)
+            content = manifest.read_bytes()
+            os.truncate(manifest, written)
+            newer.append(store(three))
+            found = newer[0].newest_whole()
+            assert found is not None
+            assert (found.step, found.attempt) == (3, 1)
+            os.pwrite(descriptor, content, 0)
+
+    monkeypatch.setattr(durable, "sync", hanging)
+    with pytest.raises(SupersededError, match="superseded by attempt 3"):
+        save(older, 4, State(4))
+    third = store(three)
+    found = third.newest_whole()
+    assert found is not None
+    assert (found.step, found.attempt) == (3, 1)
+    assert newer[0].passed_over == bool(written)
 
 
 def test_training_goes_on_while_a_copy_is_written(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.tokenizer.codebook import Codebook
+from beit_dist.engine.tokenizer.launch import _say_quality
 from beit_dist.engine.tokenizer.quality import Quality
 from beit_dist.errors import TrainingError
 from beit_dist.settings import validate
@@ -84,8 +85,18 @@ def test_a_continued_codebook_judges_like_one_that_never_stopped() -> None:
     assert (cut.perplexity, cut.state) == (whole.perplexity, whole.state)
 
 
-def test_quality_knows_a_collapsed_codebook() -> None:
-    assert Quality(20.0, 1.5, 2, 512).collapsed
-    assert Quality(20.0, 9.0, 30, 512).collapsed
-    assert not Quality(20.0, 90.0, 200, 512).collapsed
-    assert Quality(20.0, 90.0, 200, 512).dead == 312
+def test_one_setting_says_what_is_collapsed_in_training_and_in_what_is_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quality = Quality(20.0, 30.0, 60, VOCABULARY)
+    assert quality.dead == 40
+    for below, collapsed in [(0.4, True), (0.2, False), (None, False)]:
+        chosen = recipe(below=below)
+        alarm = fed(Codebook(chosen), 30, range(1, 31)).alarm
+        _say_quality(quality, 0, chosen.least_perplexity)
+        warned = "COLLAPSED: perplexity 30.0 of 100 tokens, below 40.0" in capsys.readouterr().err
+        assert (alarm, warned) == (collapsed, collapsed), below
+
+
+def test_null_never_stops_and_warns_of_what_is_written_as_the_default_does() -> None:
+    assert recipe(below=None).least_perplexity == recipe(below=0.02).least_perplexity == 2.0

@@ -42,7 +42,9 @@ def test_same_seed_gives_the_same_file_and_another_seed_another(training: Make) 
     assert first.lines() == second.lines()
 
 
-def test_file_and_picture_are_written_and_record_how_they_were_made(training: Make, tmp_path: Path) -> None:
+def test_file_and_picture_are_written_and_record_how_they_were_made(
+    training: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trained = training("t")
     assert trained.start() == "DONE"
     model, about = load_tokenizer(trained.out), tokenizer_extra(trained.out)
@@ -53,7 +55,8 @@ def test_file_and_picture_are_written_and_record_how_they_were_made(training: Ma
     assert 1 <= about["quality"]["used"] <= 16
     assert Image.open(trained.out.with_suffix(".png")).size == (3 * 32, 2 * 32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "t.png", "t.run", "t.safetensors"]
-    assert trained.start() == "DONE"  # says that it is done already
+    assert trained.start(kl_weight=0.2) == "DONE"  # says that it is done already, and with what
+    assert "kl_weight was 0.1, now 0.2\nalready done" in capsys.readouterr().out
     assert not (trained.run / "checkpoints" / "attempts" / "000002").exists()
 
 
