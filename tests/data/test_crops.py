@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_dist.data.crops import CropBatches, ImagePool, find_images
+from beit_dist.data.crops import CropBatches, ImagePool
+from beit_dist.data.image_files import find_images
 from beit_dist.errors import ConfigError, DataError
 
 COUNT = 12

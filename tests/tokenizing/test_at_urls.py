@@ -17,7 +17,8 @@ from support.http_files import HttpFiles
 from support.object_store import ObjectStore
 
 from beit_dist.data import image_tars
-from beit_dist.data.listing import ImageEntry, expand_sources, list_images
+from beit_dist.data.gathering import ImageEntry
+from beit_dist.data.listing import expand_sources, list_images
 from beit_dist.errors import ConfigError, DataError, StorageError, UserError
 from beit_dist.storage import listings
 from beit_dist.storage.local import LocalPlace

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 from beit_dist.data import image_bytes
+from beit_dist.data.listing import expand_sources
 from beit_dist.errors import ConfigError, DataError, SampleError
 from beit_dist.storage.local import LocalPlace
 from beit_dist.storage.opening import open_place
 from beit_dist.storage.remote import RemotePlace
-from beit_dist.tokenizing.freeze import expand_sources, freeze
+from beit_dist.tokenizing.freeze import freeze
 from beit_dist.tokenizing.sources import SourceList, read_source
 
 Pack = Callable[[Path, Path], None]

@@ -18,6 +18,7 @@ from PIL import Image
 from support.tokenizers import StopAfter
 
 from beit_dist.data import crops
+from beit_dist.data.image_files import ImageFile
 from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.tokenizer import training as loop
 from beit_dist.engine.tokenizer.training import Progress, TokenizerTrainer
@@ -164,7 +165,7 @@ def test_a_stop_while_images_are_read_leaves_the_run_as_it_was(
     stop = StopAfter(0)
     looks: list[bool] = []
 
-    def tried(self: crops.ImagePool, file: crops.ImageFile) -> Any:
+    def tried(self: crops.ImagePool, file: ImageFile) -> Any:
         looks.append(True)
         if len(looks) == 4:
             assert stop.requested
@@ -188,7 +189,7 @@ def test_a_stop_while_images_are_read_leaves_no_marker_beside_a_newer_start(
     trained = training("t")
     stop = StopAfter(0)
 
-    def tried(self: crops.ImagePool, file: crops.ImageFile) -> Any:
+    def tried(self: crops.ImagePool, file: ImageFile) -> Any:
         assert stop.requested
         (trained.run / "checkpoints" / "attempts" / "000002").touch()
         return decode(self, file)
