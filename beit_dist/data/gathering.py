@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import NamedTuple
 
 from beit_dist.data.file_kinds import (
@@ -63,7 +63,7 @@ class Gathered:
         folder = ""
         for depth, part in enumerate(parts):
             if part in MARKS:
-                self._marks[folder].add(part)
+                self.note(folder, {part})
             if depth < len(parts) - 1:
                 folder = "/".join(parts[: depth + 1])
                 if (kind := folder_kind(part)) is not None:
@@ -109,6 +109,10 @@ class Gathered:
             self._weights.add(name[: -len(WEIGHTS)])
         verdict = file_kind(last) or by_name(last)
         return verdict if isinstance(verdict, Kind) else None
+
+    def note(self, folder: str, names: Set[str]) -> None:
+        """Remember what lies in a folder, as far as it may tell that the folder is one of ours."""
+        self._marks[folder] |= names & MARKS
 
     def leave(self, kind: Kind, name: str) -> None:
         """Count a file that is left out."""

@@ -53,6 +53,8 @@ def search_folder(root: str, gathered: Gathered, progress: Callable[[int], objec
         if kind is not None and (below or kind is _HUB):
             gathered.leave_folder(kind, below or path)
             continue
+        if not below:
+            gathered.note("", names)
         skipped = RUN_PARTS if kind is RUN else frozenset()
         before = len(gathered.images)
         for item in listed:
