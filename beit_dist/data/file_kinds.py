@@ -22,7 +22,8 @@ HEAD = 64
 POINTER_BYTES = 1024
 """Pointers of Git LFS and git-annex, which lie where the images should, are smaller (git-lfs's specification)."""
 
-Verdict = Literal["image", "unknown"] | Kind
+Named = Literal["image", "unknown"]
+Verdict = Named | Kind
 """What a name tells: an image, nothing, or why the file is left out."""
 
 _PIP = "pip install pillow-heif"

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from beit_dist.data.file_kinds import (
     POINTER_BYTES,
+    Named,
+    Verdict,
     by_content,
     by_name,
     file_kind,
@@ -50,7 +52,7 @@ class Gathered:
 
     def __init__(self, source: int, ask_later: bool = False) -> None:
         self.images: list[ImageEntry] = []
-        self.unsure: list[tuple[str, int]] = []
+        self.unsure: list[tuple[str, Named, int]] = []
         self._source, self._ask_later = source, ask_later
         self._left: dict[tuple[str, Kind], tuple[int, str]] = {}
         """Of each folder: how many of a kind, and one of them."""
@@ -69,18 +71,24 @@ class Gathered:
                 if (kind := folder_kind(part)) is not None:
                     self.leave_folder(kind, folder)
                     return
-        self.judge(name, size, offset, look)
+        verdict = self.named(name)
+        if isinstance(verdict, Kind):
+            self.leave(verdict, name)
+        else:
+            self.judge(name, verdict, size, offset, look)
 
-    def judge(self, name: str, size: int, offset: int = 0, look: Look | None = None) -> None:
-        """The same of a file whose folders have been looked at."""
-        if (kind := self.excluded(name)) is not None:
-            self.leave(kind, name)
-            return
-        verdict = named = by_name(name)
-        if look is None and self._ask_later and needs_look(name, size):
-            self.unsure.append((name, size))
-            return
-        if look is not None and needs_look(name, size):
+    def named(self, name: str) -> Verdict:
+        """What a file's own name tells of it."""
+        last = name.rpartition("/")[2]
+        if last.endswith(WEIGHTS):
+            self._weights.add(name[: -len(WEIGHTS)])
+        return file_kind(last) or by_name(last)
+
+    def judge(self, name: str, named: Named, size: int, offset: int = 0, look: Look | None = None) -> None:
+        """Take a file whose path tells no reason against it, or leave it out by its first bytes."""
+        unsure = size > 0 and (named == "unknown" or size < POINTER_BYTES)
+        verdict: Verdict = named
+        if unsure and look is not None:
             try:
                 head = look()
             except StorageError:
@@ -95,20 +103,15 @@ class Gathered:
                 verdict = found
             if is_weights(head):
                 self._weights |= {name, os.path.splitext(name)[0]}
+        elif unsure and self._ask_later:
+            self.unsure.append((name, named, size))
+            return
         if verdict == "image":
             self.images.append(ImageEntry(os.fsencode(name), self._source, offset, size))
         elif verdict == "unknown":
             self.leave(unknown(name, "" if look is not None else _SNIFF), name)
         else:
             self.leave(verdict, name)
-
-    def excluded(self, name: str) -> Kind | None:
-        """Why a file is left out by its own name; None: it may be an image."""
-        last = name.rpartition("/")[2]
-        if last.endswith(WEIGHTS):
-            self._weights.add(name[: -len(WEIGHTS)])
-        verdict = file_kind(last) or by_name(last)
-        return verdict if isinstance(verdict, Kind) else None
 
     def note(self, folder: str, names: Set[str]) -> None:
         """Remember what lies in a folder, as far as it may tell that the folder is one of ours."""
@@ -154,12 +157,6 @@ class Gathered:
                 yield folder, kind
             elif kind is RUN:  # the images lie in the run folder itself
                 yield from ((part, RUN_PART) for part in names & RUN_PARTS)
-
-
-def needs_look(name: str, size: int) -> bool:
-    """Whether a file's first bytes are needed: its suffix is unknown, or it is small enough for a pointer."""
-    verdict = by_name(name)
-    return size > 0 and (verdict == "unknown" or (verdict == "image" and size < POINTER_BYTES))
 
 
 def _inside(name: str, folders: dict[str, Kind]) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from beit_dist.data.file_kinds import HEAD, by_name, folder_kind
+from beit_dist.data.file_kinds import HEAD, folder_kind
 from beit_dist.data.gathering import Gathered
 from beit_dist.data.left_out import Kind
 from beit_dist.data.own_output import RUN, RUN_PART, RUN_PARTS, ours
@@ -77,9 +77,9 @@ def search_store(place: Place, gathered: Gathered, progress: Callable[[int], obj
         gathered.meet(name, size)
         progress(len(gathered.images) - before)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        heads = pool.map(lambda file: bytes(place.read_range(file[0], 0, min(file[1], HEAD))), gathered.unsure)
-        for (name, size), head in zip(gathered.unsure, heads, strict=True):
-            gathered.judge(name, size, look=partial(bytes, head))
+        heads = pool.map(lambda file: bytes(place.read_range(file[0], 0, min(file[2], HEAD))), gathered.unsure)
+        for (name, named, size), head in zip(gathered.unsure, heads, strict=True):
+            gathered.judge(name, named, size, look=partial(bytes, head))
 
 
 def _listed(path: str) -> tuple[list[os.DirEntry[str]], _Folder]:
@@ -100,10 +100,11 @@ def _is_folder(item: os.DirEntry[str]) -> bool:
 
 
 def _file(item: os.DirEntry[str], name: str, gathered: Gathered) -> None:
-    if (kind := gathered.excluded(name)) is not None:  # most that is no image: without asking the file system
-        gathered.leave(kind, name)
+    named = gathered.named(name)
+    if isinstance(named, Kind):  # most that is no image: without asking the file system
+        gathered.leave(named, name)
         return
-    image = by_name(name) == "image"
+    image = named == "image"
     try:
         status = item.stat()
     except OSError as error:
@@ -112,7 +113,7 @@ def _file(item: os.DirEntry[str], name: str, gathered: Gathered) -> None:
             return
         raise DataError(f"{item.path}: cannot be read ({error.strerror}). {_mending(item.path)}") from None
     if stat.S_ISREG(status.st_mode):
-        gathered.judge(name, status.st_size, look=lambda: _head(item.path))
+        gathered.judge(name, named, status.st_size, look=lambda: _head(item.path))
     elif image:
         raise DataError(f"{item.path}: got a pipe or device, expected an image file. Remove it")
     else:

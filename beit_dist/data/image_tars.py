@@ -105,11 +105,10 @@ def _meet(member: tarfile.TarInfo, file: BinaryIO, gathered: Gathered) -> None:
 
     if member.isreg() and not member.issparse():
         gathered.meet(name, member.size, member.offset_data, look)
-    elif (kind := gathered.excluded(name)) is not None:
-        gathered.leave(kind, name)
     else:
-        sparse = _SPARSE if member.issparse() else _SPECIAL
-        gathered.leave(_LINK if member.islnk() or member.issym() else sparse, name)
+        named = gathered.named(name)
+        special = _LINK if member.islnk() or member.issym() else _SPARSE if member.issparse() else _SPECIAL
+        gathered.leave(named if isinstance(named, Kind) else special, name)
 
 
 def _check_end(file: BinaryIO, path: str, end: int) -> None:

@@ -95,6 +95,11 @@ def test_names_of_cameras_browsers_and_downloads_are_images(tmp_path: Path, wher
     assert listed(where(write(tmp_path / "in", dict.fromkeys(names, PHOTO)))) == (names, [])
 
 
+def test_usual_names_are_known_without_a_look(tmp_path: Path) -> None:
+    names = ["a.jfif", "b.pjpeg", "c.dib", "d.pnm", "e.j2k", "f.jpg?w=800", "g.JPG"]
+    assert listed(at_url(write(tmp_path, dict.fromkeys(names, PHOTO))), sniff=False) == (sorted(names), [])
+
+
 @everywhere
 def test_what_is_left_out_is_counted_by_kind_with_the_way_out(tmp_path: Path, where: Where) -> None:
     files = {f"{number}.heic": PHOTO for number in range(15)} | {f"{number}.txt": b"x" for number in range(1200)}
@@ -138,6 +143,12 @@ def test_every_format_that_is_decoded_is_known_by_its_first_bytes(kind: str) -> 
     raw = io.BytesIO()
     Image.new("RGB", (20, 20)).save(raw, kind)
     assert by_content(raw.getvalue()[:64]) == "image"
+    assert images.decode(raw.getvalue()).size == (20, 20)
+
+
+def test_a_dib_is_decoded_though_it_has_no_header_of_a_file() -> None:
+    raw = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(raw, "DIB")
     assert images.decode(raw.getvalue()).size == (20, 20)
 
 
@@ -271,10 +282,10 @@ OWN = {
 @everywhere
 def test_what_we_have_written_among_images_is_no_image(tmp_path: Path, where: Where) -> None:
     folder = write(
-        tmp_path / "in", {"a.png": PHOTO, "b/v00/c.png": PHOTO, "d/run.json": b"", "d/e.png": PHOTO} | OWN
+        tmp_path / "in", {"a.png": PHOTO, "b/v00/c.png": PHOTO, "d/run.json": b"", "d/pictures/e.png": PHOTO} | OWN
     )
     assert listed(where(folder)) == (
-        ["a.png", "b/v00/c.png", "d/e.png"],
+        ["a.png", "b/v00/c.png", "d/pictures/e.png"],
         ["2 data sets of shards, 2 tokenizers' pictures, 1 .json, 1 .name, 1 .safetensors, 1 run folder left out"],
     )
 
