@@ -88,7 +88,7 @@ def test_images_of_the_same_sizes_have_another_digest_if_names_or_bytes_differ(
     assert digest() != pool.digest
     first.write_bytes(raw)
     assert digest() == pool.digest
-    second.rename(tmp_path / "0a.png")
+    second.rename(tmp_path / "01.PNG")
     assert digest() != pool.digest
 
 
