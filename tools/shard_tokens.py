@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _freeze(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     from beit_dist.tokenizing.freeze import freeze
 
-    header = freeze(arguments.images, out, arguments.seed or SETTINGS["seed"], access)
+    header = freeze(arguments.images, out, arguments.seed or SETTINGS["seed"], access, sniff=arguments.sniff)
     print(f"{out}: {header.entries} images {'with' if header.labels else 'without'} labels are frozen")
     return 0
 
@@ -100,6 +100,7 @@ def _work(arguments: argparse.Namespace, out: Place, access: Access) -> int:
         access=access,
         metrics_port=arguments.metrics_port,
         metrics_textfile=arguments.metrics_textfile,
+        sniff=arguments.sniff,
         **(SETTINGS | given),
     )
     outcome = work(options, os.environ)
@@ -164,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="DIR",
         help="folder of the data set, here or at a URL such as s3://bucket/x",
+    )
+    add(
+        "--sniff",
+        action="store_true",
+        help="in folders at URLs, too, read the first bytes of files whose suffix is none of the usual ones: a "
+        "request for each",
     )
     add("--tokenizer", metavar="FILE", help="the dVAE that makes the tokens (.safetensors), here or at a URL")
 

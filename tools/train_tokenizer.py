@@ -46,6 +46,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SRC",
         help="folder, tar, or tars as 'a-{000..009}.tar', here or at a URL",
     )
+    parser.add_argument(
+        "--sniff",
+        action="store_true",
+        help="in folders at URLs, too, read the first bytes of files whose suffix is none of the usual ones: a "
+        "request for each",
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write (.safetensors)")
     parser.add_argument("--config", metavar="YAML", help="recipe; configs/tokenizer_*.yaml (default: built in)")
     parser.add_argument("--run", metavar="DIR", help="the run folder, or its URL (default: FILE.run)")
@@ -84,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = recipe.model_copy(update={"run": args.run or recipe.run or str(beside(out, ".run"))})
         ds_config = None if args.ds_config is None else read_ds_config(args.ds_config)
         resolved = resolve(recipe, ds_config, ranks.world)
-        return launch(Job(args.images, out, recipe, resolved, ds_config is None), ranks)
+        return launch(Job(args.images, out, recipe, resolved, ds_config is None, args.sniff), ranks)
     except UserError as error:
         if ranks.local_rank == 0:
             raise

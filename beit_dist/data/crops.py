@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +14,8 @@ from tqdm import tqdm
 
 from beit_dist.data.draws import Purpose, below, permutation, uniforms, words
 from beit_dist.data.image_bytes import read_image
+from beit_dist.data.image_files import ImageFile, images_digest, sizes_digest
 from beit_dist.data.images import ImageRejectedError, decode
-from beit_dist.data.listing import IMAGE_SUFFIXES, expand_sources, list_images
 from beit_dist.errors import DataError, StorageError
 from beit_dist.storage.access import Access
 
@@ -27,39 +25,6 @@ _AT_ONCE = 256
 """Images read between two looks at memory and stop requests."""
 _AHEAD = 3
 """Batches under way while one is used, at least."""
-
-
-class ImageFile(NamedTuple):
-    """Where an image lies: a file, or a range of bytes in a tar."""
-
-    path: str
-    """Or URL."""
-    offset: int | None
-    """None for a file of its own."""
-    size: int
-
-    def __str__(self) -> str:
-        """For messages."""
-        return self.path if self.offset is None else f"{self.path}, the image at byte {self.offset}"
-
-
-def find_images(images: str, access: Access | None = None) -> list[ImageFile]:
-    """The images of a folder, a tar or a webdataset specification of tars, here or at URLs, sorted by name.
-
-    Raises:
-        ConfigError, DataError: the source cannot be used, or holds no image.
-    """
-    sources = expand_sources([images], access)
-    files = []
-    for entry in sorted(list_images(sources, access)):
-        kind, path = sources[entry.source]
-        if kind == "folder":
-            files.append(ImageFile(f"{path.rstrip('/')}/{os.fsdecode(entry.name)}", None, entry.size))
-        else:
-            files.append(ImageFile(path, entry.offset, entry.size))
-    if not files:
-        raise DataError(f"{images}: no image found, looked for *{', *'.join(IMAGE_SUFFIXES)}")
-    return files
 
 
 class ImagePool:
@@ -123,11 +88,18 @@ class ImagePool:
     def __len__(self) -> int:
         return len(self._files)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Of the usable images' sizes in bytes, in order: other images, or other ones left out, have another."""
-        sizes = np.array([file.size for file in self._files], dtype="<i8")
-        return hashlib.sha256(sizes.tobytes()).hexdigest()
+        """Of the usable images, in order: see :func:`beit_dist.data.image_files.images_digest`.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        return images_digest(self._files, self._access)
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether ``digest``, which may be of an old run, is of these images."""
+        return digest in (self.digest, sizes_digest(self._files))
 
     def __getitem__(self, number: int) -> Pixels:
         """uint8 ``(height, width, 3)``."""
@@ -143,7 +115,7 @@ class ImagePool:
 
     def _try(self, file: ImageFile) -> Pixels | str:
         try:
-            raw = read_image(*file, self._access)
+            raw = read_image(file.path, file.offset, file.size, self._access)
         except StorageError:
             raise
         except OSError as error:

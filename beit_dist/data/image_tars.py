@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tarfile
-from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from beit_dist.errors import ConfigError, DataError, StorageError, printable
+from beit_dist.data.file_kinds import HEAD, by_content
+from beit_dist.data.gathering import Gathered
+from beit_dist.data.left_out import Kind
+from beit_dist.errors import ConfigError, DataError, StorageError
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import place_of
 from beit_dist.storage.streams import open_ranges
-
-_log = logging.getLogger(__name__)
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _END_BLOCKS = 1 << 20
@@ -23,14 +22,9 @@ _WINDOW = 32 << 10
 
 _DAMAGE = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
 """What tarfile raises for headers that are wrong or hostile."""
-
-
-class Member(NamedTuple):
-    """An image in a tar."""
-
-    name: str
-    offset: int
-    size: int
+_LINK = Kind("link in a tar", "links in tars", "pack what they lead to: tar --dereference --hard-dereference")
+_SPARSE = Kind("sparse file in a tar", "sparse files in tars", "pack them without --sparse")
+_SPECIAL = Kind("device or the like in a tar", "devices and the like in tars")
 
 
 def check_tar(path: str, access: Access) -> None:
@@ -42,7 +36,7 @@ def check_tar(path: str, access: Access) -> None:
     """
     try:
         with _opened(path, access) as file:
-            start = file.read(8)
+            start = file.read(HEAD)
             file.seek(0)
             compressed = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
             plain = compressed is None and _is_tar(file)
@@ -57,6 +51,12 @@ def check_tar(path: str, access: Access) -> None:
             f"or extract it and name the folder: mkdir images && tar -xf {os.path.basename(path)} -C images"
         )
     if not plain:
+        kind = by_content(start)
+        if kind == "image":
+            raise ConfigError("--images", path, "a folder, or a tar (this file is an image)", "Name its folder.")
+        if kind != "unknown":
+            said = f"a folder, or a tar (this file is a {kind.one.removeprefix('.')})"
+            raise ConfigError("--images", path, said, f"{kind.way_out[:1].upper()}{kind.way_out[1:]}.")
         raise ConfigError("--images", path, "a folder, or a tar (this file is none)")
 
 
@@ -67,13 +67,12 @@ def _is_tar(file: BinaryIO) -> bool:
         return True  # its first header is one, and has impossible numbers: the scan says more
 
 
-def scan_tar(path: str, access: Access, is_image: Callable[[str], bool]) -> Iterator[Member]:
-    """The image members of a plain tar; links and sparse ones, which have no bytes of their own, are warned of.
+def scan_tar(path: str, access: Access, gathered: Gathered) -> None:
+    """Every member of a plain tar; links and sparse ones have no bytes of their own and are left out.
 
     Raises:
         DataError: the tar is damaged, cut short, or cannot be read.
     """
-    left_out: list[str] = []
     try:
         with _opened(path, access) as file:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -81,30 +80,35 @@ def scan_tar(path: str, access: Access, is_image: Callable[[str], bool]) -> Iter
                 while (member := tar.next()) is not None:
                     if member.size < 0 or tar.offset <= at:  # some Pythons would go round in circles
                         raise tarfile.ReadError(f"a member at byte {member.offset} that ends before it begins")
+                    if "size" in tar.pax_headers:  # it would be every member's, and tarfile half believes it
+                        raise tarfile.ReadError("a global header that gives a size")
                     at = tar.offset
-                    name = member.name.removeprefix("./")
-                    if not is_image(name):
-                        pass
-                    elif member.isreg() and not member.issparse():
-                        yield Member(name, member.offset_data, member.size)
-                    elif not member.isdir():
-                        left_out.append(name)
+                    if not member.isdir():
+                        _meet(member, file, gathered)
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every header
                 end = tar.offset
             _check_end(file, path, end)
-            if left_out:
-                _log.warning(
-                    "%s: %d members named like images are left out, being links, sparse or devices; first %s",
-                    path,
-                    len(left_out),
-                    printable(left_out[0]),
-                )
     except _DAMAGE as error:
         raise DataError(f"{path}: damaged or cut short ({error}). Copy it again") from None
     except StorageError:
         raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _meet(member: tarfile.TarInfo, file: BinaryIO, gathered: Gathered) -> None:
+    name = member.name.removeprefix("./")
+
+    def look() -> bytes:
+        file.seek(member.offset_data)  # where a header was fetched from a store, these bytes have come with it
+        return file.read(min(HEAD, member.size))
+
+    if member.isreg() and not member.issparse():
+        gathered.meet(name, member.size, member.offset_data, look)
+    else:
+        named = gathered.named(name)
+        special = _LINK if member.islnk() or member.issym() else _SPARSE if member.issparse() else _SPECIAL
+        gathered.leave(named if isinstance(named, Kind) else special, name)
 
 
 def _check_end(file: BinaryIO, path: str, end: int) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageStat, UnidentifiedImageError
 
 from beit_dist.data.draws import Purpose, below, uniforms, words
+from beit_dist.data.heif import heif_version
 
 Augment = Literal["random", "center"]
 Box = tuple[int, int, int, int]
@@ -24,7 +25,7 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 89_478_485
 """Pillow's own limit for a warning (a quarter gigabyte of RGB); larger files are likelier bombs than pictures."""
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "DIB")
 """Formats that are read, whatever a file is called. Pillow knows more, and runs Ghostscript for EPS."""
 MIN_SIDE = 8
 """Shortest side in pixels: below the 8 pixels of one visual token there is nothing to predict."""
@@ -109,9 +110,10 @@ def decode(raw: bytes) -> Image.Image:
 
 @functools.cache
 def _formats() -> list[str]:
-    """What of :data:`FORMATS` this Pillow reads."""
+    """What of :data:`FORMATS` this Pillow reads, and HEIC where pillow-heif is installed."""
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    heif = ["HEIF"] if heif_version() else []
+    return [name for name in FORMATS if name in Image.OPEN] + heif
 
 
 def make_view(

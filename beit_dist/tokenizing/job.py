@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from beit_dist.data.heif import heif_version
 from beit_dist.data.images import Augment
 from beit_dist.data.sample import MAX_VIEWS, SampleLayout
 from beit_dist.errors import ConfigError, DataError, StorageError
@@ -40,7 +41,7 @@ class Job:
         batch: images of one encoder batch; its fixed shape keeps tokens independent of the workers.
         device: ``cpu`` or ``cuda``: they round differently, so near-ties give other tokens.
         torch: version of PyTorch, which computes the tokens.
-        pillow: version of Pillow, which decodes, jitters and resizes.
+        pillow: version of Pillow, which decodes, jitters and resizes; and of pillow-heif, if it is installed.
         numpy: version of NumPy.
 
     Raises:
@@ -109,7 +110,9 @@ def software() -> dict[str, str]:
     import PIL
     import torch
 
-    return {"torch": str(torch.__version__), "pillow": PIL.__version__, "numpy": numpy.__version__}
+    heif = heif_version()
+    pillow = f"{PIL.__version__} with pillow-heif {heif}" if heif else PIL.__version__
+    return {"torch": str(torch.__version__), "pillow": pillow, "numpy": numpy.__version__}
 
 
 def record_job(out: Place, job: Job) -> None:

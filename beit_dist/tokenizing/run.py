@@ -56,6 +56,7 @@ class Options:
     access: Access
     metrics_port: int | None
     metrics_textfile: Path | None
+    sniff: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
 def _freeze_or_check(options: Options, count: int) -> None:
     """One worker freezes; several only read, since two of them would freeze a changing folder differently."""
     if count == 1:
-        freeze(options.images, options.out, options.seed, options.access)
+        freeze(options.images, options.out, options.seed, options.access, sniff=options.sniff)
     else:
         header = read_header(options.out)
         sources = expand_sources(options.images, options.access)

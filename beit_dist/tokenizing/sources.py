@@ -49,6 +49,8 @@ class SourcesHeader:
     entries: int
     labels: bool
     """Whether the images lie in class folders, whose names are the labels."""
+    sniff: bool = False
+    """Whether files at URLs were looked into where their names did not tell what they are."""
 
     def to_line(self) -> str:
         """The header line, without its end."""
@@ -148,7 +150,8 @@ def read_header(out: Place) -> SourcesHeader:
         raise DataError(f"{path}: got another kind of file, expected {FORMAT}, version {FORMAT_VERSION}")
     try:
         sources = tuple((str(kind), str(place)) for kind, place in fields["sources"])
-        return SourcesHeader(sources, int(fields["seed"]), int(fields["entries"]), bool(fields["labels"]))
+        seed, entries, labels = int(fields["seed"]), int(fields["entries"]), bool(fields["labels"])
+        return SourcesHeader(sources, seed, entries, labels, bool(fields.get("sniff", False)))
     except (KeyError, ValueError, TypeError):
         raise DataError(f"{path}: the header is incomplete: {fields}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_dist.data.crops import CropBatches, ImagePool, find_images
+from beit_dist.data.crops import CropBatches, ImagePool
+from beit_dist.data.image_files import find_images
 from beit_dist.errors import ConfigError, DataError
 
 COUNT = 12
@@ -70,6 +72,38 @@ def test_other_usable_images_have_another_digest(pool: ImagePool, tmp_path: Path
     left = ImagePool(find_images(str(tmp_path)), 32, 1 << 30, 1, 1)
     assert (len(left), len(left.rejected)) == (COUNT - 1, 1)
     assert left.digest != pool.digest
+
+
+def test_images_of_the_same_sizes_have_another_digest_if_names_or_bytes_differ(
+    pool: ImagePool, tmp_path: Path
+) -> None:
+    def digest() -> str:
+        return ImagePool(find_images(str(tmp_path)), 32, 0, 1, 1).digest
+
+    assert digest() == pool.digest
+    first, second = tmp_path / "00.png", tmp_path / "01.png"
+    raw = first.read_bytes()
+    middle = len(raw) // 2
+    first.write_bytes(raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :])
+    assert digest() != pool.digest
+    first.write_bytes(raw)
+    assert digest() == pool.digest
+    second.rename(tmp_path / "01.PNG")
+    assert digest() != pool.digest
+
+
+def test_a_tar_and_another_place_of_the_same_images_have_the_same_digest(pool: ImagePool, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path, "./", filter=lambda member: None if member.name.endswith(".tar") else member)
+    assert ImagePool(find_images(str(tmp_path / "x.tar")), 32, 0, 1, 1).digest == pool.digest
+
+
+def test_the_digest_of_an_old_run_is_recognised(pool: ImagePool) -> None:
+    """It was the sha256 of the sizes alone."""
+    sizes = np.array([file.size for file in pool._files], dtype="<i8")
+    assert pool.has_digest(hashlib.sha256(sizes.tobytes()).hexdigest())
+    assert pool.has_digest(pool.digest)
+    assert not pool.has_digest(hashlib.sha256(b"").hexdigest())
 
 
 def test_large_images_are_kept_small(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from beit_dist.data.crops import find_images
+from beit_dist.data.image_files import find_images
 from beit_dist.engine.checkpoint.layout import committed
 from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.preemption import StopRequest

@@ -17,7 +17,8 @@ from support.http_files import HttpFiles
 from support.object_store import ObjectStore
 
 from beit_dist.data import image_tars
-from beit_dist.data.listing import ImageEntry, expand_sources, list_images
+from beit_dist.data.gathering import ImageEntry
+from beit_dist.data.listing import expand_sources, list_images
 from beit_dist.errors import ConfigError, DataError, StorageError, UserError
 from beit_dist.storage import listings
 from beit_dist.storage.local import LocalPlace
@@ -253,6 +254,22 @@ def test_keys_of_any_kind_are_read_as_they_are_listed(bucket: Place, tmp_path: P
     freeze([str(bucket)], LocalPlace(tmp_path), 0)
     read = {source.name: read_source(source) for source in SourceList(LocalPlace(tmp_path), 99).read(0)}
     assert read == {image: bytes([number]) for number, image in enumerate(names)}
+
+
+def test_files_without_a_usual_suffix_are_asked_for_at_urls_only_when_that_is_wished(
+    memory: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = b"\xff\xd8\xff" + bytes(2000)
+    for name, content in {"a": photo, "b.jpg": photo, "c.jpg?w=800": photo, "d": b"other", ".e": photo}.items():
+        memory.write(name, content)
+    out = LocalPlace(tmp_path)
+    assert freeze([str(memory)], out, 0).entries == 2
+    assert "2 files without a usual suffix left out (a): --sniff reads" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--sniff.*start over in another --out"):
+        freeze([str(memory)], out, 0, sniff=True)
+    assert freeze([str(memory)], out / "sniffed", 0, sniff=True).entries == 3
+    assert capsys.readouterr().out == "1 file without a usual suffix, 1 hidden file left out\n"
+    assert freeze([str(memory)], out / "sniffed", 0).entries == 3  # as workers give it
 
 
 def test_a_store_that_is_down_is_no_fault_of_the_images(

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from beit_dist.config import OptimizerConfig
-from beit_dist.data.crops import CropBatches, ImageFile, ImagePool, centred_view
+from beit_dist.data.crops import CropBatches, ImagePool, centred_view
 from beit_dist.data.draws import Purpose, permutation
+from beit_dist.data.image_files import ImageFile
 from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import AVERAGE, Saved, checkpoint_bytes
@@ -133,7 +134,7 @@ def _build(
         refuse_if_superseded(store, agreement)  # then the marker is the newer one's to leave
         reason = next((name for name in agreement.gather(stop.name) if name), MAX_MINUTES)
         return NotBegun(store.attempt, saved.step if saved else 0, reason)
-    if saved is not None and saved.manifest["images"] != pool.digest:
+    if saved is not None and not pool.has_digest(saved.manifest["images"]):
         raise CheckpointError(
             f"run {recipe.run} cannot be continued: it was begun on other images (or with another cache_gib, when "
             "some cannot be decoded). Give the same images, or choose another run folder."

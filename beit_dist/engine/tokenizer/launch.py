@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from beit_dist.data.crops import ImageFile, find_images
+from beit_dist.data.image_files import ImageFile, find_images
+from beit_dist.data.left_out import LeftOut
 from beit_dist.durable import write_whole
 from beit_dist.engine.distributed import Ranks
 from beit_dist.engine.launch import failures_marked, quieten
@@ -52,6 +53,8 @@ class Job:
     resolved: Resolved
     built_in: bool
     """Whether DeepSpeed's settings are the built-in ones."""
+    sniff: bool = False
+    """Whether files at URLs are looked into where their names do not tell what they are."""
 
     @property
     def picture(self) -> Path:
@@ -73,7 +76,11 @@ def launch(job: Job, ranks: Ranks) -> int:
     check_packages(recipe)
     if ranks.rank == 0:
         check_writable(job.out)
-    files = find_images(job.images, recipe.storage.access)
+    left_out = LeftOut()
+    files = find_images(job.images, recipe.storage.access, sniff=job.sniff, left_out=left_out)
+    if ranks.rank == 0:
+        for line in left_out.lines():
+            print(line, flush=True)
     run = RunFolder(str(recipe.run), recipe.storage.access)
     run.check_writable()
     # A signal during the start is a stop before the first step. Of max_minutes rank 0's clock alone decides.
@@ -146,8 +153,9 @@ def _write(job: Job, trainer: TokenizerTrainer, images: int) -> dict[str, Any]:
         "skipped": parts.progress.skipped,
         "quality": asdict(quality),
     }
-    _write_picture(job.picture, picture(model, parts.held_out))
+    # The file first: a picture with no tokenizer beside it would be one of the images, where it lies among them.
     digest = save_tokenizer(job.out, model, job.recipe.model, about)
+    _write_picture(job.picture, picture(model, parts.held_out))
     print(f"wrote {job.out} (digest {digest[:16]}) and {job.picture}")
     _say_quality(quality, parts.progress.skipped, job.recipe.least_perplexity)
     return {"digest": digest, **asdict(quality)}

@@ -18,6 +18,7 @@ from PIL import Image
 from support.tokenizers import StopAfter
 
 from beit_dist.data import crops
+from beit_dist.data.image_files import ImageFile, find_images
 from beit_dist.engine.checkpoint.attempts import SupersededError
 from beit_dist.engine.tokenizer import training as loop
 from beit_dist.engine.tokenizer.training import Progress, TokenizerTrainer
@@ -167,7 +168,7 @@ def test_a_stop_while_images_are_read_leaves_the_run_as_it_was(
     stop = StopAfter(0)
     looks: list[bool] = []
 
-    def tried(self: crops.ImagePool, file: crops.ImageFile) -> Any:
+    def tried(self: crops.ImagePool, file: ImageFile) -> Any:
         looks.append(True)
         if len(looks) == 4:
             assert stop.requested
@@ -191,7 +192,7 @@ def test_a_stop_while_images_are_read_leaves_no_marker_beside_a_newer_start(
     trained = training("t")
     stop = StopAfter(0)
 
-    def tried(self: crops.ImagePool, file: crops.ImageFile) -> Any:
+    def tried(self: crops.ImagePool, file: ImageFile) -> Any:
         assert stop.requested
         (trained.run / "checkpoints" / "attempts" / "000002").touch()
         return decode(self, file)
@@ -229,6 +230,30 @@ def test_another_training_in_the_same_folder_is_refused(training: Make, images: 
     (images / "new.png").write_bytes((images / "00.png").read_bytes())
     with pytest.raises(CheckpointError, match="begun on other images"):
         trained.start(steps=8)
+
+
+def test_other_images_of_the_same_sizes_are_refused(training: Make, images: Path) -> None:
+    trained = training("t", steps=4)
+    assert trained.start(StopAfter(2)) == "PREEMPTED"
+    path = images / "00.png"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="begun on other images"):
+        trained.start()
+
+
+def test_a_tokenizer_among_its_images_goes_on_and_is_none_of_them(training: Make, images: Path) -> None:
+    """Nor are its run and its pictures, for it and for any other."""
+    apart, inside = training("t", steps=5), training("t", steps=5)
+    inside.out = images / "t.safetensors"
+    assert apart.start() == "DONE"
+    assert inside.start(StopAfter(3)) == "PREEMPTED"
+    assert inside.start() == "DONE"
+    assert load_tokenizer(inside.out).digest == load_tokenizer(apart.out).digest
+    assert inside.start(steps=6) == "DONE"
+    assert {path.name for path in images.rglob("*.png")} >= {"t.png", "step-00000005.png"}
+    assert len(find_images(str(images))) == 12
 
 
 def test_more_steps_go_on_with_a_training_that_was_done(training: Make, capsys: Any) -> None:

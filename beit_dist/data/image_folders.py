@@ -1,0 +1,142 @@
+"""Folders of images: every file below, here or in a store; links to folders are followed."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from beit_dist.data.file_kinds import HEAD, folder_kind
+from beit_dist.data.gathering import Gathered
+from beit_dist.data.left_out import Kind
+from beit_dist.data.own_output import RUN, RUN_PART, RUN_PARTS, ours
+from beit_dist.errors import DataError
+from beit_dist.storage.place import Place
+
+_MOST_WAYS = 1000
+"""Ways that lead to one folder. Links among a dozen folders can make more of them than there are atoms."""
+_AT_ONCE = 32
+"""Requests for first bytes under way."""
+_CIRCLE = Kind("link to a folder around it", "links to folders around them")
+_DEAD = Kind("dead link", "dead links")
+_SPECIAL = Kind("pipe, socket or device", "pipes, sockets or devices")
+_HUB = Kind("Hugging Face cache", "Hugging Face caches", "name a folder of its snapshots/, with each image once")
+_REVISION = re.compile("[0-9a-f]{40}")
+
+_Folder = tuple[int, int]
+"""Device and inode: the same for all links to a folder."""
+
+
+def search_folder(root: str, gathered: Gathered, progress: Callable[[int], object]) -> None:
+    """Every file below ``root``. A folder that several links lead to is searched for each: its names differ.
+
+    A link to a folder around it is not followed.
+
+    Raises:
+        DataError: a folder cannot be listed, what is named like an image is none, or links multiply without end.
+    """
+    ways: Counter[_Folder] = Counter()
+    pending: list[tuple[str, tuple[_Folder, ...]]] = [("", ())]
+    while pending:
+        below, around = pending.pop()
+        path = os.path.join(root, below)
+        listed, folder = _listed(path)
+        ways[folder] += 1
+        if ways[folder] > _MOST_WAYS:
+            raise DataError(f"{path}: more than {_MOST_WAYS} links lead here. Remove those in circles")
+        names = {item.name for item in listed}
+        kind = _CIRCLE if folder in around else _HUB if _is_hub_cache(path, names) else ours(names)
+        if kind is not None and (below or kind is _HUB):
+            gathered.leave_folder(kind, below or path)
+            continue
+        if not below:
+            gathered.note("", names)
+        skipped = RUN_PARTS if kind is RUN else frozenset()
+        before = len(gathered.images)
+        for item in listed:
+            name = f"{below}/{item.name}" if below else item.name
+            if _is_folder(item):
+                reason = folder_kind(item.name) or (RUN_PART if item.name in skipped else None)
+                if reason is None:
+                    pending.append((name, (*around, folder)))
+                else:
+                    gathered.leave_folder(reason, name)
+            else:
+                _file(item, name, gathered)
+        progress(len(gathered.images) - before)
+
+
+def search_store(place: Place, gathered: Gathered, progress: Callable[[int], object]) -> None:
+    """Every file below ``place`` at a URL; those that ``gathered`` is unsure of are looked into."""
+    for name, size in place.files():
+        before = len(gathered.images)
+        gathered.meet(name, size)
+        progress(len(gathered.images) - before)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        heads = pool.map(lambda file: bytes(place.read_range(file[0], 0, min(file[2], HEAD))), gathered.unsure)
+        for (name, named, size), head in zip(gathered.unsure, heads, strict=True):
+            gathered.judge(name, named, size, look=partial(bytes, head))
+
+
+def _listed(path: str) -> tuple[list[os.DirEntry[str]], _Folder]:
+    try:
+        with os.scandir(path) as items:
+            listed = sorted(items, key=lambda item: item.name)
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be listed ({error.strerror})") from None
+    return listed, (status.st_dev, status.st_ino)
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link in a circle, or into a folder that may not be entered
+        return False
+
+
+def _file(item: os.DirEntry[str], name: str, gathered: Gathered) -> None:
+    named = gathered.named(name)
+    if isinstance(named, Kind):  # most that is no image: without asking the file system
+        gathered.leave(named, name)
+        return
+    image = named == "image"
+    try:
+        status = item.stat()
+    except OSError as error:
+        if not image:
+            gathered.leave(_DEAD, name)
+            return
+        raise DataError(f"{item.path}: cannot be read ({error.strerror}). {_mending(item.path)}") from None
+    if stat.S_ISREG(status.st_mode):
+        gathered.judge(name, named, status.st_size, look=lambda: _head(item.path))
+    elif image:
+        raise DataError(f"{item.path}: got a pipe or device, expected an image file. Remove it")
+    else:
+        gathered.leave(_SPECIAL, name)
+
+
+def _head(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read(HEAD)
+
+
+def _mending(path: str) -> str:
+    if os.path.islink(path) and ".git/annex/" in os.readlink(path):
+        return "It is git-annex's link to a file that is not here: git annex get"
+    return "Remove it, if it is a dead link"
+
+
+def _is_hub_cache(path: str, names: set[str]) -> bool:
+    """A repository in Hugging Face's cache, where each image is once in blobs/ and again in every snapshot."""
+    if not {"blobs", "snapshots"} <= names:
+        return False
+    try:
+        revisions = os.listdir(os.path.join(path, "snapshots"))
+    except OSError:
+        return False
+    return bool(revisions) and all(map(_REVISION.fullmatch, revisions))
