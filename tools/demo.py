@@ -375,7 +375,7 @@ def say(name: str, title: str) -> None:
 
 
 def expected_minutes() -> float:
-    """How long the demo takes on this machine if nothing else runs there, from the speed of one core's products."""
+    """How long the demo takes on this machine with nothing beside it, from the speed of one core's products."""
     import torch
 
     torch.set_num_threads(1)

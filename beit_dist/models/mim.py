@@ -45,6 +45,7 @@ class MaskedImageModel(BeitBackbone):
     def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
         super().__init__(config, recompute=recompute)
         self.lm_head = nn.Linear(config.width, config.vocabulary)
+        self._score = score
 
     def forward(  # type: ignore[override]
         self, patches: Tensor, tokens: Tensor, positions: Tensor, keeps: Tensor | None = None
@@ -57,7 +58,11 @@ class MaskedImageModel(BeitBackbone):
             positions: (B, K) integers, the masked patches; -1 is padding and counts for nothing.
             keeps: (B, depth, 2) stochastic-depth keeps; see :meth:`BeitBackbone.encode`.
         """
-        return score(self.predict(patches, positions, keeps), tokens, positions)
+        return self._score(self.predict(patches, positions, keeps), tokens, positions)
+
+    def compile_score(self, backend: str = "inductor") -> None:
+        """Have loss and accuracy compiled at their first call: one pass over the logits for several."""
+        self._score = torch.compile(score, backend=backend, dynamic=False)
 
     def predict(self, patches: Tensor, positions: Tensor, keeps: Tensor | None = None) -> Tensor:
         """Logits (B, K, vocabulary) of the masked patches; those of padding mean nothing."""

@@ -78,6 +78,19 @@ def test_all_blocks_are_one_graph_for_training_and_one_for_evaluation(
     assert not any(block.ran_uncompiled for block in model.blocks)
 
 
+def test_the_score_is_one_graph_more_and_gives_the_same_numbers(counted: CompileCounterWithBackend) -> None:
+    model = MaskedImageModel(ModelConfig(**SMALL, depth=2))
+    model.initialise(0)
+    batch = a_batch(3)
+    expected = model(*batch)
+    model.compile_score(counted)  # type: ignore[arg-type]  # torch takes functions too
+    for _ in range(2):
+        got = model(*batch)
+        got.loss_sum.backward()
+        torch.testing.assert_close(tuple(got), tuple(expected))
+        assert counted.frame_count == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "precision", "rows"),
