@@ -6,10 +6,14 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from beit_dist.errors import ConfigError, UserError, exit_cleanly
+from beit_dist.errors import ConfigError, exit_cleanly
 from beit_dist.settings import load_recipe
 from beit_dist.tokenizer_config import TokenizerRecipe
+
+if TYPE_CHECKING:
+    from beit_dist.engine.distributed import Ranks
 
 DESCRIPTION = """\
 Train a discrete VAE on images and write it as FILE.safetensors, with FILE.png beside it: held-out images over
@@ -67,26 +71,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before PyTorch starts its threads. Theirs would spin while they wait, which on a CPU that others use too
     # made a training several times slower (measured: 80 steps in 127 s against 51 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from beit_dist.engine.distributed import ranks_from_environment
+    from beit_dist.engine.launchers import as_one_rank
 
-    ranks = ranks_from_environment()
-    try:
-        recipe = load_recipe(TokenizerRecipe, args.config, args.overrides)
-        out = Path(args.out)
-        recipe = recipe.model_copy(update={"run": args.run or recipe.run or str(out.with_suffix(".run"))})
-        choose_accelerator(args.device)
+    return as_one_rank(lambda ranks: run(args, ranks))
 
-        from beit_dist.engine.resolve import read_ds_config
-        from beit_dist.engine.tokenizer.build import resolve
-        from beit_dist.engine.tokenizer.launch import Job, launch
 
-        ds_config = None if args.ds_config is None else read_ds_config(args.ds_config)
-        resolved = resolve(recipe, ds_config, ranks.world)
-        return launch(Job(args.images, out, recipe, resolved, ds_config is None), ranks)
-    except UserError as error:
-        if ranks.local_rank == 0:
-            raise
-        return error.exit_code  # what is wrong before the ranks join, rank 0 of this host says for all
+def run(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Resolve the settings, then train."""
+    recipe = load_recipe(TokenizerRecipe, args.config, args.overrides)
+    out = Path(args.out)
+    recipe = recipe.model_copy(update={"run": args.run or recipe.run or str(out.with_suffix(".run"))})
+    choose_accelerator(args.device)
+
+    from beit_dist.engine.resolve import read_ds_config
+    from beit_dist.engine.tokenizer.build import resolve
+    from beit_dist.engine.tokenizer.launch import Job, launch
+
+    ds_config = None if args.ds_config is None else read_ds_config(args.ds_config)
+    resolved = resolve(recipe, ds_config, ranks.world)
+    return launch(Job(args.images, out, recipe, resolved, ds_config is None), ranks)
 
 
 def choose_accelerator(device: str) -> None:
