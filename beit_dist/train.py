@@ -1,4 +1,4 @@
-"""Pre-train a BEiT model; started by ``deepspeed``, ``torchrun``, ``srun`` or alone."""
+"""Pre-train a BEiT model; started by ``deepspeed``, ``torchrun``, ``srun``, ``mpirun`` or alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ examples:
   python -m beit_dist.train --ds_config ... --config ... --dry-run --ranks 16
 
 Started again with the same run folder, training goes on from its newest whole checkpoint. A stop signal on any
-rank (SIGTERM, SIGINT, SIGUSR1) saves one and leaves RUN/PREEMPTED. docs/training.md says the rest.
+rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves one and leaves RUN/PREEMPTED. docs/training.md says the rest.
 """
 
 

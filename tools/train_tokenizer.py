@@ -21,7 +21,7 @@ their reconstructions from tokens. Look at that picture before sharding a data s
 
 Both are written at the end, whole. Meanwhile FILE.run has checkpoints, the numbers of every step, measurements on
 held-out images and pictures. Started again with the same command, a training that was stopped or killed goes on
-from its newest whole checkpoint. A stop signal on any rank (SIGTERM, SIGINT, SIGUSR1) saves one first.
+from its newest whole checkpoint. A stop signal on any rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves one first.
 """
 
 EXAMPLES = """\
