@@ -43,8 +43,9 @@ MPI = (
     Names("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # HPE Cray's PALS
 )
 _PMIX_RANK = "PMIX_RANK"
+_STEP, _HOSTS_OF_STEP = "SLURM_STEP_ID", "SLURM_STEP_NUM_NODES"
 VARIABLES = sorted(
-    {name for names in (TORCH, SLURM, *MPI) for name in names if name} | {_PMIX_RANK, "SLURM_STEP_ID"}
+    {name for names in (TORCH, SLURM, *MPI) for name in names if name} | {_PMIX_RANK, _STEP, _HOSTS_OF_STEP}
 )
 """All that are looked at."""
 
@@ -53,7 +54,8 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     """Who this process is: by torch's variables, else by those of ``srun``, else by an MPI launcher's, else alone.
 
     An MPI launcher counts where it has started several. ``srun --mpi=pmix`` sets variables of both kinds; then
-    SLURM's count, unless it knows of one process only: then that one is the ``mpirun``.
+    SLURM's count. But ``mpirun`` in a job of SLURM, or in a shell of ``srun --pty``, leaves those of the step that
+    started it or its daemons (see :func:`_runs_mpi`).
 
     Raises:
         ConfigError: the variables are incomplete or wrong; guessing would start many runs of one rank each.
@@ -131,8 +133,7 @@ def _names(environment: Mapping[str, str]) -> Names | None:
     mpi = next((names for names in started if environment.get(names.local_rank)), next(iter(started), None))
     if not _in_a_step(environment):
         return mpi
-    nested = mpi is not None and environment.get(mpi.world) and environment.get(SLURM.world) == "1"
-    return mpi if nested else SLURM
+    return mpi if mpi is not None and _runs_mpi(environment, mpi) else SLURM
 
 
 def _several(environment: Mapping[str, str], names: Names) -> bool:
@@ -142,7 +143,17 @@ def _several(environment: Mapping[str, str], names: Names) -> bool:
     return environment.get(names.world, "").strip() != "1"
 
 
+def _runs_mpi(environment: Mapping[str, str], mpi: Names) -> bool:
+    """Whether the step of ``srun`` around this process is one task for each host, and MPI counts otherwise.
+
+    Then the tasks are daemons that have started the ranks. Measured with SLURM 22.05 on two nodes: under ``mpirun
+    -n 4`` of Open MPI 4.1 and of MPICH 4.0, two ranks each have the same ``SLURM_PROCID`` of ``SLURM_NTASKS=2``.
+    """
+    tasks = environment.get(SLURM.world)
+    return tasks == environment.get(_HOSTS_OF_STEP, "1") and environment.get(mpi.world, "") not in ("", tasks)
+
+
 def _in_a_step(environment: Mapping[str, str]) -> bool:
     """Whether ``srun`` has started this process; batch scripts and shells of ``salloc`` have its variables too."""
-    text = environment.get("SLURM_STEP_ID", "")
+    text = environment.get(_STEP, "")
     return text.isdecimal() and int(text) < _NO_STEPS

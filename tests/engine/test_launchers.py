@@ -58,6 +58,14 @@ def test_an_mpi_launcher_inside_a_step_of_one_process_counts(launcher: str) -> N
 
 
 @pytest.mark.parametrize("launcher", MPI)
+def test_an_mpi_launcher_whose_daemons_srun_has_started_counts(launcher: str) -> None:
+    """As in a job of two nodes: one daemon on each, with two ranks."""
+    daemon = {**SRUN, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2"}
+    assert ranks_from_environment({**daemon, **MPI[launcher]}) == Ranks(2, 4, 0)
+    assert ranks_from_environment(daemon) == Ranks(1, 2, 0)
+
+
+@pytest.mark.parametrize("launcher", MPI)
 def test_one_process_of_an_mpi_launcher_is_alone(launcher: str) -> None:
     one = {name: "1" if name.endswith("SIZE") else "0" for name in MPI[launcher]}
     one.pop("PMIX_RANK", None)
