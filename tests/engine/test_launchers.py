@@ -70,6 +70,8 @@ def test_one_process_of_an_mpi_launcher_is_alone(launcher: str) -> None:
     one = {name: "1" if name.endswith("SIZE") else "0" for name in MPI[launcher]}
     one.pop("PMIX_RANK", None)
     assert ranks_from_environment(one) == Ranks()
+    without_local = {name: value for name, value in one.items() if name.endswith(("WORLD_RANK", "I_RANK", "SIZE"))}
+    assert ranks_from_environment(without_local) == Ranks()
 
 
 @pytest.mark.parametrize("launcher", MPI)
