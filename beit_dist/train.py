@@ -1,4 +1,4 @@
-"""Pre-train a BEiT model; started by ``deepspeed``, ``torchrun``, ``srun`` or alone."""
+"""Pre-train a BEiT model; started by ``deepspeed``, ``torchrun``, ``srun``, ``mpirun`` or alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
 import argparse  # noqa: E402
 
 from beit_dist.config import TrainConfig, load_recipe  # noqa: E402
-from beit_dist.engine.distributed import Ranks, ranks_from_environment  # noqa: E402
+from beit_dist.engine.distributed import Ranks  # noqa: E402
+from beit_dist.engine.launchers import as_one_rank  # noqa: E402
 from beit_dist.engine.resolve import read_ds_config, resolve  # noqa: E402
-from beit_dist.errors import UserError, exit_cleanly  # noqa: E402
+from beit_dist.errors import exit_cleanly  # noqa: E402
 
 _EXAMPLES = """\
 examples:
@@ -26,7 +27,7 @@ examples:
   python -m beit_dist.train --ds_config ... --config ... --dry-run --ranks 16
 
 Started again with the same run folder, training goes on from its newest whole checkpoint. A stop signal on any
-rank (SIGTERM, SIGINT, SIGUSR1) saves one and leaves RUN/PREEMPTED. docs/training.md says the rest.
+rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves one and leaves RUN/PREEMPTED. docs/training.md says the rest.
 """
 
 
@@ -52,13 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit code is 0 when the run is done or was stopped with a whole checkpoint."""
     args = parse(arguments)
-    ranks = ranks_from_environment()
-    try:
-        return run(args, ranks)
-    except UserError as error:
-        if ranks.local_rank == 0:
-            raise
-        return error.exit_code  # what is wrong before the ranks join, rank 0 of this host says for all
+    return as_one_rank(lambda ranks: run(args, ranks))
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> int:

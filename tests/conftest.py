@@ -122,14 +122,8 @@ def load_tool() -> Callable[[str], ModuleType]:
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests do not see the worker index or the ranks of a scheduler that may run them."""
-    for name in (
-        "SLURM_ARRAY_TASK_ID",
-        "JOB_COMPLETION_INDEX",
-        "BEIT_WORKERS",
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    ):
+    from beit_dist.engine.launchers import VARIABLES
+
+    schedulers = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX", "BEIT_WORKERS")
+    for name in (*schedulers, *VARIABLES, "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

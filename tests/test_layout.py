@@ -17,7 +17,7 @@ PACKAGE = "beit_dist"
 
 LAYERS: list[set[str]] = [
     {"errors", "checksums", "durable"},
-    {"storage"},
+    {"storage", "environment"},
     {"settings", "safe_pickle"},
     {"config"},
     {"tokenizer_config", "storage_option"},

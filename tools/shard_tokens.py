@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,13 +114,14 @@ def _work(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     print(
         f"worker {outcome.index} of {outcome.count}: {outcome.made} shards made, {outcome.kept} kept, "
         f"{outcome.images} images, {len(outcome.rejected)} rejected. When all workers are done: "
-        f"{os.path.basename(sys.argv[0])} --out {out} --finish"
+        f"python {shlex.quote(sys.argv[0])} --out {shlex.quote(str(out))} --finish"
     )
     return 0
 
 
 def _finish(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     from beit_dist.tokenizing.finish import finish, finished
+    from beit_dist.tokenizing.worker_index import worker_count
 
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     if arguments.tokenizer is not None:
@@ -131,7 +133,9 @@ def _finish(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     manifest = finished(out, settings)
     if manifest is not None:
         print("already complete: ", end="")
-    _report(out, manifest or finish(out, settings, arguments.max_rejected))
+    if manifest is None:
+        manifest = finish(out, settings, arguments.max_rejected, worker_count(arguments.count, os.environ))
+    _report(out, manifest)
     return 0
 
 
@@ -204,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--index",
         type=int,
-        help="this worker's number from 0; by default that of the SLURM array or Kubernetes",
+        help="this worker's number from 0; by default the task's id in the SLURM array, or Kubernetes' index",
     )
     add("--count", type=int, help="number of workers; by default $BEIT_WORKERS, else 1")
     add("--index-only", action="store_true", help="only freeze the list of images; needed before several workers")

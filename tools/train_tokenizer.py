@@ -6,10 +6,14 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from beit_dist.errors import ConfigError, UserError, exit_cleanly
+from beit_dist.errors import ConfigError, exit_cleanly
 from beit_dist.settings import load_recipe
 from beit_dist.tokenizer_config import TokenizerRecipe
+
+if TYPE_CHECKING:
+    from beit_dist.engine.distributed import Ranks
 
 DESCRIPTION = """\
 Train a discrete VAE on images and write it as FILE.safetensors, with FILE.png beside it: held-out images over
@@ -18,7 +22,7 @@ name is kept whole: dvae-0.1 has dvae-0.1.png and dvae-0.1.run.
 
 Both are written at the end, whole. Meanwhile FILE.run has checkpoints, the numbers of every step, measurements on
 held-out images and pictures. Started again with the same command, a training that was stopped or killed goes on
-from its newest whole checkpoint. A stop signal on any rank (SIGTERM, SIGINT, SIGUSR1) saves one first.
+from its newest whole checkpoint. A stop signal on any rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves one first.
 """
 
 EXAMPLES = """\
@@ -74,27 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before PyTorch starts its threads. Theirs would spin while they wait, which on a CPU that others use too
     # made a training several times slower (measured: 80 steps in 127 s against 51 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from beit_dist.engine.distributed import ranks_from_environment
+    from beit_dist.engine.launchers import as_one_rank
 
-    ranks = ranks_from_environment()
-    try:
-        recipe = load_recipe(TokenizerRecipe, args.config, args.overrides)
-        choose_accelerator(args.device)
+    return as_one_rank(lambda ranks: run(args, ranks))
 
-        from beit_dist.engine.resolve import read_ds_config
-        from beit_dist.engine.tokenizer.build import resolve
-        from beit_dist.engine.tokenizer.launch import Job, launch
-        from beit_dist.visual_tokens.weights import beside
 
-        out = Path(args.out)
-        recipe = recipe.model_copy(update={"run": args.run or recipe.run or str(beside(out, ".run"))})
-        ds_config = None if args.ds_config is None else read_ds_config(args.ds_config)
-        resolved = resolve(recipe, ds_config, ranks.world)
-        return launch(Job(args.images, out, recipe, resolved, ds_config is None, args.sniff), ranks)
-    except UserError as error:
-        if ranks.local_rank == 0:
-            raise
-        return error.exit_code  # what is wrong before the ranks join, rank 0 of this host says for all
+def run(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Resolve the settings, then train."""
+    recipe = load_recipe(TokenizerRecipe, args.config, args.overrides)
+    choose_accelerator(args.device)
+
+    from beit_dist.engine.resolve import read_ds_config
+    from beit_dist.engine.tokenizer.build import resolve
+    from beit_dist.engine.tokenizer.launch import Job, launch
+    from beit_dist.visual_tokens.weights import beside
+
+    out = Path(args.out)
+    recipe = recipe.model_copy(update={"run": args.run or recipe.run or str(beside(out, ".run"))})
+    ds_config = None if args.ds_config is None else read_ds_config(args.ds_config)
+    resolved = resolve(recipe, ds_config, ranks.world)
+    return launch(Job(args.images, out, recipe, resolved, ds_config is None, args.sniff), ranks)
 
 
 def choose_accelerator(device: str) -> None:

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 
 from torch import multiprocessing as torch_multiprocessing
 
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """They are for the rank to act on."""
 
 _PRELOAD = "beit_dist.data.pipeline"

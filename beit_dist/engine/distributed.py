@@ -1,4 +1,4 @@
-"""Ranks: who this process is under any launcher, the process groups, and what all ranks agree on each step."""
+"""Ranks: the process groups, and what all ranks agree on each step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from beit_dist.engine.devices import device_index
 from beit_dist.errors import ConfigError, PreflightError
 
 
@@ -24,48 +25,27 @@ class Ranks:
     local_rank: int = 0
 
 
-def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Who this process is: the variables of ``deepspeed`` and ``torchrun``, else those of ``srun``, else alone.
-
-    Raises:
-        ConfigError: the variables are incomplete; guessing would start many runs of one rank each.
-    """
-    names: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not any(environment.get(name) for name in names):
-        # A batch script has these too, but only what srun starts has a step id that is a number.
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-        if not environment.get("SLURM_STEP_ID", "").isdigit():
-            return Ranks()
-    missing = [name for name in names if not environment.get(name)]
-    if missing:
-        raise ConfigError(", ".join(missing), None, f"{', '.join(names)} all set, or none")
-    rank, world, local = (int(environment[name]) for name in names)
-    if not 0 <= rank < world:
-        raise ConfigError(names[0], rank, f"a rank below {names[1]} ({world})")
-    return Ranks(rank, world, local)
-
-
-def init_process_groups(ranks: Ranks, timeout: timedelta) -> torch.device:
+def init_process_groups(ranks: Ranks, timeout: timedelta, meeting: tuple[str, int] | None = None) -> torch.device:
     """Join the other ranks through DeepSpeed and return this rank's device.
 
-    A rank that is alone needs no launcher, address or port.
+    Args:
+        meeting: address and port where the ranks meet; a rank that is alone needs none.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local_rank))
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing and ranks.world > 1:
-        raise ConfigError(
-            ", ".join(missing), None, "the address of rank 0", "Launch by deepspeed or torchrun, or export them."
-        )
     accelerator = get_accelerator()
+    index = ranks.local_rank
     if accelerator.device_name() == "cpu":
         # This op serves inference only; leaving it on compiles C++ at every first start (needs g++ and ninja).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        check_devices(ranks, accelerator.device_count(), accelerator.device_name())
-        accelerator.set_device(ranks.local_rank)
+        index = check_devices(ranks, accelerator.device_count(), accelerator.device_name())
+        accelerator.set_device(index)
+    # DeepSpeed takes LOCAL_RANK for the index of the device.
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(index))
+    if meeting is not None:
+        os.environ.update(MASTER_ADDR=meeting[0], MASTER_PORT=str(meeting[1]))
     backend = accelerator.communication_backend_name()
     if ranks.world == 1 and not dist.is_initialized():
         # DeepSpeed takes the group that is there. By address, a port that looked free may be taken by now.
@@ -78,21 +58,23 @@ def init_process_groups(ranks: Ranks, timeout: timedelta) -> torch.device:
         verbose=False,
     )
     name = accelerator.device_name()
-    return torch.device(name) if name == "cpu" else torch.device(name, ranks.local_rank)
+    return torch.device(name) if name == "cpu" else torch.device(name, index)
 
 
-def check_devices(ranks: Ranks, count: int, kind: str) -> None:
-    """Refuse a rank for which its host has no device, before it joins the others.
+def check_devices(ranks: Ranks, count: int, kind: str, environment: Mapping[str, str] = os.environ) -> int:
+    """The index of this rank's device; a rank for which its host has none is refused before it joins the others.
 
     Raises:
         PreflightError: names the rank and its host.
     """
-    if ranks.local_rank >= count:
+    index = device_index(ranks.local_rank, count, environment)
+    if index is None:
         raise PreflightError(
             f"rank {ranks.rank} on {socket.gethostname()}: {count} {kind} devices, expected one for each rank of "
             f"this host, at least {ranks.local_rank + 1}. Start fewer ranks there, or look for a device that is "
             "gone (nvidia-smi, CUDA_VISIBLE_DEVICES)."
         )
+    return index
 
 
 class Agreement:

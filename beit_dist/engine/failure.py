@@ -19,7 +19,10 @@ from beit_dist.errors import TrainingError, UserError
 
 _FULL, _REFUSED = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_ANSWER = re.compile(r"timed out|timeout|pair closure", re.IGNORECASE)
-_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+_UNMET = re.compile(
+    r"client socket has timed out|waiting for clients|ping failed|failed to connect", re.IGNORECASE
+)
+_TAKEN = re.compile(r"EADDRINUSE|address already in use|server socket has failed", re.IGNORECASE)
 _GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|read error|write error|socket", re.IGNORECASE)
 
 
@@ -81,16 +84,29 @@ def _explained(error: BaseException, limit: str) -> str | None:
     if not collective:
         return None
     cause = said.splitlines()[0]
+    port = os.environ.get("MASTER_PORT")
+    if _UNMET.search(said):
+        return (
+            f"the ranks did not all meet at MASTER_ADDR:MASTER_PORT = {os.environ.get('MASTER_ADDR')}:{port} "
+            f"within {limit}. It must be the host of rank 0, as all hosts know it, and a port that they can reach "
+            f"and no other program has; and every rank must have been started. ({cause})"
+        )
     if _NO_ANSWER.search(said):
         return (
             f"another rank gave no answer within {limit}: it hangs, or its host does. RUN/ranks/*.stacks.txt and "
             f"`kill -USR2` show where ranks are. ({cause})"
         )
     if _TAKEN.search(said):
+        refused = "EACCES" in said
+        by = (
+            "is the system's own"
+            if refused
+            else "is taken by another run or by some program's outgoing connection"
+        )
         return (
-            f"port {os.environ.get('MASTER_PORT')} of this host, where the ranks were to meet, is taken by "
-            "another run or by some program's outgoing connection. Give the launcher another --master_port, "
-            f"best below 32768, from where Linux takes ports for outgoing connections. ({cause})"
+            f"port {port} of this host, where the ranks were to meet, {by}. Give the launcher another "
+            "--master_port (MASTER_PORT), best from 1024 to 32767: from 32768 on Linux takes ports for outgoing "
+            f"connections. ({cause})"
         )
     if _GONE.search(said):
         return (

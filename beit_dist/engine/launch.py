@@ -26,6 +26,7 @@ from beit_dist.engine.output import go_on_unread
 from beit_dist.engine.precision import check_precision
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.process import Process, join
+from beit_dist.engine.rendezvous import meeting_point
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, RunFolder
 from beit_dist.engine.sinks import check_packages
@@ -43,6 +44,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     since = time.time()
     quieten()
     go_on_unread()
+    meeting = meeting_point(ranks)
     check_precision(resolved.precision)
     manifest = open_data(config, check_files=_checks(config.data, ranks))
     check_packages(config)
@@ -55,7 +57,7 @@ def launch(config: TrainConfig, resolved: Resolved, ranks: Ranks) -> int:
     stop = StopRequest(max_minutes=config.max_minutes if ranks.rank == 0 else None).install()
     timeouts = Timeouts(config.timeouts, config.checkpoint.timeout_seconds)
     with failures_marked(run, ranks, timeouts, since):
-        process = join(config, run, ranks, stop, timeouts)
+        process = join(config, run, ranks, meeting, stop, timeouts)
         _train(config, resolved, run, process, manifest, held_out)
         process.leave()
     return 0

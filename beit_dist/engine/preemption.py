@@ -20,7 +20,7 @@ import time
 from types import FrameType
 from typing import Any, Protocol
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MAX_MINUTES = "max_minutes"
 _KEY = "beit_dist/stop"
 
@@ -36,8 +36,9 @@ class Board(Protocol):
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGINT and SIGUSR1 while installed; a second one, of another kind or later, ends at once.
+    """Notes SIGTERM, SIGINT, SIGUSR1 and SIGHUP while installed; a later second one ends the process at once.
 
+    SIGHUP is that of a terminal which was closed. Where it is ignored, as under ``nohup``, it stays so.
     Schedulers deliver one stop more than once (SIGTERM to the step and to the batch script, within
     milliseconds), so a repetition counts as a second request only after ``grace`` seconds.
 
@@ -83,6 +84,8 @@ class StopRequest:
         for end in ends:
             os.set_blocking(end, end == ends[0])
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._note)
         signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
         self._ends = ends

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from beit_dist.config import TrainConfig
+from beit_dist.engine.devices import identity, refuse_shared
 from beit_dist.engine.distributed import (
     Agreement,
     Ranks,
@@ -15,6 +16,7 @@ from beit_dist.engine.distributed import (
     store_of_ranks,
 )
 from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.rendezvous import Meeting, look_up, waiting_said
 from beit_dist.engine.run_folder import RunFolder
 from beit_dist.engine.timeouts import Timeouts
 from beit_dist.engine.watchdog import Watchdog, record_collectives
@@ -44,11 +46,26 @@ class Process:
 
 
 def join(
-    recipe: TrainConfig | TokenizerRecipe, run: RunFolder, ranks: Ranks, stop: StopRequest, timeouts: Timeouts
+    recipe: TrainConfig | TokenizerRecipe,
+    run: RunFolder,
+    ranks: Ranks,
+    meeting: Meeting | None,
+    stop: StopRequest,
+    timeouts: Timeouts,
 ) -> Process:
-    """Join the other ranks. Collective; until it returns nobody can be stopped at a boundary."""
+    """Join the other ranks. Collective; until it returns nobody can be stopped at a boundary.
+
+    Raises:
+        ConfigError: the address where they meet cannot be looked up.
+        PreflightError: there is no device for this rank, or two ranks have the same one.
+    """
     record_collectives(run.ranks)
     watchdog = Watchdog(recipe.watchdog, run.ranks, ranks.rank).start()
-    device = init_process_groups(ranks, timeouts.start)
+    if meeting is not None:
+        look_up(meeting)
+    with waiting_said(ranks, meeting, timeouts.now):
+        device = init_process_groups(ranks, timeouts.start, meeting)
     stop.share(store_of_ranks())
-    return Process(Agreement(ranks, timeouts.start), device, stop, watchdog, timeouts)
+    agreement = Agreement(ranks, timeouts.start)
+    refuse_shared(agreement.gather(identity(device)))
+    return Process(agreement, device, stop, watchdog, timeouts)

@@ -18,7 +18,7 @@ from beit_dist.tokenizing.sources import SourceList
 _LISTED = 20
 
 
-def finish(out: Place, settings: Mapping[str, Any], max_rejected: str) -> Manifest:
+def finish(out: Place, settings: Mapping[str, Any], max_rejected: str, workers: int | None = None) -> Manifest:
     """Check the commits, write ``rejected.jsonl`` and, last of all, ``manifest.json``.
 
     Files are checked by their sizes, as reading every byte again would take as long as copying the data set;
@@ -27,6 +27,7 @@ def finish(out: Place, settings: Mapping[str, Any], max_rejected: str) -> Manife
     Args:
         settings: what the user gave (None: not given), compared with the recorded job.
         max_rejected: see :func:`beit_dist.tokenizing.rejected.rejection_limit`.
+        workers: how many there were, to name those whose shards are missing; None: not known.
 
     Raises:
         DataError: a shard is missing, damaged or foreign, or too many images were rejected.
@@ -36,7 +37,7 @@ def finish(out: Place, settings: Mapping[str, Any], max_rejected: str) -> Manife
     sources = SourceList(out, job.shard_samples)
     if sources.sha256 != job.images:
         raise DataError(f"{sources.path}: changed since the job began. Put the old file back, or start over")
-    commits = _whole_commits(out, job, sources.shards)
+    commits = _whole_commits(out, job, sources.shards, workers)
     _check_foreign(out, commits)
     rejected = [entry for commit in commits for entry in commit.rejected]
     check_rejected(len(rejected), rejection_limit(max_rejected, sources.header.entries), rejected)
@@ -83,22 +84,36 @@ def finished(out: Place, settings: Mapping[str, Any]) -> Manifest | None:
     return manifest
 
 
-def _whole_commits(out: Place, job: Job, shards: int) -> list[Commit]:
+def _whole_commits(out: Place, job: Job, shards: int, workers: int | None) -> list[Commit]:
     found = read_commits(out, range(shards))
     commits = [commit for commit in found if commit is not None]
     missing = [shard for shard, commit in enumerate(found) if commit is None]
     for commit in commits:
         commit.check_job(out, job.digest)
     sizes = sizes_of(out, commits)
-    damaged = list(filter(None, (commit.damage(sizes) for commit in commits)))
+    damage = {commit.shard: text for commit in commits if (text := commit.damage(sizes))}
     if missing:
         raise DataError(
-            f"{out}: {len(missing)} of {shards} shards are not committed: {_some(missing)}. Worker i of N makes "
-            "shards i, i + N, ...: run those workers (again), then --finish"
+            f"{out}: {len(missing)} of {shards} shards are not committed: {_some(missing)}. "
+            f"{_way_out([*missing, *damage], workers)}"
         )
-    if damaged:
-        raise DataError(f"{out}: {_some(damaged)}. Run the workers again: they make such shards anew")
+    if damage:
+        raise DataError(f"{out}: {_some(list(damage.values()))}. {_way_out(list(damage), workers)}")
     return commits
+
+
+def _way_out(shards: Sequence[int], workers: int | None) -> str:
+    """How these shards are made, in flags and ids that can be used as they stand."""
+    if workers is None or workers == 1:
+        return (
+            "One worker makes what is missing, and finishes: the workers' command with --index 0 --count 1. "
+            "Or give --finish the --count of the workers: it names those to run again"
+        )
+    missing = sorted({shard % workers for shard in shards})
+    return (
+        f"Of {workers} workers these make them: {_ranges(missing)}. Run each again, with --index (one of these) "
+        f"--count {workers}, or in SLURM with BEIT_WORKERS={workers} and --array={_ranges(missing)}; then --finish"
+    )
 
 
 def _check_foreign(out: Place, commits: Sequence[Commit]) -> None:
@@ -121,3 +136,14 @@ def _remove_leftovers(out: Place, job: Job) -> None:
 def _some(names: Sequence[object]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(map(str, names[:_LISTED])) + more
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as ``sbatch --array`` takes them: ``0,4-7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from support.programs import program
 
 import beit_dist
 from beit_dist.config import LoggingConfig, TrainConfig, load_recipe
@@ -20,11 +20,6 @@ from beit_dist.config import LoggingConfig, TrainConfig, load_recipe
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = REPOSITORY / "cluster" / "kubernetes" / "base"
 ENTRY = BASE / "entry.sh"
-
-needs_kubectl = pytest.mark.skipif(
-    shutil.which("kubectl") is None,
-    reason="kubectl is not installed (it renders kustomize folders, no cluster needed)",
-)
 
 
 def manifest(name: str) -> dict[str, Any]:
@@ -63,10 +58,9 @@ def test_a_manifest_is_valid_to_the_last_field(name: str) -> None:
     kubernetes_validate.validate(manifest(name), "1.34", strict=True)
 
 
-@needs_kubectl
 def test_the_folder_renders_with_the_configs_and_a_pinned_image() -> None:
     rendered = subprocess.run(
-        ["kubectl", "kustomize", str(BASE)], capture_output=True, text=True, check=True
+        [program("kubectl"), "kustomize", str(BASE)], capture_output=True, text=True, check=True
     ).stdout
     found = {}
     for resource in yaml.safe_load_all(rendered):
@@ -140,6 +134,7 @@ def test_wrong_input_ends_the_job_and_a_stop_or_a_drained_node_does_not_count(jo
 def test_nothing_runs_as_root_or_writes_to_the_image(pod: dict[str, Any], trainer: dict[str, Any]) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False, "a Service named master would set MASTER_PORT"
     assert trainer["securityContext"]["readOnlyRootFilesystem"] is True
     assert trainer["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     mounts = {mount["mountPath"] for mount in trainer["volumeMounts"]}

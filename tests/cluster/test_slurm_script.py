@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -44,8 +44,8 @@ def job(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(job: Path, behaviour: str, **settings: str) -> subprocess.Popen[str]:
-    """The script as slurmd would start it."""
+def start(job: Path, behaviour: str, without: Collection[str] = (), **settings: str) -> subprocess.Popen[str]:
+    """The script as slurmd would start it, without some of the variables."""
     environment = {
         "PATH": f"{job}:{os.environ['PATH']}",
         "BEHAVIOUR": behaviour,
@@ -57,9 +57,10 @@ def start(job: Path, behaviour: str, **settings: str) -> subprocess.Popen[str]:
         "SLURM_CPUS_PER_TASK": "8",
         **settings,
     }
+    environment = {name: value for name, value in environment.items() if name not in without}
     command = ["bash", str(SCRIPT), "optimizer.lr=1e-3"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment, cwd=job, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -133,8 +134,30 @@ def test_the_batch_shell_is_warned_in_time_and_the_job_may_be_requeued() -> None
     assert options["ntasks-per-node"] == options["gpus-per-node"]
 
 
-@pytest.mark.skipif(
-    shutil.which("shellcheck") is None, reason="shellcheck is not installed (apt-get install shellcheck)"
+@pytest.mark.parametrize(
+    "unset", ["SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NODELIST", "SLURM_SUBMIT_DIR", "all of them"]
 )
-def test_shellcheck_finds_nothing() -> None:
-    assert subprocess.run(["shellcheck", str(SCRIPT)], check=False).returncode == 0
+def test_variables_that_slurm_leaves_unset_are_done_without(job: Path, unset: str) -> None:
+    given = {"SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NODELIST", "SLURM_SUBMIT_DIR"}
+    code, output = ended(start(job, "done", without=given if unset == "all of them" else {unset}))
+    assert code == 0, output
+    assert "unbound variable" not in output
+    arguments = (job / "srun.called").read_text().splitlines()
+    assert ("-c" in arguments) == (unset not in ("SLURM_CPUS_PER_TASK", "all of them"))
+    assert "" not in arguments
+
+
+def test_a_node_list_that_cannot_be_expanded_leaves_this_host_as_the_first(job: Path) -> None:
+    (job / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    assert ended(start(job, "done"))[0] == 0
+    address = (job / "srun.called").read_text().partition(":")[0]
+    assert address == subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_outside_a_job_and_with_a_wrong_setting_it_says_so(job: Path) -> None:
+    code, output = ended(start(job, "done", without={"SLURM_JOB_ID"}))
+    assert (code, output) == (2, "error: SLURM_JOB_ID is not set: start this script with sbatch\n")
+    code, output = ended(start(job, "done", MAX_RESTARTS="many"))
+    assert code == 2
+    assert "MAX_RESTARTS: got 'many'" in output
+    assert not (job / "srun.called").exists()

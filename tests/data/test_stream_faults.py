@@ -23,6 +23,7 @@ from support.stream_data import FIELDS, DataSet, advance, assert_equal, copied
 from beit_dist.data import stream
 from beit_dist.data.shards import Manifest
 from beit_dist.data.storage import LocalReader
+from beit_dist.data.workers import IGNORED_SIGNALS
 from beit_dist.errors import ConfigError, SampleError
 
 # ----------------------------------------------------------------------------------------------- bad samples
@@ -179,7 +180,7 @@ def test_workers_and_their_fork_server_ignore_the_signals_of_a_scheduler(data: D
     workers = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
     for process in [*workers, workers[0].parent()]:
         assert process is not None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in IGNORED_SIGNALS:
             process.send_signal(number)
     time.sleep(0.2)
     assert_equal([copied(next(batches)) for _ in range(6)][-1], data.stored(12, 8))
@@ -264,7 +265,7 @@ def test_no_worker_outlives_its_rank(data: DataSet, tmp_path: Path, ending: str,
             helpers = psutil.Process(rank.pid).children(recursive=True)
             assert any("resource_tracker" in " ".join(helper.cmdline()) for helper in helpers)
             for helper in helpers:  # as a scheduler does to all processes of a job
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+                for number in IGNORED_SIGNALS:
                     helper.send_signal(number)
             time.sleep(0.2)
             assert all(helper.status() != psutil.STATUS_ZOMBIE for helper in helpers)

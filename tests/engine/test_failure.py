@@ -116,7 +116,17 @@ def test_details_go_into_the_marker_only(tmp_path: Path) -> None:
             "address already in use (gloo)",
             "another --master_port",
         ),
+        (
+            "The server socket has failed to bind. port: 99, name: EACCES, message: permission denied (gloo)",
+            "is the system's own",
+        ),
         ("[gloo/pair.cc:5] Connection closed by peer [::1]:2", "connection to another rank broke"),
+        (
+            "The client socket has timed out after 4000ms while trying to connect to (a, 1). (gloo)",
+            "did not all meet",
+        ),
+        ("Timed out after 5 seconds waiting for clients. 1/2 clients joined. (gloo)", "every rank must have been"),
+        ("Ping failed, invalid value returned from server. Expected: 1, Got: 2 (gloo)", "no other program has"),
     ],
 )
 def test_what_collectives_say_is_put_in_words(said: str, meant: str, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +33,9 @@ class Board(dict[str, str]):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_each_stop_signal_is_only_noted(number: signal.Signals) -> None:
+def test_each_stop_signal_is_only_noted(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     previous = signal.getsignal(number)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # also when the tests run under nohup
     stop = StopRequest().install()
     stop.share(None)
     try:
@@ -43,6 +47,7 @@ def test_each_stop_signal_is_only_noted(number: signal.Signals) -> None:
         assert stop.name == number.name
     finally:
         stop.close()
+        monkeypatch.undo()
     assert signal.getsignal(number) == previous
     assert signal.set_wakeup_fd(-1) == -1
 
@@ -60,6 +65,17 @@ def test_a_later_second_signal_ends_at_once() -> None:
     )
     assert result.returncode == 128 + signal.SIGTERM
     assert "still here" not in result.stdout
+
+
+def test_a_signal_of_the_terminal_that_is_ignored_stays_ignored() -> None:
+    result = ended(
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "stop = StopRequest(grace=0.0).install(); stop.share(None)\n"
+        "for _ in range(3): os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.05)\n"
+        "print(stop.requested); stop.close(last=True); print(signal.getsignal(signal.SIGHUP).name)\n"
+    )
+    assert result.stdout.split() == ["False", "SIG_IGN"]
+    assert result.returncode == 0
 
 
 def test_a_second_signal_ends_a_process_that_cannot_run_handlers() -> None:
@@ -188,3 +204,40 @@ def test_a_rank_that_waits_for_data_stops_with_the_others(new_run: Callable[...,
         next(run.folder.glob(f"checkpoints/step-{stopped['step']:08d}.*/manifest.json")).read_text()
     )
     assert saved["position"]["samples"] == 16 * stopped["step"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_closed_saves_and_one_under_nohup_goes_on(new_run: Callable[..., Any]) -> None:
+    overrides = ["loader.workers=1", "steps=4000", "checkpoint.every_steps=null"]
+    run = new_run("run", overrides=overrides)
+    ours, its = os.openpty()
+    os.set_blocking(ours, False)
+    process = run.start(
+        stdin=its, stdout=its, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    )
+    os.close(its)
+    shown = b""
+    while len(run.lines()) < 3:
+        assert process.poll() is None, shown
+        with contextlib.suppress(BlockingIOError):
+            shown += os.read(ours, 2**16)
+        time.sleep(0.01)
+    os.close(ours)
+    assert process.wait(timeout=120) == 0
+    stopped = json.loads((run.folder / "PREEMPTED").read_text())
+    assert stopped["reason"] == "SIGHUP"
+    assert list(run.folder.glob(f"checkpoints/step-{stopped['step']:08d}.*/manifest.json"))
+    assert not (run.folder / "FAILED").exists()
+
+    command, steps = run.command(), stopped["step"] + 20
+    run.command = lambda *_: ["nohup", *command, f"steps={steps}"]
+    process = run.start(stdin=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(run.lines()) < stopped["step"] + 3:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert json.loads((run.folder / "DONE").read_text())["step"] == steps

@@ -82,9 +82,13 @@ class Bench:
         return worker.run()
 
     def finish(
-        self, out: Path | str, settings: Mapping[str, Any] | None = None, max_rejected: str = "100%"
+        self,
+        out: Path | str,
+        settings: Mapping[str, Any] | None = None,
+        max_rejected: str = "100%",
+        workers: int | None = None,
     ) -> Any:
-        return finish(open_place(out), settings or {}, max_rejected)
+        return finish(open_place(out), settings or {}, max_rejected, workers)
 
     def run(self, name: str, **changes: Any) -> Path:
         """A whole data set by one worker."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,35 @@ from beit_dist.tokenizing.finish import finished
 from beit_dist.tokenizing.rejected import rejection_limit
 
 
-def test_missing_shards_are_named_with_their_workers(bench: Any, tmp_path: Path) -> None:
+def test_missing_and_damaged_shards_are_named_with_the_workers_that_make_them(bench: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     bench.work(out, 0, 3)
-    with pytest.raises(DataError, match=r"2 of 4 shards are not committed: 1, 2\. Worker i of N"):
+    with pytest.raises(DataError, match=r"2 of 4 shards are not committed: 1, 2\. .*--index 0 --count 1\."):
         bench.finish(out)
+    with pytest.raises(DataError, match=r"Of 3 workers these make them: 1-2\. .*--count 3, .*--array=1-2;"):
+        bench.finish(out, workers=3)
     assert not (out / "manifest.json").exists()
+    (out / "v01/shard-000003.tar").unlink()
+    with pytest.raises(DataError, match=r"Of 3 workers these make them: 0-2\."):
+        bench.finish(out, workers=3)
+    for index in (1, 2):
+        bench.work(out, index, 3)
+    with pytest.raises(
+        DataError, match=r"shard-000003\.tar: got no such file, .*these make them: 0\. .*--array=0;"
+    ):
+        bench.finish(out, workers=3)
+    bench.work(out, 0, 3)
+    bench.finish(out, workers=3)
+
+
+def test_one_worker_makes_what_others_left_out(
+    bench: Any, tmp_path: Path, read_content: Callable[[Path], dict[str, str]]
+) -> None:
+    out = tmp_path / "out"
+    bench.work(out, 1, 3)
+    assert bench.work(out, 0, 1).kept == 1
+    bench.finish(out)
+    assert read_content(out) == read_content(bench.run("alone"))
 
 
 def test_nothing_started_is_refused(tmp_path: Path, bench: Any) -> None:

@@ -88,15 +88,22 @@ def test_several_workers_by_scheduler_write_the_same_bytes(
 ) -> None:
     command("alone")
     assert command("out", "--index-only") == 0
+    finish = ("--out", str(command.root / "out"), "--finish")
     monkeypatch.setenv("BEIT_WORKERS", "3")
-    for task in ("1", "5", "3"):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "0")
+    for task in ("0", "2"):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
-        monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
-        monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")
         assert command("out") == 0
     assert not (command.root / "out/manifest.json").exists()
-    assert "When all workers are done" in capsys.readouterr().out
-    assert command.plain("--out", str(command.root / "out"), "--finish") == 0
+    with pytest.raises(DataError, match=r"Of 3 workers these make them: 1\. .*--array=1;"):
+        command.plain(*finish)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")  # --array=1, as it says
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert command("out") == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert "When all workers are done: python " in printed
+    assert printed.endswith(" ".join(finish))
+    assert command.plain(*finish) == 0
     assert files(command.root / "out") == files(command.root / "alone")
 
 

@@ -18,6 +18,7 @@ from beit_dist.engine.output import go_on_unread
 from beit_dist.engine.precision import check_precision
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.process import Process, join
+from beit_dist.engine.rendezvous import meeting_point
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.resume import compare_recipes
 from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
@@ -71,6 +72,7 @@ def launch(job: Job, ranks: Ranks) -> int:
     since = time.time()
     quieten()
     go_on_unread()
+    meeting = meeting_point(ranks)
     recipe = job.recipe
     check_precision(job.resolved.precision)
     check_packages(recipe)
@@ -87,7 +89,7 @@ def launch(job: Job, ranks: Ranks) -> int:
     stop = StopRequest(max_minutes=recipe.max_minutes if ranks.rank == 0 else None).install()
     timeouts = Timeouts(recipe.timeouts, recipe.checkpoint.timeout_seconds)
     with failures_marked(run, ranks, timeouts, since):
-        process = join(recipe, run, ranks, stop, timeouts)
+        process = join(recipe, run, ranks, meeting, stop, timeouts)
         train(job, files, process)
         process.leave()
     return 0

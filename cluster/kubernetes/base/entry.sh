@@ -9,12 +9,9 @@ set -u
 rank_of_node=$JOB_COMPLETION_INDEX
 python=${PYTHON:-python}
 
+# Before the launcher has begun nothing is lost.
 launcher=
-stop() {
-  [[ -n $launcher ]] || exit 75 # nothing has begun, nothing is lost
-  kill -TERM "$launcher" 2>/dev/null
-}
-trap stop TERM INT
+trap '[[ -n $launcher ]] || exit 75; kill -TERM "$launcher" 2>/dev/null' TERM INT
 
 # Wrong settings are found here, before a launcher can hide the exit code.
 "$python" -m beit_dist.train "$@" --dry-run --ranks $((NODES * GPUS_PER_NODE)) || exit $?

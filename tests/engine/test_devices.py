@@ -1,0 +1,63 @@
+"""Each rank has a device of its own: by its number on the host, or because it was given one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from beit_dist.engine.devices import device_index, identity, refuse_shared
+from beit_dist.engine.distributed import Ranks, check_devices
+from beit_dist.errors import PreflightError
+
+ALL = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+
+
+def test_ranks_that_see_all_devices_take_one_each() -> None:
+    assert [device_index(rank, 4, ALL) for rank in range(4)] == [0, 1, 2, 3]
+    assert [device_index(rank, 4, {}) for rank in range(4)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"CUDA_VISIBLE_DEVICES": "0"},  # srun --gpus-per-task=1 where cgroups number them anew
+        {"CUDA_VISIBLE_DEVICES": "3"},
+        {"CUDA_VISIBLE_DEVICES": "GPU-11111111-2222-3333-4444-555555555555"},
+        {"ROCR_VISIBLE_DEVICES": "1"},
+        {"SLURM_GPUS_PER_TASK": "1"},
+        {"SLURM_TRES_PER_TASK": "cpu=8,gres/gpu=1"},
+        {"SLURM_TRES_PER_TASK": "gres:gpu:1"},
+    ],
+)
+def test_a_rank_that_was_given_its_own_device_takes_it(environment: dict[str, str]) -> None:
+    assert [check_devices(Ranks(rank, 4, rank), 1, "cuda", environment) for rank in range(4)] == [0] * 4
+
+
+def test_a_rank_with_several_devices_of_its_own_takes_one_of_them() -> None:
+    assert [device_index(rank, 2, {"SLURM_GPUS_PER_TASK": "2"}) for rank in range(4)] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("environment", [{}, ALL, {"CUDA_VISIBLE_DEVICES": ""}, {"SLURM_TRES_PER_TASK": "cpu=1"}])
+def test_a_rank_without_a_device_is_named_before_it_joins(environment: dict[str, str]) -> None:
+    assert check_devices(Ranks(9, 16, 1), 2, "cuda", environment) == 1
+    with pytest.raises(PreflightError, match=r"rank 10 on .*: 2 cuda devices, expected .* at least 3\."):
+        check_devices(Ranks(10, 16, 2), 2, "cuda", environment)
+    with pytest.raises(PreflightError, match=r"rank 1 on .*: 1 cuda devices, expected .* at least 2\."):
+        check_devices(Ranks(1, 2, 1), 1, "cuda", environment)
+
+
+@pytest.mark.parametrize("environment", [{"SLURM_GPUS_PER_TASK": "1"}, {"CUDA_VISIBLE_DEVICES": "0"}, {}])
+def test_no_device_is_nobodys(environment: dict[str, str]) -> None:
+    with pytest.raises(PreflightError, match="0 cuda devices"):
+        check_devices(Ranks(1, 2, 1), 0, "cuda", environment)
+
+
+def test_ranks_that_were_given_the_same_device_are_named() -> None:
+    refuse_shared(["a", "b", "c"])
+    refuse_shared(["", ""])  # on the CPU
+    with pytest.raises(PreflightError, match=r"between them: 0, 2 \(a\); 1, 4 \(b\); expected one for each"):
+        refuse_shared(["a", "b", "a", "c", "b"])
+
+
+def test_a_cpu_may_be_shared() -> None:
+    assert identity(torch.device("cpu")) == ""
