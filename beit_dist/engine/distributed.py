@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from beit_dist.engine.devices import device_index
-from beit_dist.errors import ConfigError, PreflightError
+from beit_dist.errors import PreflightError
 
 
 @dataclass(frozen=True)
