@@ -1,11 +1,11 @@
-"""Which device is this rank's: chosen before it joins the others, and compared with theirs once it has."""
+"""Which device is this rank's, and that no other rank has it too."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -20,7 +20,7 @@ def device_index(local_rank: int, count: int, environment: Mapping[str, str] = o
 
     Ranks that see all devices of their host take one each. A rank that was given devices of its own (``srun
     --gpus-per-task=1``, a wrapper that sets ``CUDA_VISIBLE_DEVICES``) takes the first of them: its number on the
-    host is no index then. Ranks that were given the same one by mistake are found by :func:`refuse_shared`.
+    host is no index then. Ranks that were given the same one by mistake are found by :func:`claim`.
 
     Args:
         local_rank: this rank's number on its host.
@@ -45,25 +45,30 @@ def identity(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def refuse_shared(identities: Sequence[str]) -> None:
-    """Refuse ranks that have the same device: their collectives would fail, or wait for each other for ever.
+def claim(store: Any, rank: int, world: int, name: str) -> None:
+    """Claim this rank's device before the ranks talk through theirs: NCCL refuses shared ones in a traceback.
+
+    Collective.
 
     Args:
-        identities: of each rank's device, in the order of ranks.
+        store: the key-value store through which the ranks meet (``torch.distributed.Store``).
+        name: what :func:`identity` says of the device.
 
     Raises:
-        PreflightError: names the ranks; the same on all of them.
+        PreflightError: two ranks have the same device; on all of them.
     """
-    owners: dict[str, list[int]] = defaultdict(list)
-    for rank, name in enumerate(identities):
-        owners[name].append(rank)
-    shared = [
-        f"{', '.join(map(str, ranks))} ({name})" for name, ranks in owners.items() if name and len(ranks) > 1
-    ]
-    if shared:
+    if name:
+        owner = int(store.compare_set(f"device/{name}", "", str(rank)))
+        if owner != rank:
+            first, second = sorted((owner, rank))
+            store.set("device/shared", f"ranks {first} and {second} have one device between them ({name})")
+    if store.add("device/claims", 1) == world:
+        store.set("device/all", "1")
+    store.wait(["device/all"])
+    if store.check(["device/shared"]):
         raise PreflightError(
-            f"ranks with one device between them: {'; '.join(shared)}; expected one for each rank. Start fewer "
-            "ranks on a host, or give each its own (CUDA_VISIBLE_DEVICES, srun --gpus-per-task=1)"
+            f"{store.get('device/shared').decode()}, expected one for each rank. Start fewer ranks on a host, or "
+            "give each its own (CUDA_VISIBLE_DEVICES, srun --gpus-per-task=1)"
         )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from beit_dist.engine.devices import device_index
+from beit_dist.engine.devices import claim, device_index, identity
 from beit_dist.errors import PreflightError
 
 
@@ -46,19 +47,28 @@ def init_process_groups(ranks: Ranks, timeout: timedelta, meeting: tuple[str, in
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(index))
     if meeting is not None:
         os.environ.update(MASTER_ADDR=meeting[0], MASTER_PORT=str(meeting[1]))
-    backend = accelerator.communication_backend_name()
-    if ranks.world == 1 and not dist.is_initialized():
-        # DeepSpeed takes the group that is there. By address, a port that looked free may be taken by now.
-        store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in __all__
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    deepspeed.init_distributed(
-        dist_backend=backend,
-        auto_mpi_discovery=False,
-        timeout=timeout,
-        verbose=False,
-    )
-    name = accelerator.device_name()
-    return torch.device(name) if name == "cpu" else torch.device(name, index)
+    name, backend = accelerator.device_name(), accelerator.communication_backend_name()
+    device = torch.device(name) if name == "cpu" else torch.device(name, index)
+    if not dist.is_initialized():
+        store = _store(ranks, timeout)
+        claim(store, ranks.rank, ranks.world, identity(device))
+        whole = dist.PrefixStore("group", store)  # type: ignore[attr-defined]  # documented, but not in __all__
+        dist.init_process_group(backend, store=whole, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+    # DeepSpeed takes the group that is there.
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return device
+
+
+def _store(ranks: Ranks, timeout: timedelta) -> Any:
+    """Where the ranks meet, by the variables of the environment; a rank that is alone needs no address.
+
+    By address, a port that looked free may be taken by now.
+    """
+    if ranks.world == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in __all__
+    store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
+    store.set_timeout(timeout)
+    return store
 
 
 def check_devices(ranks: Ranks, count: int, kind: str, environment: Mapping[str, str] = os.environ) -> int:

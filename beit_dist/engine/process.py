@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from beit_dist.config import TrainConfig
-from beit_dist.engine.devices import identity, refuse_shared
 from beit_dist.engine.distributed import (
     Agreement,
     Ranks,
@@ -67,5 +66,4 @@ def join(
         device = init_process_groups(ranks, timeouts.start, meeting)
     stop.share(store_of_ranks())
     agreement = Agreement(ranks, timeouts.start)
-    refuse_shared(agreement.gather(identity(device)))
     return Process(agreement, device, stop, watchdog, timeouts)

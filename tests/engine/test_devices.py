@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
+from support.ports import free_ports
 
-from beit_dist.engine.devices import device_index, identity, refuse_shared
+from beit_dist.engine.devices import claim, device_index, identity
 from beit_dist.engine.distributed import Ranks, check_devices
 from beit_dist.errors import PreflightError
 
@@ -52,12 +60,57 @@ def test_no_device_is_nobodys(environment: dict[str, str]) -> None:
         check_devices(Ranks(1, 2, 1), 0, "cuda", environment)
 
 
-def test_ranks_that_were_given_the_same_device_are_named() -> None:
-    refuse_shared(["a", "b", "c"])
-    refuse_shared(["", ""])  # on the CPU
-    with pytest.raises(PreflightError, match=r"between them: 0, 2 \(a\); 1, 4 \(b\); expected one for each"):
-        refuse_shared(["a", "b", "a", "c", "b"])
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (["a", "b", "c"], None),
+        (["", ""], None),
+        (["a", "b", "a", "c"], "ranks 0 and 2 have one device between them (a)"),
+    ],
+    ids=["one each", "on the CPU", "two ranks with one"],
+)
+def test_all_ranks_refuse_a_device_that_two_of_them_have(names: list[str], shared: str | None) -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    store.set_timeout(timedelta(seconds=60))
+
+    def said(rank: int) -> str | None:
+        try:
+            claim(store, rank, len(names), names[rank])
+        except PreflightError as error:
+            return str(error).partition(",")[0]
+        return None
+
+    with ThreadPoolExecutor(len(names)) as ranks:
+        assert list(ranks.map(said, range(len(names)))) == [shared] * len(names)
 
 
 def test_a_cpu_may_be_shared() -> None:
     assert identity(torch.device("cpu")) == ""
+
+
+@pytest.mark.slow
+def test_ranks_with_one_device_are_refused_before_they_talk_through_it() -> None:
+    program = (
+        "import sys\n"
+        "from datetime import timedelta\n"
+        "from beit_dist.engine import distributed\n"
+        "distributed.identity = lambda device: 'GPU-1'\n"
+        "distributed.dist.init_process_group = lambda *_, **__: sys.exit('they talked')\n"
+        "rank = int(sys.argv[1])\n"
+        "meeting = ('127.0.0.1', int(sys.argv[2]))\n"
+        "distributed.init_process_groups(distributed.Ranks(rank, 2, rank), timedelta(seconds=60), meeting)\n"
+    )
+    (port,) = free_ports(1)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), str(port)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=120)
+        assert "ranks 0 and 1 have one device between them (GPU-1)" in said
