@@ -158,7 +158,8 @@ def test_the_job_records_precision_device_and_versions(command: Command, precisi
     command("out", "--precision", precision)
     job = json.loads((command.root / "out/job.json").read_text())
     assert (job["precision"], job["device"]) == (precision, "cpu")
-    assert (job["torch"], job["pillow"], job["numpy"]) == (torch.__version__, PIL.__version__, np.__version__)
+    assert (job["torch"], job["numpy"]) == (torch.__version__, np.__version__)
+    assert job["pillow"].partition(" with pillow-heif ")[0] == PIL.__version__
 
 
 def test_other_versions_are_refused_in_a_job_and_do_not_matter_to_a_complete_one(
@@ -166,7 +167,7 @@ def test_other_versions_are_refused_in_a_job_and_do_not_matter_to_a_complete_one
 ) -> None:
     command("out", "--no-finish")
     monkeypatch.setattr(PIL, "__version__", "9.9")
-    with pytest.raises(DataError, match=r"pillow: got '9\.9', expected .*one environment"):
+    with pytest.raises(DataError, match=r"pillow: got '9\.9.*', expected .*one environment"):
         command("out")
     command.plain("--out", str(command.root / "out"), "--finish")
     capsys.readouterr()

@@ -22,6 +22,7 @@ from beit_dist.visual_tokens.weights import load_tokenizer
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "train_tokenizer.py")
 TINY = [
+    "precision=fp32",
     "model.vocabulary=64", "model.hidden=8", "model.blocks_per_group=1", "model.decoder_input=8",
     "view_size=32", "image_size=16", "batch=4", "held_out=3", "logging.metrics_port=null", "logging.every_steps=1",
 ]  # fmt: skip
