@@ -105,13 +105,14 @@ def test_a_png_whose_checksum_is_wrong_is_rejected() -> None:
         decode(bytes(raw))
 
 
-def test_a_deflated_tiff_whose_checksum_is_wrong_is_rejected() -> None:
-    raw = bytearray(encoded(PHOTO, "TIFF", compression="tiff_adobe_deflate"))
-    with Image.open(io.BytesIO(raw)) as image:
-        tags = getattr(image, "tag_v2", {})
-    raw[tags[273][-1] + tags[279][-1] - 1] ^= 1
-    with pytest.raises(ImageRejectedError, match="deflate stream at byte"):
-        decode(bytes(raw))
+def test_a_deflated_tiff_that_libtiff_takes_is_rejected_by_its_checksum() -> None:
+    """libtiff reads no further than to the last pixel, and sometimes zeros make enough of them."""
+    raw, reasons = encoded(PHOTO, "TIFF", compression="tiff_adobe_deflate"), []
+    for eighth in range(1, 8):
+        with pytest.raises(ImageRejectedError) as caught:
+            decode(with_zeros(raw, len(raw) * eighth // 8, 256))
+        reasons.append(str(caught.value))
+    assert any("deflate stream at byte" in reason for reason in reasons)
 
 
 GREY = Image.new("RGB", (900, 700), "#808182")
