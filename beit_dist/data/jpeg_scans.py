@@ -170,13 +170,12 @@ def _most_zeros(tables: _Tables, scan: bytes) -> int:
     if tables.arithmetic:
         return SHORTEST
     units = min(_units(tables, [component for component, _ in chosen]), tables.interval or 1 << 32)
-    refines = bool(approximation >> 4)
     if tables.progressive and first > 0:
-        return _most_in_band(tables.first_codes.get(0x10 | chosen[0][1] & 15), units, refines)
+        return _most_in_band(tables.first_codes.get(0x10 | chosen[0][1] & 15), units)
     bits = 0
     for component, numbers in chosen:
         blocks = component.across * component.down if count > 1 else 1
-        if tables.progressive and refines:
+        if tables.progressive and approximation >> 4:
             bits += blocks  # one bit each
             continue
         dc = tables.first_codes.get(numbers >> 4)
@@ -189,13 +188,12 @@ def _most_zeros(tables: _Tables, scan: bytes) -> int:
     return max(SHORTEST, units * bits // 8 + 2)
 
 
-def _most_in_band(ac: _FirstCode | None, blocks: int, refines: bool) -> int:
+def _most_in_band(ac: _FirstCode | None, blocks: int) -> int:
     """The same for a scan of AC coefficients (G.1.2.2): zeros may be ends of bands, and corrections."""
-    corrections = _CORRECTIONS if refines else 0
     if ac is None or ac.symbol & 15 or ac.symbol >> 4 == 15:
-        return SHORTEST + corrections
+        return SHORTEST + _CORRECTIONS
     run = ac.symbol >> 4  # this code and as many bits stand for 2^run blocks at least
-    return SHORTEST + corrections + (blocks >> run) * (ac.bits + run) // 8
+    return SHORTEST + _CORRECTIONS + (blocks >> run) * (ac.bits + run) // 8
 
 
 def _units(tables: _Tables, components: list[_Component]) -> int:

@@ -74,6 +74,18 @@ def test_zeros_that_flat_regions_would_explain_are_found_out(options: dict[str, 
         decode(with_zeros(raw, len(raw) // 2, 1024))
 
 
+def test_a_scan_that_zeros_have_left_too_short_is_rejected() -> None:
+    raw = encoded(PRODUCT, "JPEG", progressive=True)
+    with pytest.raises(ImageRejectedError, match="too little data"):
+        decode(with_zeros(raw, len(raw) * 2 // 5, 256))
+
+
+def test_restart_markers_bound_the_zeros_of_a_flat_region() -> None:
+    raw = encoded(PRODUCT, "JPEG", optimize=True, restart_marker_rows=1)
+    with pytest.raises(ImageRejectedError, match="data that can hold 114 in a row"):
+        decode(with_zeros(raw, len(raw) // 2, 1024))
+
+
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -119,6 +131,7 @@ GREY = Image.new("RGB", (900, 700), "#808182")
 GOOD = [
     *(encoded(image, "JPEG", **options) for image in (GREY, PRODUCT) for options in JPEGS.values()),
     encoded(Image.new("L", (900, 700), 255), "JPEG", progressive=True, quality=95),
+    encoded(Image.new("L", (900, 700), 128), "JPEG", optimize=True),  # no bit of which changes anything
     encoded(GREY, "WEBP"),
     encoded(PRODUCT, "WEBP", method=0, quality=100),
     encoded(PRODUCT, "WEBP", method=0, lossless=True),
