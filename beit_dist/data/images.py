@@ -18,6 +18,9 @@ from PIL import Image, ImageEnhance, ImageStat, UnidentifiedImageError
 
 from beit_dist.data.draws import Purpose, below, uniforms, words
 from beit_dist.data.heif import heif_version
+from beit_dist.data.image_damage import check_whole
+from beit_dist.data.rejection import ImageRejectedError as ImageRejectedError
+from beit_dist.data.to_rgb import samples, to_rgb
 
 Augment = Literal["random", "center"]
 Box = tuple[int, int, int, int]
@@ -52,21 +55,6 @@ _UPRIGHT = {
 """EXIF orientation to the operation that undoes it (EXIF 2.32, tag 274)."""
 
 
-RejectKind = Literal["not_an_image", "damaged", "too_large", "too_small", "value_range"]
-"""Classes of reasons, few enough to count by."""
-
-
-class ImageRejectedError(Exception):
-    """An image cannot be used; the message is the reason, the same in every run."""
-
-    def __init__(self, reason: str, kind: RejectKind) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-    def __reduce__(self) -> tuple[type[ImageRejectedError], tuple[str, RejectKind]]:
-        return type(self), (str(self), self.kind)
-
-
 class View(NamedTuple):
     """One augmented version of an image."""
 
@@ -83,22 +71,24 @@ class View(NamedTuple):
 def decode(raw: bytes) -> Image.Image:
     """The image in ``raw``, upright and in RGB; of an animation the first frame.
 
-    Transparent pixels show white, 16-bit grey is scaled to 8 bit, palettes and CMYK are converted.
+    Transparent pixels show white, 12-bit and 16-bit grey is scaled to 8 bit, palettes and CMYK are converted.
 
     Raises:
-        ImageRejectedError: not an image, damaged, cut short, too large or too small.
+        ImageRejectedError: not an image, damaged, cut short, too large or too small, or of unknown white.
         MemoryError: this machine cannot hold the image.
     """
     try:
         with Image.open(io.BytesIO(raw), formats=_formats()) as image:
             _check_size(*image.size)
             _check_tiles(image)
+            said = samples(image, raw)
             image.load()
-            return _upright(image, _to_rgb(image))
+            check_whole(image, raw)
+            return _upright(image, to_rgb(image, raw, said))
     except ImageRejectedError:
         raise
     except UnidentifiedImageError:  # its message holds a memory address
-        raise ImageRejectedError("not an image that Pillow reads", "not_an_image") from None
+        raise ImageRejectedError(_unread(raw), "not_an_image") from None
     except Image.DecompressionBombError:
         raise ImageRejectedError(f"more than {MAX_PIXELS:,} pixels", "too_large") from None
     except MemoryError:
@@ -106,6 +96,18 @@ def decode(raw: bytes) -> Image.Image:
     except Exception as error:  # Pillow's readers let errors of any type through for damaged files
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ImageRejectedError(reason, "damaged") from None
+
+
+def _unread(raw: bytes) -> str:
+    """Why Pillow's readers pass a file on: those of TIFF and JPEG know some kinds only, and do not say which."""
+    name = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"\xff\xd8\xff": "JPEG"}.get(
+        bytes(raw[: 3 + (raw[:1] != b"\xff")])
+    )
+    if name is None:
+        return "not an image that Pillow reads"
+    return (
+        f"not an image that Pillow reads: {name} with a damaged header or a rare number of bits; convert to 8 bit"
+    )
 
 
 @functools.cache
@@ -207,31 +209,6 @@ def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
         return rgb
     operation = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return rgb if operation is None else rgb.transpose(operation)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()  # the caller closes the original
-    if image.mode.startswith("I"):
-        return _from_grey16(np.asarray(image))
-    if image.mode == "F":
-        raise ImageRejectedError(
-            "floating-point pixels, whose range is not known; convert to 8 bit", "value_range"
-        )
-    if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_grey16(values: NDArray[np.generic]) -> Image.Image:
-    """16-bit grey to RGB; Pillow's own conversion clips at 255 and leaves white."""
-    wide = values.astype(np.int64)
-    if wide.min() < 0 or wide.max() > 65535:
-        reason = f"grey values {wide.min()} to {wide.max()}: beyond 16 bit; convert to 8 bit"
-        raise ImageRejectedError(reason, "value_range")
-    return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def _jittered_crop(image: Image.Image, box: Box, seed: int, key: tuple[int, int]) -> Image.Image:

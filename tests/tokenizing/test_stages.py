@@ -172,6 +172,6 @@ def test_too_little_memory_is_no_fault_of_the_image(
 
     bench.job(tmp_path / "out")
     source = SourceList(LocalPlace(tmp_path / "out"), 99).read(0)[0]
-    monkeypatch.setattr(images, "_to_rgb", no_memory)
+    monkeypatch.setattr(images, "to_rgb", no_memory)
     with pytest.raises(SampleError, match=r"\.png: no memory to decode it"):
         decode_source(RECIPE, source, Path(source.place).read_bytes())
