@@ -15,7 +15,8 @@ from tqdm import tqdm
 from beit_dist.data.draws import Purpose, below, permutation, uniforms, words
 from beit_dist.data.image_bytes import read_image
 from beit_dist.data.image_files import ImageFile, images_digest, sizes_digest
-from beit_dist.data.images import ImageRejectedError, decode
+from beit_dist.data.images import decode
+from beit_dist.data.rejection import ImageRejectedError
 from beit_dist.errors import DataError, StorageError
 from beit_dist.storage.access import Access
 

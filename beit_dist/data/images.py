@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance, ImageStat, UnidentifiedImageError
 from beit_dist.data.draws import Purpose, below, uniforms, words
 from beit_dist.data.heif import heif_version
 from beit_dist.data.image_damage import check_whole
-from beit_dist.data.rejection import ImageRejectedError as ImageRejectedError
+from beit_dist.data.rejection import ImageRejectedError
 from beit_dist.data.to_rgb import samples, to_rgb
 
 Augment = Literal["random", "center"]

@@ -21,7 +21,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import NamedTuple
 
-from beit_dist.data.images import Augment, ImageRejectedError, View, decode, make_view, patchify
+from beit_dist.data.images import Augment, View, decode, make_view, patchify
+from beit_dist.data.rejection import ImageRejectedError
 from beit_dist.errors import SampleError, UserError
 from beit_dist.storage.access import Access
 from beit_dist.storage.retries import counts

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from beit_dist.data.images import ImageRejectedError, decode
+from beit_dist.data.images import decode
+from beit_dist.data.rejection import ImageRejectedError
 
 AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
 

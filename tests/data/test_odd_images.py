@@ -15,7 +15,8 @@ import psutil
 import pytest
 from PIL import Image, PngImagePlugin
 
-from beit_dist.data.images import FORMATS, ImageRejectedError, decode
+from beit_dist.data.images import FORMATS, decode
+from beit_dist.data.rejection import ImageRejectedError
 
 PHOTO = Image.fromarray(
     np.stack([np.linspace(0, 200, 96 * 64).reshape(64, 96), *np.mgrid[0:64, 0:96] * 2], axis=-1).astype(np.uint8)

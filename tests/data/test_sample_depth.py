@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from beit_dist.data.images import ImageRejectedError, decode
+from beit_dist.data.images import decode
+from beit_dist.data.rejection import ImageRejectedError
 
 WIDTH, HEIGHT = 64, 16
 RAMP = np.tile(np.arange(WIDTH, dtype=np.uint16) * 1000, (HEIGHT, 1))
