@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pty
 import random
@@ -45,8 +46,8 @@ STOP_SECONDS = 180.0
 """How long a stopped run may take to save and end; a save takes a second or two here."""
 
 
-FIXED_SECONDS, PRODUCTS = 60.0, 6000.0
-"""What the demo takes on two free cores besides matrix products, and gigaflops of them one after another."""
+FIXED_SECONDS, PRODUCTS = 20.0, 12000.0
+"""Seconds that the demo takes on any two free cores, and gigaflops that it is long besides: 133 s at 108 GFLOP/s."""
 
 
 class StageError(UserError):
@@ -66,7 +67,7 @@ class Size:
     """Overrides of configs/demo.yaml."""
 
 
-FULL = Size(images=1500)
+FULL = Size(images=1200)
 FAST = Size(
     images=96,
     tokenizer=("steps=20", "batch=8", "held_out=8"),
@@ -84,6 +85,8 @@ class Stage:
     output: str
     besides: tuple[str, ...] = ()
     """What else it leaves, which another command must not find."""
+    trains: bool = False
+    """On all ranks, by the launcher."""
 
 
 class Shown:
@@ -209,6 +212,7 @@ class Demo:
                 ),
                 "tokenizer.safetensors",
                 ("tokenizer.png", "tokenizer.run"),
+                trains=True,
             ),
             Stage(
                 "shards",
@@ -233,14 +237,18 @@ class Demo:
         """What the training command changes in the recipe."""
         return (f"run={self.shown('run')}", f"data={self.shown('shards')}", *self.size.train)
 
-    def training(self, port: int) -> list[str]:
-        """The command that starts the run, and the same one that resumes it."""
+    def launcher(self, port: int) -> list[str]:
+        """What is put before a program that all ranks run."""
         launcher = Path(sys.executable).with_name("deepspeed")  # that of this virtual environment, not of PATH
         if not launcher.exists():
             raise StageError(f"{launcher} is missing. Install the package again: pip install -e .")
         options = ["--num_accelerators", str(RANKS), "--master_port", str(port), "--log_level", "warning"]
+        return [str(launcher), *options]
+
+    def training(self, port: int) -> list[str]:
+        """The command that starts the run, and the same one that resumes it."""
         program = ["beit_dist/train.py", "--ds_config", "configs/deepspeed/zero1.json", "--config", RECIPE]
-        return [str(launcher), *options, *program, *self.overrides()]
+        return [*self.launcher(port), *program, *self.overrides()]
 
     def prepare(self) -> None:
         """Run what is not finished; a stage whose command changed is made anew, with all that follow."""
@@ -274,12 +282,16 @@ class Demo:
             StageError: it exited with another code than 0.
         """
         say(stage.name, stage.title)
-        print(f"$ {_settings(TOOL_ENVIRONMENT)} python {shlex.join(stage.arguments)}", flush=True)
-        command, log = [sys.executable, *stage.arguments], self.out / "logs" / f"{stage.name}.log"
+        starter, environment = [sys.executable], TOOL_ENVIRONMENT
+        if stage.trains:
+            starter, environment = self.launcher(free_port()), RANK_ENVIRONMENT
+        command, log = [*starter, *stage.arguments], self.out / "logs" / f"{stage.name}.log"
+        shown = shlex.join([Path(starter[0]).name, *command[1:]])
+        print(f"$ {_settings(environment)} {shown}", flush=True)
         began = time.monotonic()
-        with Shown(command, log, os.environ | TOOL_ENVIRONMENT) as tool:
+        with Shown(command, log, os.environ | environment) as tool:
             if tool.wait() != 0:
-                raise self._failure(f"python {shlex.join(stage.arguments)}", tool)
+                raise self._failure(shown, tool)
         print(f"-- {stage.name} took {time.monotonic() - began:.0f} s", flush=True)
 
     def train(self) -> None:
@@ -374,7 +386,7 @@ def say(name: str, title: str) -> None:
     print(f"\n== {name}: {title}", flush=True)
 
 
-def expected_minutes() -> float:
+def expected_minutes() -> int:
     """How long the demo takes on this machine with nothing beside it, from the speed of one core's products."""
     import torch
 
@@ -386,7 +398,7 @@ def expected_minutes() -> float:
         a @ a
         times.append(time.perf_counter() - began)
     gigaflops = 2e-9 * side**3 / min(times)
-    return (FIXED_SECONDS + PRODUCTS / gigaflops) / 60
+    return math.ceil((FIXED_SECONDS + PRODUCTS / gigaflops) / 60)
 
 
 def free_port() -> int:
@@ -435,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     start = time.monotonic()
     if not options.fast:
-        print(f"The demo takes about {expected_minutes():.0f} minutes on this machine, if nothing else runs here.")
+        print(f"The demo takes about {expected_minutes()} minutes on this machine, if nothing else runs here.")
     demo = Demo(options.out.resolve(), FAST if options.fast else FULL)
     demo.prepare()
     demo.train()

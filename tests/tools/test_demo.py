@@ -78,6 +78,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module.fault = "none"  # type: ignore[attr-defined]
     monkeypatch.setattr(module, "ROOT", root)
     monkeypatch.setattr(module.Demo, "steps", lambda self: 40)
+    monkeypatch.setattr(module.Demo, "launcher", lambda self, port: [sys.executable])
     monkeypatch.setattr(
         module.Demo,
         "training",
