@@ -47,7 +47,7 @@ STOP_SECONDS = 180.0
 
 
 FIXED_SECONDS, PRODUCTS = 20.0, 12000.0
-"""Seconds that the demo takes on any two free cores, and gigaflops that it is long besides: 133 s at 108 GFLOP/s."""
+"""Seconds that the demo takes on any two free cores, and gigaflops of a core besides: 133 s at 108 GFLOP/s."""
 
 
 class StageError(UserError):

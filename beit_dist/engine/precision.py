@@ -22,7 +22,8 @@ from beit_dist.errors import ConfigError
 WORTH_IT = 1.3
 """``auto`` takes bf16 or fp16 where its products run at this many times the speed of fp32's, at least."""
 
-_LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The precisions besides fp32, best first."""
 _SMALL = (128, 256, 256)
 """Rows, inputs and outputs of a linear layer: enough to tell an emulation, which takes 1 to 20 ms for it."""
 _LARGE = {"cpu": (512, 768, 768), "cuda": (2048, 2048, 2048)}
@@ -167,7 +168,7 @@ def _slowest(precision: str, found: Sequence[tuple[str, Speeds]]) -> _Slowest | 
 def _fastest(found: Sequence[tuple[str, Speeds]]) -> Decision:
     """bf16, else fp16, if every rank does it well, else fp32."""
     said = "no rank's device has units for bf16 or fp16"
-    for precision in _LOW:
+    for precision in LOW:
         slowest = _slowest(precision, found)
         if slowest is not None:
             said = f"{precision} is {slowest}"
@@ -187,14 +188,14 @@ def _ratio(name: str, shape: tuple[int, int, int], device: torch.device) -> floa
     rows, inputs, outputs = shape
     best: dict[torch.dtype, float] = {}
     for _ in range(_TRIES):
-        for dtype in (torch.float32, _LOW[name]):
+        for dtype in (torch.float32, LOW[name]):
             x, weight = (torch.ones(n, inputs, dtype=dtype, device=device) for n in (rows, outputs))
             _finish(device)
             began = time.perf_counter()
             F.linear(x, weight)
             _finish(device)
             best[dtype] = min(time.perf_counter() - began, best.get(dtype, float("inf")))
-    return best[torch.float32] / best[_LOW[name]]
+    return best[torch.float32] / best[LOW[name]]
 
 
 def _finish(device: torch.device) -> None:

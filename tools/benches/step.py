@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from beit_dist.config import ModelConfig
+from beit_dist.engine.precision import LOW, choose, speeds
 from beit_dist.models.flops import flops_per_image
 from beit_dist.models.mim import MaskedImageModel
 from benches.measuring import Row, in_turn, row
@@ -13,12 +14,12 @@ MASKED = 75
 
 
 def measure(quick: bool) -> list[Row]:
-    """Forward and backward with the released settings; in bf16 on a GPU if there is one, else in fp32."""
+    """Forward and backward with the released settings, on a GPU if there is one, in what the device is fast in."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = [("tiny", 4)] if quick else [("tiny", 32), ("base", 8)]
     if device.type == "cuda":
         cases = [("base", 128)] if quick else [("base", 128), ("large", 64)]
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kind = LOW.get(choose("auto", "", None, [("", speeds(device))]).precision, torch.float32)
     name = str(kind).removeprefix("torch.")
     rows = []
     for size, batch in cases:

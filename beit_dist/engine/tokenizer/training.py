@@ -19,6 +19,7 @@ from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.metrics import Metrics
+from beit_dist.engine.precision import LOW
 from beit_dist.engine.preemption import StopRequest
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
@@ -33,8 +34,6 @@ from beit_dist.errors import TrainingError
 from beit_dist.tokenizer_config import TokenizerRecipe
 from beit_dist.visual_tokens.dvae import DVAE, STRIDE
 from beit_dist.visual_tokens.objective import average_usage, cosine, elbo, mapped_pixels
-
-_LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -103,7 +102,7 @@ class TokenizerTrainer:
         self.quality: Quality | None = None  # of what was measured last
         self.reason: str | None = None  # why the run was stopped before its last step
         self._skipped_in_a_row = 0
-        self._low = _LOW.get(parts.arithmetic)
+        self._low = LOW.get(parts.arithmetic)
         self._noise = torch.Generator(parts.device)
         self.measured = DVAE(parts.recipe.model).requires_grad_(False).eval().to(parts.device)
 
