@@ -21,7 +21,7 @@ help: ## print this list
 	@echo
 	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) DEMO=$(DEMO) PYTEST_ARGS='-k masks' DEMO_ARGS=--fast"
 
-demo: $(VENV)/.installed ## from generated images to pictures of what the model learnt (about 5 minutes, 2 cores)
+demo: $(VENV)/.installed ## from generated images to pictures of what the model learnt (2 to 5 minutes, 2 cores)
 	$(BIN)/python tools/demo.py --out $(DEMO) $(DEMO_ARGS)
 
 test: export OMP_NUM_THREADS ?= 1

@@ -354,7 +354,8 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Precision = "auto"
     """What the model computes in; master weights and moments are fp32 either way. ``auto`` is what the JSON of
-    ``--ds_config`` says or, where that says ``"auto"``, what the slowest rank's device is fast in."""
+    ``--ds_config`` says or, where that says ``"auto"``, what the checkpoint has or, in a new run, what all ranks'
+    devices are fast in; at ZeRO stage 0 it is fp32."""
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
     global_batch: int = Field(2048, ge=1)

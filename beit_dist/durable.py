@@ -145,6 +145,9 @@ def _created(path: Path, content: bytes) -> bool:
                     if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                         path.unlink()
                 raise
+    except FileExistsError:
+        return False
+    try:
         return path.read_bytes() == content  # it is another's if that one has replaced it meanwhile
-    except (FileExistsError, FileNotFoundError):
+    except FileNotFoundError:
         return False

@@ -79,8 +79,8 @@ class TokenizerRecipe(Section):
     in use in short trainings on little data. 0 in the paper."""
     precision: Precision = "auto"
     """Of the convolutions. ``auto`` is what ``--ds_config`` says or, where that says ``"auto"`` or there is none,
-    what the slowest rank's device is fast in. Without ``--ds_config`` weights are fp32; fp16 needs one, for its
-    scaler."""
+    what the checkpoint has or, in a new run, what all ranks' devices are fast in. Without ``--ds_config`` weights
+    are fp32; fp16 needs one, for its scaler."""
     held_out: int = Field(64, ge=1)
     """Images kept aside to measure reconstruction and codebook use."""
     measure_every_steps: int | None = Field(None, ge=1)

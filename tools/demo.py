@@ -186,6 +186,11 @@ class Demo:
         self._records.mkdir(parents=True, exist_ok=True)
         (out / "logs").mkdir(exist_ok=True)
 
+    @property
+    def new(self) -> bool:
+        """Whether no earlier call has begun it."""
+        return not any(self._records.iterdir())
+
     def shown(self, *parts: str) -> str:
         """A path of the demo's folder as a user at the repository's root would type it."""
         path = self.out.joinpath(*parts)
@@ -446,9 +451,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fast", action="store_true", help="a minute's worth: all stages, nothing learnt")
     options = parser.parse_args(argv)
     start = time.monotonic()
-    if not options.fast:
-        print(f"The demo takes about {expected_minutes()} minutes on this machine, if nothing else runs here.")
     demo = Demo(options.out.resolve(), FAST if options.fast else FULL)
+    if not options.fast and demo.new:
+        minutes = max(2, expected_minutes())
+        print(f"The demo takes up to {minutes} minutes on this machine, if nothing else runs here.", flush=True)
     demo.prepare()
     demo.train()
     demo.call(demo.pictures())

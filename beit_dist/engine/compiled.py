@@ -54,7 +54,7 @@ class CompiledBlocks:
         """One line: how many blocks run compiled, from how many graphs."""
         blocks, graphs = len(self._blocks), _graphs() - self._graphs_before
         compiled = blocks - sum(block.ran_uncompiled for block in self._blocks)
-        said = f"compile: {compiled} of {blocks} blocks run compiled, in {graphs} graph{'s' * (graphs != 1)}"
+        said = f"compile: {compiled} of {blocks} blocks run compiled; {graphs} graph{'s' * (graphs != 1)} in all"
         return said if compiled == blocks else f"{said}; the rest run as without compile, slower. {_WAY_OUT}"
 
     def close(self) -> None:
@@ -63,23 +63,25 @@ class CompiledBlocks:
 
 
 def check_compiler(device: str) -> None:
-    """Refuse to compile where the first step would fail for want of a C++ compiler, behind a screen of traceback.
+    """Refuse to compile where the first step would fail for want of a compiler, behind a screen of traceback.
 
     Args:
-        device: type of the device; only for a CPU torch writes C++.
+        device: its type. For a CPU torch writes C++, and for a GPU Triton writes C to start its kernels.
 
     Raises:
         ConfigError: there is no compiler, or Python's headers are missing.
     """
-    if device != "cpu":
+    if device not in ("cpu", "cuda"):
         return
-    compiler = os.environ.get("CXX", "g++")  # as torch looks for it
-    if shutil.which(compiler) is None:
+    variable, language, usual = ("CXX", "C++", ["g++"]) if device == "cpu" else ("CC", "C", ["clang", "gcc"])
+    named = os.environ.get(variable)  # as torch and Triton look for it
+    compilers = [named] if named else usual
+    if not any(map(shutil.which, compilers)):
         raise ConfigError(
             "compile",
             True,
-            f"a C++ compiler on this machine: there is no {compiler}",
-            "Install one (apt-get install g++), name another in CXX, or set compile=false.",
+            f"a {language} compiler on this machine: there is no {' or '.join(compilers)}",
+            f"Install one (apt-get install {usual[-1]}), name another in {variable}, or set compile=false.",
         )
     headers = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
     if not any(Path(folder, "Python.h").is_file() for folder in headers):
@@ -99,15 +101,15 @@ class _LimitFilter(logging.Filter):
         self._loud = loud
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record goes its way."""
+        """Whether torch's own message is passed on."""
         message = record.getMessage()
         if not (limit := _LIMIT.search(message)):
             return True
         if self._loud:
             reason = _REASON.search(message)
             _log.warning(
-                "compile: torch has compiled the blocks %s times, its limit (%s); what would take one graph more "
-                "runs uncompiled from now on: the same model, but slower. Last reason: %s. %s",
+                "compile: torch has compiled one function %s times, its limit (%s); what would take one graph "
+                "more runs uncompiled from now on: the same model, but slower. Last reason: %s. %s",
                 limit[2],
                 limit[1],
                 " ".join(reason[1].split()).rstrip(".") if reason else "not told",

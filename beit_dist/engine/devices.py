@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ def device_index(local_rank: int, count: int, environment: Mapping[str, str] = o
     """The index of this rank's device among those that it sees; None where there is none for it.
 
     Ranks that see all devices of their host take one each. A rank that was given devices of its own (``srun
-    --gpus-per-task=1``, a wrapper that sets ``CUDA_VISIBLE_DEVICES``) takes the first of them: its number on the
-    host is no index then. Ranks that were given the same one by mistake are found by :func:`claim`.
+    --gpus-per-task=1`` or ``--gpu-bind``, a wrapper that sets ``CUDA_VISIBLE_DEVICES``) takes one of them: its
+    number on the host is no index then. Ranks that were given the same one by mistake are found by :func:`claim`.
 
     Args:
         local_rank: this rank's number on its host.
@@ -32,10 +34,11 @@ def device_index(local_rank: int, count: int, environment: Mapping[str, str] = o
     if count == 0:
         return None
     chosen = any(_names_one(environment.get(name, "")) for name in _VISIBLE)
-    by_slurm = bool(environment.get("SLURM_GPUS_PER_TASK")) or bool(
-        _GPUS_OF_A_TASK.search(environment.get("SLURM_TRES_PER_TASK", ""))
+    by_slurm = (
+        any(environment.get(name) for name in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"))
+        or _GPUS_OF_A_TASK.search(environment.get("SLURM_TRES_PER_TASK", "")) is not None
     )
-    return 0 if by_slurm or (count == 1 and chosen) else None
+    return local_rank % count if by_slurm or (count == 1 and chosen) else None
 
 
 def identity(device: torch.device) -> str:
@@ -66,8 +69,13 @@ def claim(store: Any, rank: int, world: int, name: str) -> None:
         store.set("device/all", "1")
     store.wait(["device/all"])
     if store.check(["device/shared"]):
+        said = store.get("device/shared").decode()
+        if store.add("device/told", 1) == world:
+            store.set("device/all-told", "1")
+        with contextlib.suppress(Exception):  # one rank holds the store and shall not take it away before
+            store.wait(["device/all-told"], timedelta(seconds=10))
         raise PreflightError(
-            f"{store.get('device/shared').decode()}, expected one for each rank. Start fewer ranks on a host, or "
+            f"{said}, expected one for each rank. Start fewer ranks on a host, or "
             "give each its own (CUDA_VISIBLE_DEVICES, srun --gpus-per-task=1)"
         )
 

@@ -68,7 +68,9 @@ def _store(ranks: Ranks, timeout: timedelta) -> Any:
         return dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in __all__
     store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=timeout))
     store.set_timeout(timeout)
-    return store
+    # torchrun may keep its store, with what was left in it, when it starts the ranks again.
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{ranks.world}"
+    return dist.PrefixStore(start, store)  # type: ignore[attr-defined]  # documented, but not in __all__
 
 
 def check_devices(ranks: Ranks, count: int, kind: str, environment: Mapping[str, str] = os.environ) -> int:

@@ -20,7 +20,7 @@ from beit_dist.errors import TrainingError, UserError
 _FULL, _REFUSED = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_ANSWER = re.compile(r"timed out|timeout|pair closure", re.IGNORECASE)
 _UNMET = re.compile(
-    r"client socket has timed out|waiting for clients|ping failed|failed to connect", re.IGNORECASE
+    r"client socket has timed out|waiting for clients|ping failed|failed to connect|device/all", re.IGNORECASE
 )
 _TAKEN = re.compile(r"EADDRINUSE|address already in use|server socket has failed", re.IGNORECASE)
 _GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|read error|write error|socket", re.IGNORECASE)

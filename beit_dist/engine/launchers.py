@@ -42,10 +42,11 @@ MPI = (
     Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # Hydra: MPICH, Intel MPI
     Names("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # HPE Cray's PALS
 )
-_PMIX_RANK = "PMIX_RANK"
+_PMIX_RANK, _PMIX_JOB = "PMIX_RANK", "PMIX_NAMESPACE"
 _STEP, _HOSTS_OF_STEP = "SLURM_STEP_ID", "SLURM_STEP_NUM_NODES"
 VARIABLES = sorted(
-    {name for names in (TORCH, SLURM, *MPI) for name in names if name} | {_PMIX_RANK, _STEP, _HOSTS_OF_STEP}
+    {name for names in (TORCH, SLURM, *MPI) for name in names if name}
+    | {_PMIX_RANK, _PMIX_JOB, _STEP, _HOSTS_OF_STEP}
 )
 """All that are looked at."""
 
@@ -62,12 +63,12 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     """
     names = _names(environment)
     if names is None:
-        if environment.get(_PMIX_RANK) and not environment.get("SLURM_JOB_ID"):
+        if environment.get(_PMIX_RANK) and not environment.get(_PMIX_JOB, "").startswith("slurm."):
             expected = "a launcher that also says how many ranks there are"
             raise ConfigError(_PMIX_RANK, environment[_PMIX_RANK], expected, _LAUNCHERS)
         return Ranks()
     needed = names[:3]
-    missing = [name for name in needed if not environment.get(name)]
+    missing = [name for name in needed if not environment.get(name, "").strip()]
     if missing:
         raise ConfigError(", ".join(missing), None, f"{', '.join(needed)} all set, or none", _LAUNCHERS)
     world = number(environment, names.world, 1, _MOST_RANKS) or 1
@@ -99,12 +100,15 @@ def speaks_for_its_host(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def as_one_rank(run: Callable[[Ranks], int]) -> int:
-    """Run a command as one of the ranks; its exit code. What is wrong before they join is said once a host."""
+    """Run a command as one of the ranks; its exit code.
+
+    What is wrong with the command or its input before the ranks join, one rank of each host says for all.
+    """
     speaks = speaks_for_its_host() or not _has_siblings()
     try:
         return run(ranks_from_environment())
     except UserError as error:
-        if speaks:
+        if speaks or error.exit_code != 2:  # what may be this rank's alone, such as a store that gives no answer
             raise
         time.sleep(_SPOKEN_FIRST)  # launchers end all ranks when the first has failed: it shall be said by then
         return error.exit_code
@@ -149,8 +153,11 @@ def _runs_mpi(environment: Mapping[str, str], mpi: Names) -> bool:
     Then the tasks are daemons that have started the ranks. Measured with SLURM 22.05 on two nodes: under ``mpirun
     -n 4`` of Open MPI 4.1 and of MPICH 4.0, two ranks each have the same ``SLURM_PROCID`` of ``SLURM_NTASKS=2``.
     """
-    tasks = environment.get(SLURM.world)
-    return tasks == environment.get(_HOSTS_OF_STEP, "1") and environment.get(mpi.world, "") not in ("", tasks)
+    tasks, rank = (environment.get(name) for name in (SLURM.world, SLURM.rank))
+    if tasks != environment.get(_HOSTS_OF_STEP, "1"):
+        return False
+    own = mpi in MPI[:2] and environment.get(mpi.rank) != rank  # srun never sets these
+    return own or environment.get(mpi.world, "") not in ("", tasks)
 
 
 def _in_a_step(environment: Mapping[str, str]) -> bool:

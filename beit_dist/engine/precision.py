@@ -33,7 +33,7 @@ _EMULATED = 0.5
 _TRIES = 5
 
 Speeds = Mapping[str, float]
-"""Speed of products in bf16 or fp16, as a multiple of their speed in fp32."""
+"""Speed of products in what a device computes in besides fp32, as a multiple of their speed in fp32."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,10 @@ class Decision:
         return f"{self.precision} ({self.why})"
 
 
-def speeds(device: torch.device, excluded: Collection[str] = ()) -> dict[str, float]:
-    """Measure what ``device`` makes of bf16, and of fp16 where it is a GPU: older ones have no units for bf16."""
-    names = {"bf16"} if device.type == "cpu" else {"bf16", "fp16"}
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        names.remove("bf16")
-    return {name: _speed(name, device) for name in sorted(names.difference(excluded))}
+def speeds(device: torch.device, *wanted: str | None) -> dict[str, float]:
+    """Measure what ``device`` makes of bf16, of fp16 where it is a GPU, and of what is ``wanted`` besides."""
+    names = {"bf16", *wanted} if device.type == "cpu" else {"bf16", "fp16", *wanted}
+    return {name: _speed(name, device) for name in LOW if name in names and supported(name)}
 
 
 def check_precision(precision: str) -> None:
@@ -97,8 +95,8 @@ def decide(
         saved: the precision of the checkpoint that is continued; None in a new run.
         excluded: what ``auto`` may not stand for.
     """
-    measured = {} if asked == "fp32" else speeds(device, excluded)
-    decision = choose(asked, why, saved, agreement.gather((socket.gethostname(), measured)))
+    measured = {} if asked == "fp32" else speeds(device, asked, saved)
+    decision = choose(asked, why, saved, agreement.gather((socket.gethostname(), measured)), excluded)
     if agreement.ranks.rank == 0:
         if saved not in (None, decision.precision):
             print(f"changed on resume: precision was {saved}, now {decision.precision}", flush=True)
@@ -119,20 +117,27 @@ def settle_alone(resolved: Resolved, saved: str | None) -> Resolved:
     from deepspeed.accelerator import get_accelerator
 
     device = torch.device(get_accelerator().device_name())
-    measured = speeds(device, resolved.excluded) if resolved.precision == AUTO else {}
-    decision = choose(resolved.precision, resolved.why, saved, [("", measured)])
-    return resolved.settled(decision.precision, decision.why)
+    measured = {} if resolved.precision == "fp32" else speeds(device, resolved.precision, saved)
+    decision = choose(resolved.precision, resolved.why, saved, [("", measured)], resolved.excluded)
+    why = f"{decision.why}; {decision.advice}" if decision.advice else decision.why
+    return resolved.settled(decision.precision, why)
 
 
-def choose(asked: str, why: str, saved: str | None, found: Sequence[tuple[str, Speeds]]) -> Decision:
+def choose(
+    asked: str,
+    why: str,
+    saved: str | None,
+    found: Sequence[tuple[str, Speeds]],
+    excluded: Collection[str] = (),
+) -> Decision:
     """What :func:`decide` takes.
 
     Args:
         found: host and speeds of each rank, in the order of ranks.
     """
-    best = _fastest(found)
+    best = _fastest(found, excluded)
     if asked == AUTO:
-        if saved is None or not supported(saved):
+        if saved is None or saved in excluded or (saved in LOW and _slowest(saved, found) is None):
             return best
         asked, why = saved, "auto: as in the checkpoint"
         if saved == "fp32" != best.precision:
@@ -157,7 +162,7 @@ class _Slowest:
 
 
 def _slowest(precision: str, found: Sequence[tuple[str, Speeds]]) -> _Slowest | None:
-    """None where a rank has not measured it."""
+    """None where a rank does not compute in it."""
     if not all(precision in measured for _, measured in found):
         return None
     rank = min(range(len(found)), key=lambda rank: found[rank][1][precision])
@@ -165,11 +170,11 @@ def _slowest(precision: str, found: Sequence[tuple[str, Speeds]]) -> _Slowest | 
     return _Slowest(measured[precision], "here" if len(found) == 1 else f"on rank {rank} ({host})")
 
 
-def _fastest(found: Sequence[tuple[str, Speeds]]) -> Decision:
+def _fastest(found: Sequence[tuple[str, Speeds]], excluded: Collection[str]) -> Decision:
     """bf16, else fp16, if every rank does it well, else fp32."""
-    said = "no rank's device has units for bf16 or fp16"
+    said = "not every rank's device computes in bf16 or fp16"
     for precision in LOW:
-        slowest = _slowest(precision, found)
+        slowest = None if precision in excluded else _slowest(precision, found)
         if slowest is not None:
             said = f"{precision} is {slowest}"
             if slowest.speed >= WORTH_IT:

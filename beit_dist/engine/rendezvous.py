@@ -51,7 +51,8 @@ def meeting_point(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> 
             ", ".join(missing),
             None,
             "the address of rank 0's host, and a free port there",
-            "deepspeed and torchrun set both. For srun and mpirun export them to all ranks.",
+            "torchrun and deepspeed without --launcher set both. For srun, mpirun and deepspeed --launcher export "
+            "them to all ranks (deepspeed reads them from ~/.deepspeed_env).",
         )
     if _NO_NAME.search(address):
         raise ConfigError("MASTER_ADDR", address, "a host's name or address, without port or protocol")
@@ -71,12 +72,15 @@ def look_up(meeting: Meeting, seconds: float = LOOKUP_SECONDS) -> None:
         except (OSError, UnicodeError) as error:
             if time.monotonic() >= end:
                 reason = error.strerror if isinstance(error, OSError) else "no host's name"
-                raise ConfigError(
+                refused = ConfigError(
                     "MASTER_ADDR",
                     meeting.address,
                     f"a name that can be looked up within {seconds:.0f} s ({reason})",
                     "Give the name or address of rank 0's host.",
-                ) from None
+                )
+                if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
+                    refused.exit_code = 1  # a name server or a host that is not up yet: a retry may help
+                raise refused from None
             time.sleep(min(1.0, seconds))
         else:
             return
@@ -95,9 +99,8 @@ def waiting_said(
     if meeting is None:
         yield
         return
-    others = "the other ranks" if ranks.rank == 0 else "rank 0"
     text = (
-        f"rank {ranks.rank} on {socket.gethostname()} waits for {others} at MASTER_ADDR:MASTER_PORT = "
+        f"rank {ranks.rank} on {socket.gethostname()} waits for the other ranks at MASTER_ADDR:MASTER_PORT = "
         f"{meeting.address}:{meeting.port} ({limit})"
     )
     timer = threading.Timer(seconds, print, (text,), {"file": sys.stderr, "flush": True})

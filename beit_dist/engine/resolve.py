@@ -155,6 +155,8 @@ def combine(
     filled["train_micro_batch_size_per_gpu"] = _agree(ds_config, "train_micro_batch_size_per_gpu", micro)
     filled["gradient_accumulation_steps"] = _agree(ds_config, "gradient_accumulation_steps", accumulation)
     filled["gradient_clipping"] = _agree(ds_config, "gradient_clipping", clip_grad)
+    if accumulation_type == AUTO:
+        filled.pop("data_types", None)  # DeepSpeed's own default is the precision, and it does not know "auto"
     resolved = Resolved(ranks, micro, accumulation, stage, precision, accumulation_type, filled, why, excluded)
     return resolved if precision == AUTO else resolved.settled(precision, why)
 
@@ -273,6 +275,10 @@ def _precision(ds_config: Mapping[str, Any], recipes: str, stage: int, accumulat
             'Change one of the two, or let the JSON defer to the recipe: "bf16": {"enabled": "auto"}.',
         )
     precision, why = (recipes, "from the recipe") if given == AUTO else (given, "from --ds_config")
+    if precision == AUTO and accumulation == "fp16" and ds_config.get("fp16", {}).get("enabled") is False:
+        raise ConfigError(
+            "--ds_config data_types.grad_accum_dtype", accumulation, "fp32, as fp16.enabled is false"
+        )
     if precision == AUTO and accumulation in ("bf16", "fp16"):
         precision, why = accumulation, "in which --ds_config has the gradients summed"
     elif precision == AUTO and stage == 0:

@@ -25,6 +25,7 @@ def compare_recipes(
     loud: bool,
     frozen: Collection[str] = FROZEN,
     shown: Collection[str] = SHOWN,
+    said: str = "changed on resume",
 ) -> None:
     """Compare a recipe with the one a checkpoint was made with.
 
@@ -32,6 +33,7 @@ def compare_recipes(
         loud: print what differs and may.
         frozen: settings that must not differ.
         shown: settings whose difference is printed.
+        said: what is said of them.
 
     Raises:
         CheckpointError: a setting that cannot change on resume differs.
@@ -50,7 +52,7 @@ def compare_recipes(
         )
     for name, was, now in _differences(old, new, ""):
         if loud and name.partition(".")[0] in shown:
-            print(f"changed on resume: {name} was {was!r}, now {now!r}", flush=True)
+            print(f"{said}: {name} was {was!r}, now {now!r}", flush=True)
 
 
 def saved_precision(config: TrainConfig) -> str | None:

@@ -130,7 +130,7 @@ def test_what_was_compiled_is_said_once(
         model(*a_batch(2), keeps(2)).loss_sum.backward()
         compiled.micro_batch_ended()
     compiled.close()
-    assert capsys.readouterr().out == "compile: 12 of 12 blocks run compiled, in 1 graph\n"
+    assert capsys.readouterr().out == "compile: 12 of 12 blocks run compiled; 1 graph in all\n"
 
 
 def test_where_nothing_is_to_be_compiled_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,4 +206,4 @@ def test_a_run_says_that_all_its_blocks_are_compiled(new_run: Callable[..., Any]
     run = new_run("run", overrides=["loader.workers=0", "steps=2", "optimizer.warmup_steps=1", "compile=true"])
     code, output = run.finish()
     assert code == 0, output
-    assert output.count("compile: 2 of 2 blocks run compiled, in 1 graph\n") == 1
+    assert output.count("compile: 2 of 2 blocks run compiled; 1 graph in all\n") == 1

@@ -42,7 +42,8 @@ def test_a_rank_that_was_given_its_own_device_takes_it(environment: dict[str, st
 
 
 def test_a_rank_with_several_devices_of_its_own_takes_one_of_them() -> None:
-    assert [device_index(rank, 2, {"SLURM_GPUS_PER_TASK": "2"}) for rank in range(4)] == [0, 1, 0, 0]
+    assert [device_index(rank, 2, {"SLURM_GPUS_PER_TASK": "2"}) for rank in range(4)] == [0, 1, 0, 1]
+    assert [device_index(rank, 2, {"SLURM_GPU_BIND": "closest"}) for rank in range(4)] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("environment", [{}, ALL, {"CUDA_VISIBLE_DEVICES": ""}, {"SLURM_TRES_PER_TASK": "cpu=1"}])

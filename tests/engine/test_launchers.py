@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from beit_dist.engine import launchers
 from beit_dist.engine.distributed import Ranks
-from beit_dist.engine.launchers import on_one_host, ranks_from_environment, speaks_for_its_host
-from beit_dist.errors import ConfigError
+from beit_dist.engine.launchers import as_one_rank, on_one_host, ranks_from_environment, speaks_for_its_host
+from beit_dist.errors import ConfigError, StorageError, UserError
 
 TRAIN = Path(__file__).parents[2] / "beit_dist" / "train.py"
 
@@ -84,6 +86,29 @@ def test_an_mpi_launcher_that_does_not_say_all_is_refused_with_those_that_do(lau
             ranks_from_environment(environment)
 
 
+def test_ranks_of_mpirun_by_node_are_not_those_of_its_daemons() -> None:
+    """``mpirun --map-by node`` with as many ranks as daemons: ``srun`` never sets Open MPI's variables."""
+    daemons = {**SRUN, "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "4", "SLURM_LOCALID": "0"}
+    assert ranks_from_environment({**daemons, **OPEN_MPI}) == Ranks(2, 4, 0)
+
+
+def test_what_may_be_one_ranks_fault_alone_is_said_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launchers, "_has_siblings", lambda: True)
+    monkeypatch.setattr(launchers, "_SPOKEN_FIRST", 0.0)
+
+    def fail(error: UserError) -> Callable[[Ranks], int]:
+        def run(ranks: Ranks) -> int:
+            raise error
+
+        return run
+
+    assert as_one_rank(fail(ConfigError("data", "x", "a folder"))) == 2
+    with pytest.raises(StorageError):
+        as_one_rank(fail(StorageError("no answer")))
+
+
 def test_a_launcher_that_says_a_rank_and_no_size_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"PMIX_RANK: got '2', .*deepspeed, torchrun, srun"):
         ranks_from_environment(PMIX)
@@ -98,7 +123,9 @@ def test_a_batch_script_is_not_a_rank_of_its_job() -> None:
 def test_a_shell_of_salloc_is_no_rank_of_its_job(step: str) -> None:
     shell = {**SRUN, "SLURM_STEP_ID": step}
     assert ranks_from_environment(shell) == Ranks()
-    assert ranks_from_environment({**shell, **PMIX}) == Ranks()
+    assert ranks_from_environment({**shell, "PMIX_RANK": "0", "PMIX_NAMESPACE": "slurm.pmix.7.0"}) == Ranks()
+    with pytest.raises(ConfigError, match="PMIX_RANK: got '2'"):
+        ranks_from_environment({**shell, **PMIX})  # prun in a job
     assert ranks_from_environment({**shell, **OPEN_MPI}) == Ranks(2, 4, 0)
     assert ranks_from_environment({**shell, "SLURM_STEP_ID": str(0xFFFFFFF0 - 1)}) == Ranks(5, 6, 2)
 

@@ -17,8 +17,9 @@ import torch
 from beit_dist.config import TrainConfig, load_recipe
 from beit_dist.engine import precision
 from beit_dist.engine.distributed import Agreement, Ranks
-from beit_dist.engine.precision import choose, decide
+from beit_dist.engine.precision import choose, decide, settle_alone
 from beit_dist.engine.resolve import Resolved, read_ds_config, resolve
+from beit_dist.engine.resume import saved_precision
 from beit_dist.errors import ConfigError
 
 DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"
@@ -121,18 +122,58 @@ def test_a_resumed_run_keeps_its_precision_unless_one_is_named_and_says_what_is_
     joined: torch.device, asked: str, saved: str | None, measured: dict[str, float], taken: str, said: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(precision, "speeds", lambda device, excluded: measured)
+    monkeypatch.setattr(precision, "speeds", lambda device, *wanted: measured)
     decision = decide(asked, "from the recipe", saved, Agreement(Ranks(), timedelta(seconds=60)), joined)
     printed = capsys.readouterr()
     assert decision.precision == taken
     assert f"precision: {taken} (" in printed.out
     assert said in printed.out + printed.err
     assert ("warning:" in printed.err) is ("faster" in said or "slower" in said)
+    assert ("changed on resume" in printed.out) is (saved not in (None, taken))
 
 
-def test_a_checkpoints_precision_that_this_device_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "supported", lambda name: name != "fp16")
-    assert choose("auto", "", "fp16", [("", SLOW)]).precision == "fp32"
+@pytest.mark.parametrize(
+    ("saved", "found", "excluded", "expected"),
+    [
+        ("fp16", [SLOW], (), "fp32"),  # on a CPU, of which nobody computes in it
+        ("fp16", [OLD_GPU, {}], (), "fp32"),  # one rank's device does not
+        ("fp16", [OLD_GPU], ("fp16",), "fp32"),  # a tokenizer that goes without its scaler
+        ("fp16", [OLD_GPU], (), "fp16"),
+        (None, [NEW_GPU], ("bf16",), "fp16"),
+    ],
+)
+def test_auto_never_stands_for_what_a_rank_lacks_or_the_settings_exclude(
+    saved: str | None, found: list[dict[str, float]], excluded: tuple[str, ...], expected: str
+) -> None:
+    assert choose("auto", "", saved, [("host", speeds) for speeds in found], excluded).precision == expected
+
+
+def test_a_precision_that_a_gpu_emulates_is_warned_about() -> None:
+    """bf16 on a GPU without units for it, named or from a checkpoint of another."""
+    for asked, saved in (("bf16", None), ("auto", "bf16")):
+        assert "bf16 is 4 times slower than fp32 here" in choose(asked, "", saved, [("", {"bf16": 0.25})]).advice
+
+
+def test_dry_run_says_what_a_run_would_take_and_what_is_slow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(precision, "speeds", lambda device, *wanted: SLOW)
+    new = settle_alone(resolved("auto"), None)
+    assert (new.precision, new.why) == ("fp32", "auto: bf16 is 33 times slower than fp32 here")
+    assert new.deepspeed["bf16"]["enabled"] is False
+    assert "precision=fp32 would be faster" in settle_alone(resolved("bf16"), None).why
+    assert "precision=fp32 would be faster" in settle_alone(resolved("auto"), "bf16").why
+    run = load_recipe(TrainConfig, None, [f"run={tmp_path / 'none'}"])
+    assert saved_precision(run) is None
+
+
+def test_an_accumulation_of_auto_is_the_precisions_and_nothing_that_deepspeed_sees() -> None:
+    ds = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "auto"}}
+    run = resolved("bf16", ds)
+    assert run.accumulation_type == "bf16"
+    assert "data_types" not in run.deepspeed
+    with pytest.raises(ConfigError, match="grad_accum_dtype: got .fp16., expected fp32, as"):
+        resolved("auto", {**ds, "fp16": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp16"}})
 
 
 @pytest.mark.slow
@@ -162,6 +203,7 @@ def test_two_ranks_decide_alike_and_run_json_says_what_and_why(
     facts = run.facts()
     assert facts["precision"] == "fp32"
     assert facts["precision_why"].startswith("auto: bf16 is ")
+    assert saved_precision(load_recipe(TrainConfig, None, [f"run={run.folder}"])) == "fp32"
 
     code, output = run.finish("precision=bf16", "steps=7")  # the only step in bf16: emulated, it takes long
     assert code == 0, output

@@ -36,7 +36,7 @@ def test_a_rank_that_is_alone_needs_no_place() -> None:
 
 @pytest.mark.parametrize("missing", list(GIVEN))
 def test_a_place_that_is_not_given_is_asked_for(missing: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{missing}: got None.*srun and mpirun"):
+    with pytest.raises(ConfigError, match=f"^{missing}: got None.*For srun, mpirun"):
         meeting_point(RANKS, {**GIVEN, missing: ""})
 
 
@@ -87,7 +87,9 @@ def test_a_rank_that_waits_long_says_for_what(capsys: pytest.CaptureFixture[str]
     with waiting_said(RANKS, Meeting("node7", 29511), "timeouts.start_minutes=30", seconds=0.05):
         time.sleep(0.5)
     said = capsys.readouterr().err
-    assert re.fullmatch(r"rank 1 on \S+ waits for rank 0 at .*node7:29511 \(timeouts.start_minutes=30\)\n", said)
+    assert re.fullmatch(
+        r"rank 1 on \S+ waits for the other ranks at .*node7:29511 \(timeouts.start_minutes=30\)\n", said
+    )
     with waiting_said(RANKS, Meeting("node7", 29511), "", seconds=0.2):
         pass
     time.sleep(0.4)

@@ -137,7 +137,9 @@ def finished(job: Job, run: RunFolder) -> str | None:
         digest, recipe = str(said["digest"]), tokenizer_extra(job.out)["recipe"]
     except (FileNotFoundError, ValueError, KeyError, TokenizerError):
         return None
-    compare_recipes(job.recipe, {"config": recipe}, loud=True, frozen=FROZEN, shown=SHOWN)
+    compare_recipes(
+        job.recipe, {"config": recipe}, loud=True, frozen=FROZEN, shown=SHOWN, said="not applied, as it is done"
+    )
     return digest
 
 

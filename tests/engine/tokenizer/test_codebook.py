@@ -98,5 +98,9 @@ def test_one_setting_says_what_is_collapsed_in_training_and_in_what_is_written(
         assert (alarm, warned) == (collapsed, collapsed), below
 
 
-def test_null_never_stops_and_warns_of_what_is_written_as_the_default_does() -> None:
-    assert recipe(below=None).least_perplexity == recipe(below=0.02).least_perplexity == 2.0
+def test_null_never_stops_but_warns_as_the_default_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for below, stopped in ((None, False), (0.02, True)):
+        chosen = recipe(below=below)
+        assert fed(Codebook(chosen), 1, range(1, 31)).alarm is stopped
+        _say_quality(Quality(20.0, 1.0, 60, VOCABULARY), 0, chosen.least_perplexity)
+        assert "COLLAPSED: perplexity 1.0 of 100 tokens, below 2.0" in capsys.readouterr().err
