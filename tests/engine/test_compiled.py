@@ -184,21 +184,26 @@ def test_other_warnings_of_torch_are_let_through(caplog: pytest.LogCaptureFixtur
     assert names == [logger.name, "beit_dist.engine.compiled", logger.name]
 
 
-def test_without_a_compiler_the_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
+@pytest.mark.parametrize(
+    ("device", "variable", "said"),
+    [("cpu", "CXX", r"a C\+\+ compiler .* no g\+\+"), ("cuda", "CC", "a C compiler .* no clang or gcc")],
+)
+def test_without_a_compiler_the_start_is_refused(
+    device: str, variable: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    check_compiler("cuda")
-    with pytest.raises(ConfigError, match=r"compile: got True, expected a C\+\+ compiler .* no g\+\+"):
-        check_compiler("cpu")
-    compiler = tmp_path / "c++-of-my-own"
+    with pytest.raises(ConfigError, match=f"compile: got True, expected {said}"):
+        check_compiler(device)
+    compiler = tmp_path / "one-of-my-own"
     compiler.write_text("")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", compiler.name)
+    monkeypatch.setenv(variable, compiler.name)
     monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
     with pytest.raises(ConfigError, match=r"no Python\.h in .*python3-dev"):
-        check_compiler("cpu")
+        check_compiler(device)
     (tmp_path / "Python.h").touch()
-    check_compiler("cpu")
+    check_compiler(device)
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_an_accumulation_of_auto_is_the_precisions_and_nothing_that_deepspeed_se
     run = resolved("bf16", ds)
     assert run.accumulation_type == "bf16"
     assert "data_types" not in run.deepspeed
-    with pytest.raises(ConfigError, match="grad_accum_dtype: got .fp16., expected fp32, as"):
+    with pytest.raises(ConfigError, match="grad_accum_dtype: got 'fp16', expected fp32, as"):
         resolved("auto", {**ds, "fp16": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp16"}})
 
 
