@@ -165,7 +165,7 @@ def test_torchs_limit_is_a_warning_that_names_the_way_out(
     limit = torch._dynamo.config.recompile_limit
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert warning.name == "beit_dist.engine.compiled"
-    assert f"compiled the blocks {limit} times" in warning.getMessage()
+    assert f"compiled one function {limit} times" in warning.getMessage()
     assert "number" in warning.getMessage()
     said = capsys.readouterr().out
     assert f"{limit} of 12 blocks run compiled, in {limit} graphs; the rest" in said
