@@ -168,7 +168,7 @@ def test_torchs_limit_is_a_warning_that_names_the_way_out(
     assert f"compiled one function {limit} times" in warning.getMessage()
     assert "number" in warning.getMessage()
     said = capsys.readouterr().out
-    assert f"{limit} of 12 blocks run compiled, in {limit} graphs; the rest" in said
+    assert f"{limit} of 12 blocks run compiled; {limit} graphs in all; the rest" in said
     assert all("compile=false" in text for text in (warning.getMessage(), said))
 
 
