@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import webdataset as wds
 
+from beit_dist.data.file_kinds import by_name, file_kind, folder_kind
 from beit_dist.data.gathering import Gathered, ImageEntry
 from beit_dist.data.image_folders import search_folder, search_store
 from beit_dist.data.image_tars import check_tar, scan_tar
@@ -27,8 +28,9 @@ _ARCHIVES = (".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".parquet", ".arrow
 def expand_sources(images: Sequence[str], access: Access | None = None) -> tuple[tuple[str, str], ...]:
     """("folder" or "tar", absolute path or URL) of each source a user named, in that order.
 
-    Folders are taken as they are; anything else is a webdataset shard specification: ``a-{000..009}.tar``,
-    several joined by ``::``. A URL is a tar if it ends like one, else a folder; nothing is asked of the store.
+    A folder with tars and neither folders nor images in it stands for its tars; others are taken as they are.
+    Anything else is a webdataset shard specification: ``a-{000..009}.tar``, several joined by ``::``. A URL is a
+    tar if it ends like one, else a folder; nothing is asked of the store.
 
     Raises:
         ConfigError: something local is neither a folder nor a tar, or a URL holds credentials.
@@ -36,17 +38,16 @@ def expand_sources(images: Sequence[str], access: Access | None = None) -> tuple
     """
     found: list[tuple[str, str]] = []
     for spec in (spec.removeprefix("file://") for spec in images):
-        if not is_url(spec) and os.path.isdir(spec):
-            found.append(("folder", os.path.abspath(spec)))
-            continue
-        for path in _expand(spec):
+        for path in [spec] if not is_url(spec) and os.path.isdir(spec) else _expand(spec):
             if is_url(path):
                 found.append(_at_url(path))
-            elif os.path.isdir(path):
+                continue
+            tars = _tars_of(path) if os.path.isdir(path) else [path]
+            for tar in tars:
+                check_tar(tar, access or Access())
+                found.append(("tar", os.path.abspath(tar)))
+            if not tars:
                 found.append(("folder", os.path.abspath(path)))
-            else:
-                check_tar(path, access or Access())
-                found.append(("tar", os.path.abspath(path)))
     doubles = sorted(path for path, times in Counter(path for _, path in found).items() if times > 1)
     if doubles:
         raise ConfigError("--images", doubles[0], "each folder and tar once")
@@ -88,6 +89,19 @@ def list_images(
             found += gathered.finish(left_out)
             progress(len(gathered.images))
     return sorted(found)
+
+
+def _tars_of(folder: str) -> list[str]:
+    """The tars of a folder that holds neither folders nor images beside them, by name; none of another folder."""
+    try:
+        entries = [
+            entry for entry in os.scandir(folder) if not file_kind(entry.name) and not folder_kind(entry.name)
+        ]
+        if any(entry.is_dir() or by_name(entry.name) == "image" for entry in entries):
+            return []
+    except OSError:
+        return []  # what lists the folder says why
+    return sorted((entry.path for entry in entries if entry.name.lower().endswith(".tar")), key=os.fsencode)
 
 
 def _expand(spec: str) -> list[str]:

@@ -180,6 +180,22 @@ def test_real_heic_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert abs(image.getpixel((9, 9))[0] - 200) < 8  # type: ignore[index, operator]
 
 
+def test_a_folder_of_tars_stands_for_them_unless_images_or_folders_lie_beside_them(tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for name in "ba":
+        os.rename(in_tar(write(tmp_path / name, {f"{name}.jpg": PHOTO})), tars / f"{name}.tar")
+    write(tars, {"README.txt": b"", ".hidden/c.jpg": PHOTO})
+    assert listed(str(tars)) == listed(f"{tars}/{{a,b}}.tar") == (["a.jpg", "b.jpg"], [])
+    write(tars, {"d.jpg": PHOTO})
+    names, lines = listed(str(tars))
+    assert names == ["d.jpg"]
+    assert any(line.startswith("2 .tar left out: name tars") for line in lines)
+    os.remove(tars / "d.jpg")
+    write(tars, {"class/d.jpg": PHOTO})
+    assert listed(str(tars))[0] == ["class/d.jpg"]
+
+
 @everywhere
 def test_pointers_of_git_lfs_are_named(tmp_path: Path, where: Where) -> None:
     folder = write(tmp_path / "in", {"a.jpg": POINTER, "b.jpg": PHOTO, "c": POINTER})
