@@ -21,8 +21,8 @@ their reconstructions from tokens. Look at that picture before sharding a data s
 name is kept whole: dvae-0.1 has dvae-0.1.png and dvae-0.1.run.
 
 Both are written at the end, whole. Meanwhile FILE.run has checkpoints, the numbers of every step, measurements on
-held-out images and pictures. Started again with the same command, a training that was stopped or killed goes on
-from its newest whole checkpoint. A stop signal on any rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves one first.
+held-out images and pictures. The same command resumes a training that was stopped or killed from its newest whole
+checkpoint. A stop signal on any rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves one first.
 """
 
 EXAMPLES = """\

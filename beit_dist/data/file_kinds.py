@@ -28,7 +28,7 @@ Verdict = Named | Kind
 
 _PIP = "pip install pillow-heif"
 _CONVERT = "convert them to JPEG or PNG"
-_NAME_TARS = "name tars as sources of their own, as in 'a-{000..009}.tar' or a.tar::b.tar"
+_NAME_TARS = "give tars by name, each as a source: 'a-{000..009}.tar' or a.tar::b.tar"
 _WRITE_OUT = "write their images into files or tars"
 _GROUPS = {
     _CONVERT: (
@@ -116,6 +116,19 @@ def by_content(head: bytes) -> Verdict:
     return next((kind for magic, kind in _CONTENTS if head.startswith(magic)), "unknown")
 
 
+def format_of(head: bytes) -> str | None:
+    """Pillow's name for the format of an image that begins with ``head``, where it is one that may go unread."""
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
+        return "JPEG2000"
+    return None if _AVIF.isdisjoint(_brands(head)) else "AVIF"
+
+
 def unknown(name: str, way_out: str = "") -> Kind:
     """The kind of a file of which neither its name nor its content tells what it is."""
     suffix = os.path.splitext(name.rpartition("/")[2].lower().partition("?")[0])[1]
@@ -139,11 +152,6 @@ def folder_kind(name: str) -> Kind | None:
 def file_kind(name: str) -> Kind | None:
     """Why a file of that name, without folders, is not looked at: hidden; None: it is."""
     return _HIDDEN_FILE if name.startswith(".") else None
-
-
-def is_weights(head: bytes) -> bool:
-    """Whether a file begins as safetensors do: the length of a JSON object, and the object."""
-    return len(head) > 9 and head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 100 << 20
 
 
 def _is_image(suffix: str) -> bool:

@@ -6,6 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Set
+from functools import partial
 from typing import NamedTuple
 
 from beit_dist.data.file_kinds import (
@@ -17,15 +18,24 @@ from beit_dist.data.file_kinds import (
     file_kind,
     folder_kind,
     is_pointer,
-    is_weights,
     unknown,
 )
 from beit_dist.data.left_out import Kind, LeftOut
-from beit_dist.data.own_output import MARKS, RUN, RUN_PART, RUN_PARTS, SHARDS, TOKENIZER_PICTURE, WEIGHTS, ours
+from beit_dist.data.own_output import (
+    MARKS,
+    RUN,
+    RUN_PART,
+    RUN_PARTS,
+    SHARDS,
+    TOKENIZER_PICTURE,
+    WEIGHTS,
+    is_tokenizer,
+    ours,
+)
 from beit_dist.errors import StorageError
 
 _SNIFF = "--sniff reads their first bytes, with a request for each"
-_UNREADABLE = Kind("unreadable file", "unreadable files", "give yourself the right to read them")
+_UNREADABLE = Kind("unreadable file", "unreadable files", "make them readable: chmod +r")
 _VIEW = re.compile(r"v\d\d")
 """A folder of shards."""
 
@@ -57,7 +67,8 @@ class Gathered:
         self._left: dict[tuple[str, Kind], tuple[int, str]] = {}
         """Of each folder: how many of a kind, and one of them."""
         self._marks: defaultdict[str, set[str]] = defaultdict(set)
-        self._weights: set[str] = set()
+        self._weights: dict[str, tuple[int, Look | None]] = {}
+        """Size of each file of weights, by its name without suffix, and how to look into it."""
 
     def meet(self, name: str, size: int, offset: int = 0, look: Look | None = None) -> None:
         """Take a file, or leave it out, by all that its path tells; ``look`` None: it cannot be looked into."""
@@ -71,18 +82,27 @@ class Gathered:
                 if (kind := folder_kind(part)) is not None:
                     self.leave_folder(kind, folder)
                     return
-        verdict = self.named(name)
+        if look is not None and name.endswith(WEIGHTS):
+            look = partial(bytes, look())  # the tar is closed when it is needed
+        verdict = self.named(name, size, look)
         if isinstance(verdict, Kind):
             self.leave(verdict, name)
         else:
             self.judge(name, verdict, size, offset, look)
 
-    def named(self, name: str) -> Verdict:
+    def named(self, name: str, size: int = 0, look: Look | None = None) -> Verdict:
         """What a file's own name tells of it."""
         last = name.rpartition("/")[2]
         if last.endswith(WEIGHTS):
-            self._weights.add(name[: -len(WEIGHTS)])
+            self._weights[name[: -len(WEIGHTS)]] = size, look
         return file_kind(last) or by_name(last)
+
+    def weights_beside_pictures(self) -> list[tuple[str, int]]:
+        """Name and size of weights that could be tokenizers with a picture, and cannot be looked into."""
+        stems = {stem for entry in self.images if (stem := _picture_of(os.fsdecode(entry.name)))}
+        return [
+            (stem + WEIGHTS, size) for stem, (size, look) in self._weights.items() if stem in stems and not look
+        ]
 
     def judge(self, name: str, named: Named, size: int, offset: int = 0, look: Look | None = None) -> None:
         """Take a file whose path tells no reason against it, or leave it out by its first bytes."""
@@ -101,8 +121,8 @@ class Gathered:
             found = by_content(head)
             if named == "unknown" or is_pointer(found):
                 verdict = found
-            if is_weights(head):
-                self._weights |= {name, os.path.splitext(name)[0]}
+            if is_tokenizer(head):
+                self._weights |= dict.fromkeys((name, os.path.splitext(name)[0]), (size, partial(bytes, head)))
         elif unsure and self._ask_later:
             self.unsure.append((name, named, size))
             return
@@ -135,8 +155,7 @@ class Gathered:
             name = os.fsdecode(entry.name)
             if own and _inside(name, own):
                 continue
-            stem, suffix = os.path.splitext(name)
-            if self._weights and suffix.lower() == ".png" and stem in self._weights:
+            if self._weights and self._is_tokenizer(_picture_of(name)):
                 self.leave(TOKENIZER_PICTURE, name)
             else:
                 kept.append(entry)
@@ -150,6 +169,16 @@ class Gathered:
                 left_out.add(kind, count, example)
         return kept
 
+    def _is_tokenizer(self, stem: str) -> bool:
+        """Whether there are weights of that name, and they are known to be a tokenizer of ours."""
+        look = self._weights.get(stem, (0, None))[1]
+        try:
+            return look is not None and is_tokenizer(look())
+        except StorageError:
+            raise
+        except OSError:
+            return False
+
     def _own_folders(self) -> Iterator[tuple[str, Kind]]:
         for folder, names in self._marks.items():
             kind = ours(names)
@@ -157,6 +186,12 @@ class Gathered:
                 yield folder, kind
             elif kind is RUN:  # the images lie in the run folder itself
                 yield from ((part, RUN_PART) for part in names & RUN_PARTS)
+
+
+def _picture_of(name: str) -> str:
+    """The stem of a .png; empty for other files."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() == ".png" else ""
 
 
 def _inside(name: str, folders: dict[str, Kind]) -> bool:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import functools
 import io
 import zlib
-from collections.abc import Iterator
 
 from PIL import Image
 
-from beit_dist.data.avif_items import coded_items
+from beit_dist.data.heif_items import coded_items
+from beit_dist.data.jpeg2000_tiles import most_zeros, tiles
+from beit_dist.data.jpeg_ends import may_end_early
 from beit_dist.data.jpeg_scans import suspicious_scans, with_longer_scans
-from beit_dist.data.left_over import check_drawn, suspicious
+from beit_dist.data.left_over import Piece, check_drawn, suspicious
 from beit_dist.data.rejection import damaged
-from beit_dist.data.zero_runs import SHORTEST, check_zeros
+from beit_dist.data.webp_pictures import coded_parts
+from beit_dist.data.zero_runs import check_zeros
 
 _DEFLATE, _JPEG, _DENSE = {8, 32946}, {7}, {5, 32773}
 """TIFF compressions: zlib streams; JPEG; LZW and PackBits, which have short codes for repeated bytes."""
@@ -28,6 +30,13 @@ _TIFF_PIECES = ((273, 279), (324, 325))
 
 _LOOKED_AT = 2
 """Pieces of a file, of those with the most zeros: each costs more decodings."""
+
+_AT_END = 8
+"""Zeros that are looked at where they touch the end of a WebP's data: few good files have them."""
+_PATTERN = 256
+"""Zeros that a good JPEG 2000 may hold in any case: of a checkerboard of 8 px, coded data has 237 in a row."""
+_FED, _UNPACKED = 64 << 10, 1 << 20
+"""Bytes of a deflate stream at a time. (What is not consumed is copied.)"""
 
 
 def check_whole(image: Image.Image, raw: bytes) -> None:
@@ -45,28 +54,27 @@ def check_whole(image: Image.Image, raw: bytes) -> None:
         _check_png(raw)
     elif image.format == "WEBP":
         _check_webp(image, raw)
-    elif image.format == "AVIF":
+    elif image.format in ("AVIF", "HEIF"):
         for start, end in coded_items(raw):
             check_zeros(raw, start, end)
     elif image.format == "JPEG2000":
-        start = raw.index(b"\xff\x4f\xff\x51")
-        end = raw.find(b"\xff\xd9", start)  # no such bytes in coded data; behind them anything may follow
-        check_zeros(raw, start, end if end >= 0 else len(raw), SHORTEST + _empty_packets(raw, start + 2))
+        _check_jpeg2000(image, raw)
     elif image.format == "TIFF":
         _check_tiff(image, raw)
 
 
 def _check_jpeg(image: Image.Image, raw: bytes) -> None:
     pieces = suspicious_scans(raw)
-    if not pieces:
-        return
-    pixels, decode = image.tobytes(), functools.partial(_pixels, kind="JPEG")
-    most = sorted(pieces, key=lambda piece: piece.zeros.length)[-_LOOKED_AT:]
-    check_drawn(raw, most, pixels, decode)
-    if decode(with_longer_scans(raw, pieces)) != pixels:
-        raise damaged(
-            f"{most[-1].zeros.length:,} zero bytes at byte {most[-1].zeros.start:,}, and too little data"
-        )
+    pixels, decode = b"", functools.partial(_pixels, kind="JPEG")
+    if pieces:
+        pixels = image.tobytes()
+        check_drawn(raw, _with_most_zeros(pieces), pixels, decode)
+    if (pieces or may_end_early(image, raw)) and decode(with_longer_scans(raw)) != (pixels or image.tobytes()):
+        raise damaged("a scan has too little data, so that part of the picture is made up")
+
+
+def _with_most_zeros(pieces: list[Piece]) -> list[Piece]:
+    return sorted(pieces, key=lambda piece: piece.zeros.length)[-_LOOKED_AT:]
 
 
 def _pixels(raw: bytes, kind: str) -> bytes:
@@ -76,9 +84,19 @@ def _pixels(raw: bytes, kind: str) -> bytes:
 
 
 def _check_webp(image: Image.Image, raw: bytes) -> None:
-    pieces = [piece for start, end in _webp_pictures(raw, 12, len(raw)) for piece in suspicious(raw, start, end)]
+    parts = coded_parts(raw)
+    pieces = [piece for start, end in parts for piece in suspicious(raw, start, end, at_end=_AT_END)]
     if pieces:
-        check_drawn(raw, pieces[:_LOOKED_AT], image.tobytes(), functools.partial(_pixels, kind="WEBP"))
+        check_drawn(raw, _with_most_zeros(pieces), image.tobytes(), functools.partial(_pixels, kind="WEBP"))
+
+
+def _check_jpeg2000(image: Image.Image, raw: bytes) -> None:
+    pieces = [piece for tile in tiles(raw) for piece in suspicious(raw, tile.start, tile.end)]
+    if pieces:
+        most = _PATTERN + most_zeros(raw)
+        for piece in pieces:
+            check_zeros(raw, piece.start, piece.end, most)
+        check_drawn(raw, _with_most_zeros(pieces), image.tobytes(), functools.partial(_pixels, kind="JPEG2000"))
 
 
 def _check_png(raw: bytes) -> None:
@@ -99,37 +117,6 @@ def _check_png(raw: bytes) -> None:
         position = end + 4
 
 
-def _webp_pictures(raw: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The coded data, of frames too; not alpha, which may be stored as it is: zeros are transparent pixels."""
-    while start + 8 <= end:
-        kind, length = raw[start : start + 4], int.from_bytes(raw[start + 4 : start + 8], "little")
-        start += 8
-        if kind == b"VP8L":
-            yield start, min(start + length, end)
-        elif kind == b"VP8 ":
-            modes = int.from_bytes(raw[start : start + 3], "little") >> 5  # bytes of the first partition
-            yield start + 10, min(start + 10 + modes, end)
-            yield start + 10 + modes, min(start + length, end)
-        elif kind == b"ANMF":
-            yield from _webp_pictures(raw, start + 16, min(start + length, end))
-        start += length + length % 2
-
-
-def _empty_packets(raw: bytes, position: int) -> int:
-    """How many packets of a JPEG 2000 tile may be empty, a zero byte each (ITU-T T.800, A.5.1, A.6.1, B.10)."""
-    across, down = (int.from_bytes(raw[at : at + 4], "big") for at in (position + 22, position + 26))  # of a tile
-    components = int.from_bytes(raw[position + 38 : position + 40], "big")
-    while raw[position : position + 2] != b"\xff\x52":
-        position += 2 + int.from_bytes(raw[position + 2 : position + 4], "big")
-    layers, levels = int.from_bytes(raw[position + 6 : position + 8], "big"), raw[position + 9]
-    sizes = raw[position + 14 : position + 15 + levels] if raw[position + 4] & 1 else b"\xff" * (levels + 1)
-    precincts = 0
-    for resolution, size in enumerate(sizes):
-        shrunk = levels - resolution
-        precincts += ((across >> shrunk + (size & 15)) + 2) * ((down >> shrunk + (size >> 4)) + 2)
-    return layers * components * precincts
-
-
 def _check_tiff(image: Image.Image, raw: bytes) -> None:
     tags = getattr(image, "tag_v2", {})
     compression, tables = tags.get(_TIFF_COMPRESSION), tags.get(_TIFF_JPEG_TABLES, b"")
@@ -146,11 +133,14 @@ def _check_tiff(image: Image.Image, raw: bytes) -> None:
 
 def _check_deflate(packed: bytes, start: int) -> None:
     """Compare the checksum at the end of a zlib stream, which libtiff does not read."""
-    unpacking = zlib.decompressobj()
+    unpacking, view, at = zlib.decompressobj(), memoryview(packed), 0
     try:
-        while packed and not unpacking.eof:
-            unpacking.decompress(packed, 1 << 20)
-            packed = unpacking.unconsumed_tail
+        while not unpacking.eof and (at < len(view) or unpacking.unconsumed_tail):
+            if not unpacking.unconsumed_tail:
+                fed, at = bytes(view[at : at + _FED]), at + _FED
+            else:
+                fed = unpacking.unconsumed_tail
+            unpacking.decompress(fed, _UNPACKED)
     except zlib.error as error:
         raise damaged(f"deflate stream at byte {start:,}: {error}") from None
     if not unpacking.eof:

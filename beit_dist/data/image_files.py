@@ -89,6 +89,11 @@ def images_digest(files: Sequence[ImageFile], access: Access) -> str:
     return _VERSION + digest.hexdigest()
 
 
+def is_of_sizes(digest: str) -> bool:
+    """Whether an old version has made a digest."""
+    return not digest.startswith(_VERSION)
+
+
 def sizes_digest(files: Sequence[ImageFile]) -> str:
     """What was taken for the digest by runs of old."""
     return hashlib.sha256(np.array([file.size for file in files], dtype="<i8").tobytes()).hexdigest()

@@ -70,8 +70,8 @@ def search_folder(root: str, gathered: Gathered, progress: Callable[[int], objec
         progress(len(gathered.images) - before)
 
 
-def search_store(place: Place, gathered: Gathered, progress: Callable[[int], object]) -> None:
-    """Every file below ``place`` at a URL; those that ``gathered`` is unsure of are looked into."""
+def search_store(place: Place, gathered: Gathered, progress: Callable[[int], object], *, sniff: bool) -> None:
+    """Every file below ``place`` at a URL; with ``sniff``, the first bytes where names do not tell enough."""
     for name, size in place.files():
         before = len(gathered.images)
         gathered.meet(name, size)
@@ -80,6 +80,10 @@ def search_store(place: Place, gathered: Gathered, progress: Callable[[int], obj
         heads = pool.map(lambda file: bytes(place.read_range(file[0], 0, min(file[2], HEAD))), gathered.unsure)
         for (name, named, size), head in zip(gathered.unsure, heads, strict=True):
             gathered.judge(name, named, size, look=partial(bytes, head))
+        weights = gathered.weights_beside_pictures() if sniff else []
+        heads = pool.map(lambda file: bytes(place.read_range(file[0], 0, min(file[1], HEAD))), weights)
+        for (name, size), head in zip(weights, heads, strict=True):
+            gathered.named(name, size, partial(bytes, head))
 
 
 def _listed(path: str) -> tuple[list[os.DirEntry[str]], _Folder]:
@@ -100,7 +104,7 @@ def _is_folder(item: os.DirEntry[str]) -> bool:
 
 
 def _file(item: os.DirEntry[str], name: str, gathered: Gathered) -> None:
-    named = gathered.named(name)
+    named = gathered.named(name, look=partial(_head_of_file, item.path))
     if isinstance(named, Kind):  # most that is no image: without asking the file system
         gathered.leave(named, name)
         return
@@ -125,6 +129,11 @@ def _head(path: str) -> bytes:
         return file.read(HEAD)
 
 
+def _head_of_file(path: str) -> bytes:
+    """Nothing of a pipe, which would be waited for."""
+    return _head(path) if os.path.isfile(path) else b""
+
+
 def _mending(path: str) -> str:
     if os.path.islink(path) and ".git/annex/" in os.readlink(path):
         return "It is git-annex's link to a file that is not here: git annex get"
@@ -136,7 +145,7 @@ def _is_hub_cache(path: str, names: set[str]) -> bool:
     if not {"blobs", "snapshots"} <= names:
         return False
     try:
-        revisions = os.listdir(os.path.join(path, "snapshots"))
+        revisions = [name for name in os.listdir(os.path.join(path, "snapshots")) if not name.startswith(".")]
     except OSError:
         return False
     return bool(revisions) and all(map(_REVISION.fullmatch, revisions))

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageStat, UnidentifiedImageError
 
 from beit_dist.data.draws import Purpose, below, uniforms, words
+from beit_dist.data.file_kinds import HEAD, by_content, format_of
 from beit_dist.data.heif import heif_version
 from beit_dist.data.image_damage import check_whole
+from beit_dist.data.left_out import Kind
 from beit_dist.data.rejection import ImageRejectedError
 from beit_dist.data.to_rgb import samples, to_rgb
 
@@ -99,15 +101,17 @@ def decode(raw: bytes) -> Image.Image:
 
 
 def _unread(raw: bytes) -> str:
-    """Why Pillow's readers pass a file on: those of TIFF and JPEG know some kinds only, and do not say which."""
-    name = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"\xff\xd8\xff": "JPEG"}.get(
-        bytes(raw[: 3 + (raw[:1] != b"\xff")])
-    )
+    """Why Pillow's readers pass a file on: they know some kinds of their formats only, and do not say which."""
+    none, head = "not an image that Pillow reads", bytes(raw[:HEAD])
+    kind = by_content(head)
+    if isinstance(kind, Kind):
+        return ": ".join(part for part in (none, kind.one, kind.way_out) if part)
+    name = format_of(head)
     if name is None:
-        return "not an image that Pillow reads"
-    return (
-        f"not an image that Pillow reads: {name} with a damaged header or a rare number of bits; convert to 8 bit"
-    )
+        return none
+    if name not in _formats():
+        return f"{none}: {name}, which this Pillow was built without; pip install --upgrade pillow"
+    return f"{none}: {name} with a damaged header or a rare number of bits; convert to 8 bit"
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from beit_dist.data.rejection import damaged
-from beit_dist.data.zero_runs import ZeroRun, zero_runs
+from beit_dist.data.zero_runs import SHORTEST, ZeroRun, zero_runs
 
 _OTHER_BYTES = b"\x55\xcc\xee\x0f"
 """Each is tried until one shows: bits may mean nothing, or whiter than white. (FF would be a marker.)"""
@@ -28,9 +28,12 @@ class Piece(NamedTuple):
     """The longest run."""
 
 
-def suspicious(raw: bytes, start: int, end: int) -> list[Piece]:
-    """The piece ``raw[start:end]``, if it holds a long run of zeros."""
+def suspicious(raw: bytes, start: int, end: int, at_end: int = SHORTEST + 1) -> list[Piece]:
+    """The piece ``raw[start:end]``, if it holds a long run of zeros, or ends with ``at_end`` of them."""
     runs = list(zero_runs(raw, start, end))
+    if not runs and end - start >= at_end and not any(raw[end - at_end : end]):
+        first = start + len(raw[start:end].rstrip(b"\0"))
+        runs = [ZeroRun(first, end - first)]
     return [Piece(start, end, max(runs, key=lambda run: run.length))] if runs else []
 
 

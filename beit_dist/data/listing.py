@@ -79,7 +79,7 @@ def list_images(
         if kind == "folder":
             gathered = Gathered(index, ask_later=sniff and is_url(path))
             if is_url(path):
-                search_store(open_place(path, access), gathered, progress)
+                search_store(open_place(path, access), gathered, progress, sniff=sniff)
             else:
                 search_folder(path, gathered, progress)
             found += gathered.finish(left_out)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from beit_dist.data.jpeg2000_tiles import sample_bits
 from beit_dist.data.rejection import ImageRejectedError
 
 _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339
@@ -17,8 +18,9 @@ _LARGEST = (281, 341)
 _WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2
 """TIFF 6.0, sections 8 and 19."""
 
-_DARK = 4095
-"""12 bits. 16-bit samples that stay below this are most likely such data, and make 16 of 256 levels if not."""
+_DARK = {12: 4095, 14: 16383}
+"""By bits: 16-bit samples that stay below are most likely such data, as cameras, scanners and raw converters write
+it. If not, the picture has no pixel of a quarter of white, and at most 64 of 256 levels."""
 _WHITE = (255, 255, 255)
 
 
@@ -45,6 +47,9 @@ def samples(image: Image.Image, raw: bytes) -> Samples:
         if 255 < largest < 65535:
             return Samples(bits=16, white=65535)
         return Samples(bits=16 if largest == 65535 or image.mode.startswith("I") else 8)
+    if image.format == "JPEG2000":  # Pillow scales fewer than 16 bits to 16, or to 8
+        bits = sample_bits(raw)
+        return Samples(bits=16 if bits > 8 else 8, white=65535 if 8 < bits < 16 else None)
     tags = getattr(image, "tag_v2", None)
     if image.format != "TIFF" or tags is None:
         return Samples(bits=16 if image.mode.startswith("I") else 8)
@@ -77,6 +82,8 @@ def to_rgb(image: Image.Image, raw: bytes, said: Samples) -> Image.Image:
     if said.bits > 8:
         _check_colours(image, said)
     transparent = image.info.get("transparency")
+    if image.format == "PNG" and said.bits in (2, 4) and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // (2**said.bits - 1)  # Pillow scales the pixels alone
     if image.mode == "RGB" and said.bits == 16 and isinstance(transparent, tuple):
         return _without_colour(image, raw, transparent)
     if image.mode == "RGB" and transparent is None:
@@ -125,10 +132,10 @@ def _check_colours(image: Image.Image, said: Samples) -> None:
 
 
 def _check_dark(largest: int) -> None:
-    if largest <= _DARK:
-        raise _unknown(
-            f"16-bit samples of at most {largest:,}: 12 bits that no tag tells, or nearly black; convert to 8 bit"
-        )
+    for bits, dark in _DARK.items():
+        if largest <= dark:
+            what = f"16-bit samples of at most {largest:,}: {bits} bits that no tag tells, or very dark"
+            raise _unknown(f"{what}; convert to 8 bit")
 
 
 def _without_colour(image: Image.Image, raw: bytes, transparent: tuple[int, ...]) -> Image.Image:

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save
 
 from beit_dist.data import heif, images
 from beit_dist.data.file_kinds import by_content
 from beit_dist.data.image_files import find_images
 from beit_dist.data.left_out import LeftOut
+from beit_dist.data.rejection import ImageRejectedError
 from beit_dist.errors import ConfigError, DataError
 from beit_dist.storage.opening import open_place
+from beit_dist.visual_tokens.weights import FORMAT
 
 PHOTO = b"\xff\xd8\xff\xe0" + bytes(2000)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 12345\n" % 0
@@ -117,7 +121,7 @@ def test_what_is_left_out_is_counted_by_kind_with_the_way_out(tmp_path: Path, wh
             "16 .heic left out: pip install pillow-heif",
             "1 .jxl, 1 .nef left out: convert them to JPEG or PNG",
             "1 .parquet left out: write their images into files or tars",
-            "1 .tar left out: name tars as sources of their own, as in 'a-{000..009}.tar' or a.tar::b.tar",
+            "1 .tar left out: give tars by name, each as a source: 'a-{000..009}.tar' or a.tar::b.tar",
             "1,200 .txt, 1 .odd, 1 file without a usual suffix left out",
         ],
     )
@@ -196,6 +200,29 @@ def test_a_folder_of_tars_stands_for_them_unless_images_or_folders_lie_beside_th
     assert listed(str(tars))[0] == ["class/d.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        pytest.param(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic", ".heic: pip install pillow-heif", id="heic"),
+        pytest.param(b"\0\0\0\x0cJXL \r\n\x87\n", ".jxl: convert them to JPEG or PNG", id="jxl"),
+        pytest.param(POINTER, "Git LFS pointer: fetch the files themselves: git lfs pull", id="pointer"),
+        pytest.param(b"%PDF-1.7", ".pdf", id="pdf"),
+        pytest.param(
+            b"\0\0\0\x1cftypavif\0\0\0\0mif1miaf", "AVIF, which this Pillow was built without", id="avif"
+        ),
+        pytest.param(b"RIFF\0\0\0\0WEBPVP8 ", "WEBP, which this Pillow was built without", id="webp"),
+    ],
+)
+def test_what_is_named_like_an_image_and_cannot_be_read_is_called_what_it_is(
+    raw: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_formats", lambda: ["JPEG", "PNG", "TIFF"])
+    with pytest.raises(ImageRejectedError) as caught:
+        images.decode(raw + bytes(3000))
+    assert str(caught.value).startswith(f"not an image that Pillow reads: {reason}")
+    assert caught.value.kind == "not_an_image"
+
+
 @everywhere
 def test_pointers_of_git_lfs_are_named(tmp_path: Path, where: Where) -> None:
     folder = write(tmp_path / "in", {"a.jpg": POINTER, "b.jpg": PHOTO, "c": POINTER})
@@ -254,6 +281,7 @@ def test_a_hub_cache_is_named_and_its_snapshot_is_read(tmp_path: Path) -> None:
     snapshot = cache / "snapshots" / ("0a" * 20)
     snapshot.mkdir(parents=True)
     (snapshot / "x.jpg").symlink_to("../../blobs/abc")
+    (cache / "snapshots/.DS_Store").touch()
     for path in (tmp_path / "hub", cache):
         with pytest.raises(DataError, match=r"1 Hugging Face cache left out .*: name a folder of its snapshots/"):
             listed(str(path))
@@ -267,8 +295,8 @@ def test_folders_that_lead_to_one_folder_are_both_kept_and_circles_end(tmp_path:
     for name in ("cat", "dog"):
         (tmp_path / "in" / name).symlink_to("../real")
     found, lines = listed(str(tmp_path / "in"))
-    assert [name for name in found if "back" not in name] == ["cat/a.jpg", "dog/a.jpg"]
-    assert "links to folders around them left out" in lines[0]
+    assert found == ["cat/a.jpg", "dog/a.jpg"]
+    assert lines == ["4 links to folders around them left out (cat/back/in)"]
 
 
 def test_links_that_multiply_without_end_are_refused(tmp_path: Path) -> None:
@@ -280,10 +308,11 @@ def test_links_that_multiply_without_end_are_refused(tmp_path: Path) -> None:
         listed(str(tmp_path))
 
 
+TOKENIZER = save({"x": torch.zeros(1)}, {FORMAT: "{}"})
 OWN = {
-    "t.safetensors": b"",
+    "t.safetensors": TOKENIZER,
     "t.png": PHOTO,
-    "odd.name": (90).to_bytes(8, "little") + b'{"__metadata__":{}}',
+    "odd.name": TOKENIZER,
     "odd.png": PHOTO,
     **{f"deep/run/{name}": b"" for name in ("config.yaml", "run.json", "checkpoints/s/manifest.json")},
     "deep/run/pictures/step-00000002.png": PHOTO,
@@ -304,6 +333,31 @@ def test_what_we_have_written_among_images_is_no_image(tmp_path: Path, where: Wh
         ["a.png", "b/v00/c.png", "d/pictures/e.png"],
         ["2 data sets of shards, 2 tokenizers' pictures, 1 .json, 1 .name, 1 .safetensors, 1 run folder left out"],
     )
+
+
+@everywhere
+@pytest.mark.parametrize("sniff", [False, True])
+def test_images_with_weights_or_lists_of_their_own_are_images(tmp_path: Path, where: Where, sniff: bool) -> None:
+    """Latents or embeddings beside each image; a list of where the images come from."""
+    latents = save({"latent": torch.zeros(2)}, {"format": "pt"})
+    files = {"a.png": PHOTO, "a.safetensors": latents, "b.png": PHOTO, "b.safetensors": b"", "c/d.png": PHOTO}
+    files |= {"c/sources.jsonl": b"", "c/run.json": b"", "e.latent": latents, "e.png": PHOTO}
+    found, lines = listed(where(write(tmp_path / "in", files)), sniff)
+    assert found == ["a.png", "b.png", "c/d.png", "e.png"]
+    assert "tokenizer" not in str(lines)
+
+
+def test_pictures_beside_tokenizers_at_urls_are_kept_unless_the_weights_are_read(tmp_path: Path) -> None:
+    place = at_url(write(tmp_path, {"t.png": PHOTO, "t.safetensors": TOKENIZER}))
+    assert listed(place, sniff=False)[0] == ["t.png"]
+    with pytest.raises(DataError, match="1 tokenizer's picture"):
+        listed(place, sniff=True)
+
+
+def test_a_pipe_named_like_weights_is_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path, {"t.png": PHOTO})
+    os.mkfifo(tmp_path / "t.safetensors")
+    assert listed(str(tmp_path))[0] == ["t.png"]
 
 
 @everywhere

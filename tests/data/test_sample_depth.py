@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Iterable
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from beit_dist.data.images import decode
 from beit_dist.data.rejection import ImageRejectedError
+from beit_dist.data.to_rgb import Samples, samples, to_rgb
 
 WIDTH, HEIGHT = 64, 16
 RAMP = np.tile(np.arange(WIDTH, dtype=np.uint16) * 1000, (HEIGHT, 1))
@@ -65,6 +68,12 @@ def pgm(values: NDArray[np.uint16], white: int) -> bytes:
     return b"P5 %d %d %d\n" % (WIDTH, HEIGHT, white) + values.astype(">u2").tobytes()
 
 
+def jpeg2000(values: NDArray[np.uint16]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "JPEG2000", no_jp2=True)
+    return stream.getvalue()
+
+
 def in_12_bits() -> bytes:
     pairs = RAMP_12.reshape(-1, 2).astype(int)
     return np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], -1).astype(
@@ -84,6 +93,7 @@ def in_12_bits() -> bytes:
         pytest.param(tiff(RAMP.astype("<u4").tobytes(), 32, 1, t341=65535), EXPECTED, id="32-bits-by-tag"),
         pytest.param(pgm(RAMP, 65535), EXPECTED, id="pgm-16"),
         pytest.param(pgm(RAMP_12, 4095), EXPECTED, id="pgm-12"),
+        pytest.param(jpeg2000(RAMP), EXPECTED, id="jpeg-2000"),
         pytest.param(png(RAMP_12 << 4, 0, (b"sBIT", b"\x0c")), EXPECTED, id="png-sbit"),
     ],
 )
@@ -107,6 +117,45 @@ def test_transparency_of_16_bit_colour_compares_all_16_bits() -> None:
     assert np.array_equal(np.delete(pixels, 5, axis=1), np.delete(colours >> 8, 5, axis=1))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_transparency_of_little_grey_shows_white(bits: int) -> None:
+    largest = 2**bits - 1
+    row = np.minimum(np.arange(WIDTH), largest)
+    packed = np.packbits(np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, -bits:])
+    rows = (b"\0" + packed.tobytes()) * HEIGHT
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, bits, 0, 0, 0, 0)
+    raw = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in (
+            (b"IHDR", header),
+            (b"tRNS", struct.pack(">H", largest - 1)),
+            (b"IDAT", zlib.compress(rows)),
+            (b"IEND", b""),
+        )
+    )
+    expected = np.where(row == largest - 1, 255, row * 255 // largest)
+    assert np.array_equal(np.asarray(decode(raw))[0, :, 0], expected)
+
+
+def test_colours_of_jpeg_2000_are_dark_only_where_they_have_16_bits() -> None:
+    """Pillow writes no such colours, so the header of a file of 8 bits is changed after it was read."""
+    stream = io.BytesIO()
+    Image.fromarray((COLOURS >> 12).astype(np.uint8)).save(stream, "JPEG2000", no_jp2=True)
+    for bits, white in ((8, None), (12, 65535), (16, None)):
+        raw = stream.getvalue()
+        for component in range(3):
+            at = raw.index(b"\xff\x51") + 40 + 3 * component
+            raw = raw[:at] + bytes([bits - 1]) + raw[at + 1 :]
+        with Image.open(io.BytesIO(stream.getvalue())) as image:
+            said = samples(image, raw)
+            assert said == Samples(bits=8 if bits == 8 else 16, white=white)
+            if bits == 16:
+                with pytest.raises(ImageRejectedError, match="at most 4,095: 12 bits"):
+                    to_rgb(image, raw, said)
+            else:
+                assert to_rgb(image, raw, said).mode == "RGB"
+
+
 def test_alpha_of_16_bits_shows_white() -> None:
     alpha = np.full((HEIGHT, WIDTH, 1), 65535, np.uint16)
     alpha[:, :10] = 0
@@ -122,6 +171,10 @@ def test_alpha_of_16_bits_shows_white() -> None:
         pytest.param(tiff(RAMP_12.tobytes(), 16, 1), "at most 3,937: 12 bits that no tag tells", id="grey"),
         pytest.param(tiff(RAMP_12.tobytes(), 16, 0), "at most 3,937: 12 bits", id="white-is-zero"),
         pytest.param(png(RAMP_12, 0), "at most 3,937: 12 bits", id="png"),
+        pytest.param(png(RAMP >> 2, 0), "at most 15,750: 14 bits that no tag tells", id="png-14"),
+        pytest.param(png(COLOURS >> 2, 2), "at most 15,871: 14 bits", id="png-colour-14"),
+        pytest.param(tiff((RAMP >> 2).tobytes(), 16, 1), "at most 15,750: 14 bits", id="grey-14"),
+        pytest.param(jpeg2000(RAMP_12), "at most 3,937: 12 bits", id="jpeg-2000"),
         pytest.param(png(COLOURS >> 4, 2), "at most 4,095: 12 bits", id="png-colour"),
         pytest.param(pgm(RAMP_12, 65535), "at most 3,937: 12 bits", id="pgm"),
         pytest.param(tiff((COLOURS >> 4).tobytes(), 16, 2, 3), "at most 4,095: 12 bits", id="colour"),

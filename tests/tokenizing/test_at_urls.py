@@ -256,7 +256,7 @@ def test_keys_of_any_kind_are_read_as_they_are_listed(bucket: Place, tmp_path: P
     assert read == {image: bytes([number]) for number, image in enumerate(names)}
 
 
-def test_files_without_a_usual_suffix_are_asked_for_at_urls_only_when_that_is_wished(
+def test_files_without_a_usual_suffix_are_read_at_urls_only_with_sniff(
     memory: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo = b"\xff\xd8\xff" + bytes(2000)

@@ -13,7 +13,7 @@ import torch
 from beit_dist.config import OptimizerConfig
 from beit_dist.data.crops import CropBatches, ImagePool, centred_view
 from beit_dist.data.draws import Purpose, permutation
-from beit_dist.data.image_files import ImageFile
+from beit_dist.data.image_files import ImageFile, is_of_sizes
 from beit_dist.engine.average import WeightAverage
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.layout import AVERAGE, Saved, checkpoint_bytes
@@ -135,10 +135,7 @@ def _build(
         reason = next((name for name in agreement.gather(stop.name) if name), MAX_MINUTES)
         return NotBegun(store.attempt, saved.step if saved else 0, reason)
     if saved is not None and not pool.has_digest(saved.manifest["images"]):
-        raise CheckpointError(
-            f"run {recipe.run} cannot be continued: it was begun on other images (or with another cache_gib, when "
-            "some cannot be decoded). Give the same images, or choose another run folder."
-        )
+        raise CheckpointError(f"run {recipe.run} cannot be continued: {_other_images(saved.manifest['images'])}")
     order = permutation(recipe.seed, Purpose.SOURCE_ORDER, (), len(pool)).tolist()
     held_out = views([centred_view(pool[number], recipe.view_size) for number in order[: recipe.held_out]])
 
@@ -228,6 +225,19 @@ def _build(
         stop=stop,
         progress=progress,
         facts=facts,
+    )
+
+
+def _other_images(digest: str) -> str:
+    """Why the images are not those of a checkpoint that was made with ``digest``."""
+    if is_of_sizes(digest):
+        return (
+            "it was begun by an older version, on other images or on the same ones: this version lists or rejects "
+            "some images differently. Start anew in another run folder, or finish with the old version."
+        )
+    return (
+        "it was begun on other images (or with another cache_gib, when some cannot be decoded; or by another "
+        "version, which lists or rejects some differently). Give the same images, or choose another run folder."
     )
 
 

@@ -243,7 +243,18 @@ def test_other_images_of_the_same_sizes_are_refused(training: Make, images: Path
         trained.start()
 
 
-def test_a_tokenizer_among_its_images_goes_on_and_is_none_of_them(training: Make, images: Path) -> None:
+def test_a_resume_that_an_older_version_began_says_that_the_list_may_differ(
+    training: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = training("t", steps=4)
+    with monkeypatch.context() as older:
+        older.setattr(crops, "images_digest", lambda *_: "0" * 64)
+        assert trained.start(StopAfter(2)) == "PREEMPTED"
+    with pytest.raises(CheckpointError, match=r"by an older version.*Start anew in another run folder, or finish"):
+        trained.start()
+
+
+def test_a_tokenizer_among_its_images_is_left_out_and_can_be_resumed(training: Make, images: Path) -> None:
     """Nor are its run and its pictures, for it and for any other."""
     apart, inside = training("t", steps=5), training("t", steps=5)
     inside.out = images / "t.safetensors"
