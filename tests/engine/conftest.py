@@ -45,14 +45,18 @@ class Run:
     ranks: int = 1
     overrides: list[str] = field(default_factory=list)
     entry: Path = ROOT / "beit_dist" / "train.py"
+    deepspeed: bool = False
+    """Several ranks are started by the real launcher, which takes longer."""
 
     def command(self, *overrides: str) -> list[str]:
-        """The command line: the real launcher for several ranks, plain Python for one."""
+        """The command line: plain Python for one rank."""
         (port,) = free_ports(1)
         launcher = [sys.executable]
-        if self.ranks > 1:
+        if self.deepspeed:
             launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(self.ranks)]
             launcher += ["--master_port", str(port)]
+        elif self.ranks > 1:
+            launcher += [str(ROOT / "tests" / "support" / "start_ranks.py"), str(self.ranks), str(port)]
         train = [str(self.entry), "--ds_config", str(self.ds_config)]
         train += ["--config", str(self.recipe), f"run={self.folder}", f"data={self.data}"]
         return [*launcher, *train, *self.overrides, *overrides]
@@ -128,9 +132,15 @@ def small_data(tmp_path_factory: pytest.TempPathFactory, make_shards: Callable[.
 
 @pytest.fixture
 def new_run(tmp_path: Path, small_data: Path) -> Callable[..., Run]:
-    """``new_run(name, ds="zero1.json" or a dict, ranks=1, overrides=[])``."""
+    """``new_run(name, ds="zero1.json" or a dict, ranks=1, overrides=[], deepspeed=False)``."""
 
-    def make(name: str, ds: str | dict[str, Any] = "zero1.json", ranks: int = 1, overrides: Any = ()) -> Run:
+    def make(
+        name: str,
+        ds: str | dict[str, Any] = "zero1.json",
+        ranks: int = 1,
+        overrides: Any = (),
+        deepspeed: bool = False,
+    ) -> Run:
         named = isinstance(ds, dict) and bool({"bf16", "fp16"} & set(ds))
         recipe = tmp_path / ("recipe.yaml" if named else "recipe-fp32.yaml")
         # fp32 is fast on every machine, and `auto` might be another one in the next start beside other work.
@@ -139,7 +149,7 @@ def new_run(tmp_path: Path, small_data: Path) -> Callable[..., Run]:
         ds_config = ROOT / "configs" / "deepspeed" / ds if isinstance(ds, str) else tmp_path / f"{name}.json"
         if isinstance(ds, dict):
             ds_config.write_text(json.dumps(ds))
-        return Run(tmp_path / name, small_data, recipe, ds_config, ranks, list(overrides))
+        return Run(tmp_path / name, small_data, recipe, ds_config, ranks, list(overrides), deepspeed=deepspeed)
 
     return make
 

@@ -199,7 +199,7 @@ def test_a_rank_that_stops_answering_ends_the_other_within_the_short_limit(new_r
 
 @pytest.mark.slow
 def test_a_port_that_is_taken_is_named_with_the_way_out(new_run: Callable[..., Any]) -> None:
-    run = new_run("run", ranks=2)
+    run = new_run("run", ranks=2, deepspeed=True)
     command = run.command()
     port = command[command.index("--master_port") + 1]
     run.command = lambda *overrides: [*command, *overrides]
@@ -241,7 +241,7 @@ def torchrun(run: Any) -> None:
 def test_a_rank_that_fails_is_named_once_and_takes_the_others_with_it(new_run: Callable[..., Any]) -> None:
     """Rank 2 of 4 fails by itself in step 4, of 4000, between blocks whose weights all ranks gather together."""
     ds = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-    run = new_run("run", ds, ranks=4, overrides=["loader.workers=0", "steps=4000"])
+    run = new_run("run", ds, ranks=4, overrides=["loader.workers=0", "steps=4000"], deepspeed=True)
     run.entry = run.folder.parent / "failing.py"
     run.entry.write_text(
         "import os, runpy\n"
@@ -272,7 +272,9 @@ def test_a_rank_that_fails_is_named_once_and_takes_the_others_with_it(new_run: C
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_torchrun_passes_on_a_stop(new_run: Callable[..., Any], number: signal.Signals) -> None:
-    run = new_run("run", ranks=2, overrides=["loader.workers=0", "steps=4000", "checkpoint.every_steps=null"])
+    run = new_run(
+        "run", ranks=2, overrides=["loader.workers=0", "steps=4000", "checkpoint.every_steps=null"], deepspeed=True
+    )
     torchrun(run)
     process = run.start()
     assert until(lambda: len(run.lines()) > 3 or process.poll() is not None)

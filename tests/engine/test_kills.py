@@ -178,11 +178,11 @@ def signal_to(process: psutil.Process, number: signal.Signals) -> None:
 
 def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(new_run: Callable[..., Any]) -> None:
     settings = [*LARGE, f"steps={STEPS}"]
-    whole = new_run("whole", ranks=2, overrides=settings)
+    whole = new_run("whole", ranks=2, overrides=settings, deepspeed=True)
     code, output = whole.finish(seconds=LIMIT)
     assert code == 0, output
 
-    run = new_run("killed", ranks=2, overrides=settings)
+    run = new_run("killed", ranks=2, overrides=settings, deepspeed=True)
     struck: Counter[str] = Counter()
     processes: list[psutil.Process] = []
     frozen: list[psutil.Process] = []

@@ -87,7 +87,7 @@ def test_a_run_stopped_in_every_way_ends_as_if_nothing_had_happened(
     assert losses[0] == pytest.approx(math.log(64), rel=0.01)
     assert len(losses) == math.ceil(5 * 147 / 16)
 
-    run = new_run("run", ranks=2, overrides=settings)
+    run = new_run("run", ranks=2, overrides=settings, deepspeed=True)
     _interrupted_while_evaluating(run)
     _told_twice_while_saving(run)
 

@@ -164,7 +164,7 @@ def test_the_folder_of_a_data_set_is_no_run_folder(new_run: Callable[..., Any], 
 
 
 def test_a_user_sees_one_line_and_no_traceback(new_run: Callable[..., Any]) -> None:
-    run = new_run("run", ranks=2, overrides=["model.siz=1"])
+    run = new_run("run", ranks=2, overrides=["model.siz=1"], deepspeed=True)
     code, output = run.finish()
     assert code == 2
     assert output.count("error: model.siz: got 1, expected one of the known settings") == 1
@@ -172,7 +172,7 @@ def test_a_user_sees_one_line_and_no_traceback(new_run: Callable[..., Any]) -> N
 
 
 def test_a_flipped_byte_in_a_shard_ends_the_run_by_name(new_run: Callable[..., Any]) -> None:
-    run = new_run("run", ranks=2)
+    run = new_run("run", ranks=2, deepspeed=True)
     run.data = Path(shutil.copytree(run.data, run.folder.parent / "data"))
     _flip(run.data / "v00" / "shard-000000.tar", 2000)
     code, output = run.finish()

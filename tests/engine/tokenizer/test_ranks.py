@@ -25,22 +25,19 @@ SETTINGS = {"precision": "fp32", "steps": 24, "micro_batch": 1, "measure_every_s
 SETTINGS |= {"logging": TINY["logging"] | {"every_steps": 1}}
 
 
-def start(out: Path, images: Path, *overrides: str) -> subprocess.Popen[str]:
-    """Two ranks with the shipped DeepSpeed file, as docs/tokenizers.md has it."""
+def start(out: Path, images: Path, *, deepspeed: bool = False) -> subprocess.Popen[str]:
+    """Two ranks with the shipped DeepSpeed file; by its launcher, as docs/tokenizers.md has it, or sooner."""
     (port,) = free_ports(1)
     recipe = out.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(TINY | SETTINGS))
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        str(port),
-    ]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "start_ranks.py"), "2", str(port)]
+    if deepspeed:
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        command = [launcher, "--num_accelerators", "2", "--master_port", str(port)]
     command += [str(ROOT / "tools" / "train_tokenizer.py"), "--images", str(images), "--out", str(out)]
     command += ["--ds_config", str(ROOT / "configs" / "deepspeed" / "zero1.json"), "--config", str(recipe)]
     return subprocess.Popen(
-        [*command, *overrides],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -62,7 +59,7 @@ def test_two_ranks_stopped_and_resumed_equal_two_that_never_stopped_and_one_rank
     tmp_path: Path, images: Path, training: Any
 ) -> None:
     whole, cut = (Training(tmp_path / f"{name}.safetensors", images, None) for name in ("whole", "cut"))
-    code, output = finish(start(whole.out, images))
+    code, output = finish(start(whole.out, images, deepspeed=True))
     assert code == 0, output
     assert "batch 4 = 2 ranks × 1 × 2; ZeRO stage 1, weights fp32, convolutions fp32" in output
 
