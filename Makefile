@@ -6,7 +6,7 @@ VENV ?= .venv
 SWIFT_VENV := .venv-swift
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# Test processes; tests that start ranks of their own do so one after another (tests/conftest.py).
+# Test processes; each has a process of its own from which ranks are forked (tests/support/forked.py).
 TEST_PROCESSES ?= 2
 DEMO ?= demo
 DEMO_ARGS ?=
@@ -14,21 +14,24 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test servers soak lint format clean
+.PHONY: help demo demo-finetune test servers soak lint format clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) DEMO=$(DEMO) PYTEST_ARGS='-k masks' DEMO_ARGS=--fast"
 
-demo: $(VENV)/.installed ## from generated images to pictures of what the model learnt (2 to 5 minutes, 2 cores)
+demo: $(VENV)/demo.txt ## from generated images to pictures of what the model learnt (3 to 6 minutes, 2 cores)
 	$(BIN)/python tools/demo.py --out $(DEMO) $(DEMO_ARGS)
 
-test: export OMP_NUM_THREADS ?= 1
-test: $(VENV)/.installed-test ## all tests; those that need a server skip with the reason
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
+demo-finetune: $(VENV)/demo.txt ## the demo, then classes from 100 labels with and without pre-training (3 minutes more)
+	$(BIN)/python tools/demo.py --out $(DEMO) --finetune $(DEMO_ARGS)
 
-servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the tests, in .venv-swift; names what else they want
+test: export OMP_NUM_THREADS ?= 1
+test: $(VENV)/test.txt ## all tests; those that need a server skip with the reason
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+servers: $(SWIFT_VENV)/servers.txt ## an object store (OpenStack Swift) for the tests, in .venv-swift; names what else they want
 	@for wanted in memcached promtool:prometheus srun:slurm-wlm munge; do \
 	  command -v $${wanted%:*} >/dev/null || echo "still missing, from Debian: apt-get install $${wanted#*:}" >&2; \
 	done
@@ -36,15 +39,15 @@ servers: $(SWIFT_VENV)/.installed ## an object store (OpenStack Swift) for the t
 soak: export BEIT_KILLS ?= 100
 soak: export BEIT_STREAM_EXAMPLES ?= 100
 soak: export OMP_NUM_THREADS ?= 1
-soak: $(VENV)/.installed-test ## a run killed BEIT_KILLS=100 times with -9 must end as if it never was (an hour or so)
-	$(BIN)/python -m pytest tests/data/test_stream_properties.py tests/engine/test_kills.py $(PYTEST_ARGS)
+soak: $(VENV)/test.txt ## a run killed BEIT_KILLS=100 times with -9 must end as if it never was (an hour or so)
+	$(BIN)/python -m pytest tests/stream/test_stream_properties.py tests/engine/test_kills.py $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-dev ## ruff and mypy, changing nothing
+lint: $(VENV)/dev.txt ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.installed-dev ## let ruff sort imports and lay out the code
+format: $(VENV)/dev.txt ## let ruff sort imports and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -52,20 +55,29 @@ clean: ## remove the virtual environments, the demo and the caches
 	rm -rf $(VENV) $(SWIFT_VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp for each set of dependencies: nothing is installed again until what it depends on changes.
+# A list of what is installed, written once all that a target needs is there, and again when its prerequisites change.
+INSTALL = $(@D)/bin/python -m pip install $(PIP_ARGS)
+LIST = $(@D)/bin/python -m pip list >$@
+.DELETE_ON_ERROR:
+
+$(VENV)/demo.txt: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -c constraints.txt -e .
+	@$(LIST)
+
 # timm and DALL-E, peers in the tests, come without their torchvision: one built for CUDA does not load beside torch for
 # the CPU, and keeps transformers from loading too.
-$(VENV)/.installed: EXTRAS =
-$(VENV)/.installed-test: EXTRAS = [test]
-$(VENV)/.installed-dev: EXTRAS = [dev]
-$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.$(EXTRAS)'
-	$(if $(EXTRAS),$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --no-deps timm DALL-E)
-	@touch $@
+$(VENV)/test.txt: $(VENV)/demo.txt
+	$(INSTALL) -c constraints.txt -e '.[test]'
+	$(INSTALL) -c constraints.txt --no-deps timm DALL-E
+	@$(LIST)
 
-$(SWIFT_VENV)/.installed: tests/support/swift.txt | $(SWIFT_VENV)/bin/pip
-	$(SWIFT_VENV)/bin/python -m pip install $(PIP_ARGS) -r $<
-	@touch $@
+$(VENV)/dev.txt: $(VENV)/test.txt
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	@$(LIST)
+
+$(SWIFT_VENV)/servers.txt: tests/support/swift.txt | $(SWIFT_VENV)/bin/pip
+	$(INSTALL) -r $<
+	@$(LIST)
 
 # Debian and Ubuntu leave ensurepip to a package of its own; virtualenv, or the pip outside, does as well.
 %/bin/pip:

@@ -10,12 +10,14 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something the user can put right. Printed without a traceback; the process exits with ``exit_code``.
+    """Something the user can fix. It is printed without a traceback; the process exits with ``exit_code``.
 
     Exit code 2 tells schedulers that no retry helps; 1 that one might.
     """
 
     exit_code = 2
+    of_one_rank = False
+    """Whether it is only this process that can know of it; what all ranks find alike, one of them says."""
 
 
 class ConfigError(UserError):
@@ -25,7 +27,7 @@ class ConfigError(UserError):
         field: dotted name of the setting, as the user would write it (``model.patch_size``).
         got: the offending value.
         expected: what would have been accepted.
-        way_out: what to change, if more can be said than ``expected`` does.
+        way_out: what to change, if there is more to say than ``expected``.
     """
 
     def __init__(self, field: str, got: object, expected: str, way_out: str = "") -> None:
@@ -33,13 +35,17 @@ class ConfigError(UserError):
         text = f"{field}: got {got!r}, expected {expected}"
         super().__init__(f"{text}. {way_out}" if way_out else text)
 
+    def named(self, field: str) -> ConfigError:
+        """The same error for another setting, for code that does not know which setting it was given."""
+        return ConfigError(field, self.got, self.expected, self.way_out)
+
 
 class DataError(UserError):
     """Images, shards or a manifest are missing, foreign or damaged."""
 
 
 class SampleError(DataError):
-    """A sample could not be read whole while running; another attempt may succeed."""
+    """A sample could not be read whole during a run; another attempt may succeed."""
 
     exit_code = 1
 
@@ -53,19 +59,19 @@ class WeightsError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be used, or the run in the folder is another one."""
+    """A checkpoint cannot be used, or the folder holds another run."""
 
 
 class PreflightError(UserError):
-    """A host cannot do what the run asks of it; found before anything was allocated."""
+    """A host cannot do what the run asks of it. Found before anything is allocated."""
 
 
 class TrainingError(UserError):
-    """The run cannot go on; another start may do better.
+    """The run cannot continue; another start may succeed.
 
     Args:
         message: for a person.
-        details: more than a message should hold, for the marker ``FAILED``.
+        details: what is too long for a message; goes into the marker ``FAILED``.
     """
 
     exit_code = 1
@@ -76,7 +82,7 @@ class TrainingError(UserError):
 
 
 class StorageError(UserError, OSError):
-    """A store at a URL failed for as long as it was tried again."""
+    """A store at a URL kept failing until the time for retries was over."""
 
     exit_code = 1
 
@@ -88,7 +94,7 @@ class AccessError(StorageError):
 
 
 class RangesError(StorageError):
-    """A web server sends whole files where a part is asked for."""
+    """A web server sends whole files although a part was requested."""
 
     exit_code = 2
 
@@ -107,7 +113,7 @@ def printable(name: str) -> str:
 def exit_cleanly(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's ``main`` and exit: 0 or its return value, a :class:`UserError`'s code, 130 on Ctrl-C.
 
-    When nobody reads on (``| head``) it ends quietly with 141, as programs do that SIGPIPE ends.
+    If nobody reads the output any more (``| head``), it ends quietly with 141, as SIGPIPE would have it.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: file names may hold any bytes

@@ -19,18 +19,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from beit_dist.data.draws import Purpose, words
-from beit_dist.data.shards import (
-    Manifest,
-    SampleLayout,
-    SampleNotes,
-    ShardInfo,
-    ShardWriter,
-    sample_key,
-    shard_name,
-)
+from beit_dist.draws import Purpose, words
+from beit_dist.shards.manifest import Manifest, ShardInfo, shard_name
+from beit_dist.shards.sample import SampleLayout, SampleNotes, sample_key
+from beit_dist.shards.writer import ShardWriter
 
-pytest_plugins = ["support.servers"]
+pytest_plugins = ["support.figures", "support.runs", "support.servers"]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -44,6 +38,11 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests come first: at the end there shall be enough small ones for every process."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def write_shards(
     root: str | Path,
     shard_samples: Sequence[int] = (8, 8, 5),
@@ -53,30 +52,32 @@ def write_shards(
     vocabulary: int = 64,
     seed: int = 0,
     gaps: int = 0,
+    first: int = 0,
 ) -> Manifest:
     """A valid data set of seeded random patches and tokens in ``root``.
 
     Args:
         shard_samples: samples of each shard of a view.
         gaps: ids left out, spread over the list, as rejected images leave them.
+        first: the lowest id.
     """
     root = Path(root)
     layout = SampleLayout(image_size, patch_size, vocabulary)
     samples = sum(shard_samples)
-    ids = [row + (row + 1) * gaps // (samples + 1) for row in range(samples)]
+    ids = [first + row + (row + 1) * gaps // (samples + 1) for row in range(samples)]
     shards = []
     for view in range(views):
         (root / f"v{view:02d}").mkdir(parents=True, exist_ok=True)
-        first = 0
+        begin = 0
         for index, count in enumerate(shard_samples):
             name = shard_name(view, index)
             with open(root / name, "wb") as file:
                 writer = ShardWriter(file, layout)
-                for sample_id in ids[first : first + count]:
+                for sample_id in ids[begin : begin + count]:
                     _write_random(writer, view, sample_id, seed)
                 written = writer.close()
             shards.append(ShardInfo(name, written.bytes, written.samples, written.sha256))
-            first += count
+            begin += count
     manifest = Manifest(layout, "0" * 64, views, seed, gaps, tuple(shards))
     (root / "manifest.json").write_bytes(manifest.to_bytes())
     return manifest
@@ -122,7 +123,7 @@ def load_tool() -> Callable[[str], ModuleType]:
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests do not see the worker index or the ranks of a scheduler that may run them."""
-    from beit_dist.engine.launchers import VARIABLES
+    from beit_dist.engine.ranks.launchers import VARIABLES
 
     schedulers = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX", "BEIT_WORKERS")
     for name in (*schedulers, *VARIABLES, "MASTER_ADDR", "MASTER_PORT"):

@@ -16,14 +16,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "beit_dist"
 
 LAYERS: list[set[str]] = [
-    {"errors", "checksums", "durable"},
-    {"storage", "environment"},
-    {"settings", "safe_pickle"},
+    {"errors", "draws", "step_numbers"},
+    {"storage", "lettering"},
     {"config"},
-    {"tokenizer_config", "storage_option"},
-    {"data", "models", "visual_tokens"},
-    {"tokenizing", "engine", "reports"},
-    {"train", "finetune", "tools"},
+    {"models", "shards", "images"},
+    {"checkpoints"},
+    {"weights", "stream"},
+    {"engine"},
+    {"probing"},
+    {"tasks", "tokenizing", "reports"},
+    {"benches"},
+    {"commands"},
+    {"train", "__main__", "finetune", "tools"},
 ]
 """Parts of the system from the ground up; a part imports from lower layers only, so never from a sibling."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import pytest
 import torch
 import yaml
 
-from beit_dist.config import HALF, IMAGENET_MEAN, IMAGENET_STD, TrainConfig, load_recipe
+from beit_dist.config.model import HALF, IMAGENET_MEAN, IMAGENET_STD
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.reading import load_recipe
 from beit_dist.engine.resolve import read_ds_config, resolve
 from beit_dist.engine.schedule import schedule_of
 from beit_dist.models.mim import MaskedImageModel
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("beit_*.yaml"))
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 IN_1K = {"epochs": 800, "optimizer.warmup_epochs": 10, "optimizer.warmup_steps": None}
 IN_1K |= {"model.pixel_mean": IMAGENET_MEAN, "model.pixel_std": IMAGENET_STD}
@@ -46,7 +50,7 @@ ORIGINALS: dict[str, dict[str, Any]] = {
     "beit_base_22k": {**BOTH, **IN_22K, **RELEASED, **BASE, "optimizer.clip_grad": 3.0},
     "beit_base_paper": {**BOTH, **IN_1K, **BASE, **PAPER, "optimizer.clip_grad": 3.0},
     "beit_large": {**BOTH, **IN_1K, **RELEASED, **LARGE, "optimizer.clip_grad": 1.0},
-    "beit_large_22k": {**BOTH, **IN_22K, **RELEASED, **LARGE, "optimizer.clip_grad": 3.0},
+    "beit_large_22k": {**BOTH, **IN_22K, **RELEASED, **LARGE, "optimizer.clip_grad": 1.0},
 }
 """unilm's README and command line, the paper where they are silent."""
 
@@ -65,7 +69,7 @@ def path_of(name: str) -> Path:
 
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_a_recipe_of_the_originals_has_its_figures(name: str) -> None:
-    config = load_recipe(TrainConfig, path_of(name))
+    config = load_recipe(PretrainingConfig, path_of(name))
     got = named(config.model_dump())
     assert {setting: got[setting] for setting in ORIGINALS[name]} == ORIGINALS[name]
     rates = torch.linspace(0, 0.1, config.model.depth, dtype=torch.float64)
@@ -80,14 +84,14 @@ def test_a_recipe_of_the_originals_has_its_figures(name: str) -> None:
 def test_the_recipes_of_the_originals_make_models_of_the_published_size() -> None:
     for name, parameters in (("beit_base", 91_965_776), ("beit_large", 311_534_016)):
         with torch.device("meta"):
-            model = MaskedImageModel(load_recipe(TrainConfig, path_of(name)).model)
+            model = MaskedImageModel(load_recipe(PretrainingConfig, path_of(name)).model)
         assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 def test_the_warm_up_is_the_originals_on_its_data_sets() -> None:
     images = 1_281_167
     for name, steps in (("beit_base", 6255), ("beit_large", 6255), ("beit_base_22k", 10_000)):
-        schedule = schedule_of(load_recipe(TrainConfig, path_of(name)), images, 2048)
+        schedule = schedule_of(load_recipe(PretrainingConfig, path_of(name)), images, 2048)
         assert int(schedule.warmup) == steps
 
 
@@ -102,11 +106,34 @@ def test_every_setting_says_where_it_is_from(path: Path) -> None:
     assert [line for line in settings if not re.search(rf" # .*({source})", line)] == []
 
 
+def missing_of_header(text: str) -> list[str]:
+    """What a recipe's first lines do not tell a reader who looks for one."""
+    header = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
+    wanted = {
+        "For": r"\w{3,}",
+        "Images": r"\d|millions",
+        "Time": r"\b(measured|computed from [\d,]+ images/s)\b",  # never a guess
+    }
+    return [name for name, said in wanted.items() if not re.search(rf"^# {name}: .*{said}", header, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_says_for_whom_it_is_and_how_many_images_and_how_long_it_takes(path: Path) -> None:
+    assert missing_of_header(path.read_text()) == []
+
+
+def test_a_recipe_that_guesses_its_time_or_says_it_further_down_is_found() -> None:
+    good = "# For: trying.\n# Images: 100.\n# Time: measured: 3 s on one core.\nrun: r\n"
+    assert missing_of_header(good) == []
+    assert missing_of_header(good.replace("measured: 3 s", "about 3 s")) == ["Time"]
+    assert missing_of_header("run: r\n" + good) == ["For", "Images", "Time"]
+
+
 @pytest.mark.parametrize("ranks", [1, 8, 16, 64])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_deepspeed_is_told_the_batch_of_the_page_on_1_to_64_ranks(path: Path, ranks: int) -> None:
-    config = load_recipe(TrainConfig, path)
-    page = (ROOT / "docs/training.md").read_text()
+    config = load_recipe(PretrainingConfig, path)
+    page = (ROOT / "docs/recipes.md").read_text()
     row = re.search(rf"^\| {path.stem.split('_')[1]} \| (\d+) \|((?: \d+ × \d+ \|){{4}})$", page, re.MULTILINE)
     assert row is not None
     cells = re.findall(r"(\d+) × (\d+)", row[2])

@@ -1,465 +1,277 @@
 """The whole system in a few minutes on two CPU cores: images, tokens, shards, a stopped and resumed run, pictures.
 
-It runs the same commands that a user types, prints each before it runs, and skips what an earlier call finished.
+It runs the commands that a user types, shows each before it runs, and skips what an earlier call finished.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import json
 import math
 import os
 import pty
-import random
+import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import termios
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import timeit
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import psutil
 
-from beit_dist.config import TrainConfig, load_recipe
-from beit_dist.data.manifest import load_manifest
-from beit_dist.engine.schedule import steps_of
 from beit_dist.errors import UserError, exit_cleanly
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = "configs/demo.yaml"
-RANKS = 2
+ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 # One thread a rank: two ranks on two cores, and the same sums on every machine.
-# The models are so small that a second thread helps little, and on a busy machine threads wait for each other.
-TOOL_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", **TOOL_ENVIRONMENT}
-STOP_SECONDS = 180.0
-"""How long a stopped run may take to save and end; a save takes a second or two here."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+SCRIPT = """\
+== corpus: {images} generated images -> corpus/classes.json
+python tools/make_corpus.py --out {out}/corpus --images {images} --size 128
+== tokenizer: a small dVAE that turns an image into a grid of visual tokens -> tokenizer.run/DONE
+beit tokenizer --ranks 2 --config tokenizer_demo --images {out}/corpus/images
+    --out {out}/tokenizer.safetensors {dvae}
+== shards: two views of every image with their tokens; one image in twenty is held out -> shards/manifest.json
+beit shards --images {out}/corpus/images --out {out}/shards --tokenizer {out}/tokenizer.safetensors
+    --views 2 --held-out 5% --image-size 112 --patch-size 8 --shard-samples 256
+== check: every byte against the manifest
+beit check {out}/shards
+== train: two ranks, stopped half-way as a scheduler would -> run/checkpoints/step-*/manifest.json
+beit train --ranks 2 --config demo --data {out}/shards --run {out}/run {beit}
+== resume: the same command continues from the newest checkpoint -> run/DONE
+beit train --ranks 2 --config demo --data {out}/shards --run {out}/run {beit}
+== pictures: the curves, and what the model paints into the masked patches
+beit pictures {out}/run --tokenizer {out}/tokenizer.safetensors
+"""
+"""The steps: a title, the file that is written last, and the command."""
+FINETUNING = """\
+== few: {few} other images, with labels -> few/classes.json
+python tools/make_corpus.py --out {out}/few --images {few} --size 128 --seed 1
+== unseen: {unseen} more, to measure on -> unseen/classes.json
+python tools/make_corpus.py --out {out}/unseen --images {unseen} --size 128 --seed 2
+== finetune: learn the labels, from the pre-trained weights -> finetuned/DONE
+beit finetune --ranks 2 --config finetune_demo --init-from {out}/run --data {out}/few/images
+    --test {out}/unseen/images --run {out}/finetuned {labels}
+== scratch: the same network and recipe, from random weights -> scratch/DONE
+beit finetune --ranks 2 --config finetune_demo --data {out}/few/images --test {out}/unseen/images
+    --run {out}/scratch {labels}
+== compare: both, over each other -> compared/loss.png
+beit pictures {out}/finetuned {out}/scratch --out {out}/compared
+"""
+"""What --finetune adds."""
+FULL = {"images": "1200", "dvae": "", "beit": "", "few": "100", "unseen": "300", "labels": ""}
+FAST = {
+    "images": "96",
+    "dvae": "steps=20 global_batch=8 held_out=8",
+    "beit": "steps=40 global_batch=32 micro_batch=16 logging.every_steps=1",
+    "few": "20",
+    "unseen": "20",
+    "labels": "epochs=2 validation.every_steps=1 optimizer.warmup_share=0",
+}
+OUTPUTS = {
+    "loss and its baselines": "run/pictures/loss.png",
+    "image, mask, guess": "run/pictures/panel.png",
+    "checkpoints": "run/checkpoints",
+    "numbers of every step": "run/metrics.jsonl",
+    "settings, resolved": "run/config.yaml",
+    "shards": "shards",
+    "held-out images": "shards/held-out",
+    "tokenizer": "tokenizer.safetensors",
+    "what it can draw": "tokenizer.png",
+    "how it learnt to": "tokenizer.run/pictures",
+    "images": "corpus/images",
+}
+FINETUNED = {
+    "accuracy on unseen images": "compared/loss.png",
+    "from pre-trained weights": "finetuned/validation.jsonl",
+    "from random weights": "scratch/validation.jsonl",
+}
 
 
-FIXED_SECONDS, PRODUCTS = 20.0, 12000.0
-"""Seconds that the demo takes on any two free cores, and gigaflops of a core besides: 133 s at 108 GFLOP/s."""
-
-
-class StageError(UserError):
+class StepError(UserError):
     """A command of the demo failed or left something out."""
 
     exit_code = 1
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much of everything the demo makes."""
+def prepare(out: Path, script: str) -> bool:
+    """Make the folder, or clear what a demo with other commands left in it; whether the demo begins anew.
 
-    images: int
-    tokenizer: tuple[str, ...] = ()
-    """Overrides of configs/tokenizer_demo.yaml."""
-    train: tuple[str, ...] = ()
-    """Overrides of configs/demo.yaml."""
-
-
-FULL = Size(images=1200)
-FAST = Size(
-    images=96,
-    tokenizer=("steps=20", "batch=8", "held_out=8"),
-    train=("steps=40", "global_batch=32", "micro_batch=16", "logging.every_steps=1"),
-)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command and what it leaves in the demo's folder."""
-
-    name: str
-    title: str
-    arguments: tuple[str, ...]
-    output: str
-    besides: tuple[str, ...] = ()
-    """What else it leaves, which another command must not find."""
-    trains: bool = False
-    """On all ranks, by the launcher."""
-
-
-class Shown:
-    """A running command whose output goes to the terminal and to a file.
-
-    Args:
-        command: program and arguments, run at the repository's root.
-        log: the file, written anew.
-        env: the command's environment; by default ours.
+    Raises:
+        UserError: the folder holds something else.
     """
-
-    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
-        self.log = log
-        terminal = sys.stdout.isatty()
-        reader, writer = pty.openpty() if terminal else os.pipe()  # progress bars show on a terminal only
-        if terminal:
-            fcntl.ioctl(writer, termios.TIOCSWINSZ, fcntl.ioctl(sys.stdout, termios.TIOCGWINSZ, bytes(8)))
-        try:
-            self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=writer, stderr=writer)
-        finally:
-            os.close(writer)
-        self._copier = threading.Thread(target=self._copy, args=(reader,), daemon=True)
-        self._copier.start()
-
-    def __enter__(self) -> Shown:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        """End what still runs, with all it has started: the way out of an error or of Ctrl-C."""
-        if self.poll() is not None:
-            return
-        processes = [*self.descendants(), psutil.Process(self._process.pid)]
-        for process in processes:
-            process.terminate()
-        for process in psutil.wait_procs(processes, timeout=30)[1]:
-            process.kill()
-
-    def descendants(self) -> list[psutil.Process]:
-        """All processes the command has started, and theirs."""
-        return psutil.Process(self._process.pid).children(recursive=True)
-
-    def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
-        return self._process.poll()
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        """The exit code, once all its output is shown too; None if it still runs after ``timeout`` seconds."""
-        try:
-            code = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
-        self._copier.join(timeout=10)  # not for ever: an orphan may hold the other end
-        return code
-
-    def tail(self, lines: int) -> str:
-        """The last lines of its output, indented."""
-        text = self.log.read_text(errors="replace").replace("\r", "\n")
-        return "\n".join(f"  | {line}" for line in [line for line in text.splitlines() if line.strip()][-lines:])
-
-    def _copy(self, reader: int) -> None:
-        with self.log.open("wb") as log, open(reader, "rb", buffering=0) as source:
-            while chunk := _read(source.fileno()):
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.buffer.flush()
-                log.write(chunk)
-                log.flush()
+    record = out / "commands.txt"
+    if record.exists() and record.read_text() == script:
+        return False
+    if out.exists() and any(out.iterdir()) and not record.exists():
+        raise UserError(f"--out: {out} is not empty and no demo made it. Give another folder, or remove it.")
+    for name in {Path(path).parts[0] for path in (*OUTPUTS.values(), *FINETUNED.values(), "few/", "unseen/")}:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    record.write_text(script)
+    return True
 
 
-def _read(reader: int) -> bytes:
-    try:
-        return os.read(reader, 65536)
-    except OSError:  # how a pseudo-terminal reports that its last writer has gone
-        return b""
+def call(name: str, command: str, last: str, out: Path) -> None:
+    """Run a step's command, which writes the file ``last`` at its end; ``train`` is stopped half-way.
 
-
-def _settings(environment: Mapping[str, str]) -> str:
-    """Environment variables as one types them before a command."""
-    return " ".join(f"{key}={value}" for key, value in environment.items())
-
-
-class Demo:
-    """The stages in order, in one folder.
-
-    Args:
-        out: the demo's folder; made if it is absent, refused if it is somebody else's.
-        size: how much of everything.
+    Raises:
+        StepError: it failed, or did not write the file.
     """
-
-    def __init__(self, out: Path, size: Size) -> None:
-        self.out, self.size = out, size
-        self.run = out / "run"
-        self._records = out / "stages"
-        if out.is_dir() and any(out.iterdir()) and not self._records.is_dir():
-            raise UserError(f"--out: {out} is not empty and no demo made it. Give another folder.")
-        self._records.mkdir(parents=True, exist_ok=True)
-        (out / "logs").mkdir(exist_ok=True)
-
-    @property
-    def new(self) -> bool:
-        """Whether no earlier call has begun it."""
-        return not any(self._records.iterdir())
-
-    def shown(self, *parts: str) -> str:
-        """A path of the demo's folder as a user at the repository's root would type it."""
-        path = self.out.joinpath(*parts)
-        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-    def preparation(self) -> list[Stage]:
-        """Everything before training."""
-        corpus, images = self.shown("corpus"), self.shown("corpus", "images")
-        tokenizer, shards = self.shown("tokenizer.safetensors"), self.shown("shards")
-        number = str(self.size.images)
-        return [
-            Stage(
-                "corpus",
-                f"{number} generated images",
-                ("tools/make_corpus.py", "--out", corpus, "--images", number, "--size", "128"),
-                "corpus",
-            ),
-            Stage(
-                "tokenizer",
-                "a small dVAE that turns an image into a grid of visual tokens",
-                (
-                    *("tools/train_tokenizer.py", "--images", images, "--out", tokenizer),
-                    *("--config", "configs/tokenizer_demo.yaml", *self.size.tokenizer),
-                ),
-                "tokenizer.safetensors",
-                ("tokenizer.png", "tokenizer.run"),
-                trains=True,
-            ),
-            Stage(
-                "shards",
-                "two views of every image with their tokens, written once",
-                (
-                    *("tools/shard_tokens.py", "--images", images, "--out", shards, "--tokenizer", tokenizer),
-                    *("--views", "2", "--image-size", "112", "--patch-size", "8"),
-                    *("--shard-samples", "256"),
-                ),
-                "shards",
-            ),
-            Stage("check", "every byte against the manifest", ("tools/check_shards.py", shards), "shards"),
-        ]
-
-    def pictures(self) -> Stage:
-        """Loss curve and reconstructions."""
-        tokenizer = self.shown("tokenizer.safetensors")
-        arguments = ("tools/draw_pictures.py", self.shown("run"), "--tokenizer", tokenizer)
-        return Stage("pictures", "the loss, and what the model paints into the masked patches", arguments, "run")
-
-    def overrides(self) -> tuple[str, ...]:
-        """What the training command changes in the recipe."""
-        return (f"run={self.shown('run')}", f"data={self.shown('shards')}", *self.size.train)
-
-    def launcher(self, port: int) -> list[str]:
-        """What is put before a program that all ranks run."""
-        launcher = Path(sys.executable).with_name("deepspeed")  # that of this virtual environment, not of PATH
-        if not launcher.exists():
-            raise StageError(f"{launcher} is missing. Install the package again: pip install -e .")
-        options = ["--num_accelerators", str(RANKS), "--master_port", str(port), "--log_level", "warning"]
-        return [str(launcher), *options]
-
-    def training(self, port: int) -> list[str]:
-        """The command that starts the run, and the same one that resumes it."""
-        program = ["beit_dist/train.py", "--ds_config", "configs/deepspeed/zero1.json", "--config", RECIPE]
-        return [*self.launcher(port), *program, *self.overrides()]
-
-    def prepare(self) -> None:
-        """Run what is not finished; a stage whose command changed is made anew, with all that follow."""
-        stages = self.preparation()
-        for index, stage in enumerate(stages):
-            record = self._records / f"{stage.name}.json"
-            done = json.loads(record.read_text()) if record.exists() else None
-            if done is not None and done["command"] != list(stage.arguments):
-                self._forget(stages[index:])
-                done = None
-            if done is not None and done["finished"] and (self.out / stage.output).exists():
-                print(f"\n== {stage.name}: already there, skipped ({self.shown(stage.output)})", flush=True)
-                continue
-            record.write_text(json.dumps({"command": stage.arguments, "finished": False}))
-            self.call(stage)
-            record.write_text(json.dumps({"command": stage.arguments, "finished": True}))
-
-    def _forget(self, stages: Sequence[Stage]) -> None:
-        """Remove what these stages left, and the run that was made of it."""
-        for stage in stages:
-            for name in (stage.output, *stage.besides):
-                output = self.out / name
-                shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
-            (self._records / f"{stage.name}.json").unlink(missing_ok=True)
-        shutil.rmtree(self.run, ignore_errors=True)
-
-    def call(self, stage: Stage) -> None:
-        """Run one of the tools, showing what it shows.
-
-        Raises:
-            StageError: it exited with another code than 0.
-        """
-        say(stage.name, stage.title)
-        starter, environment = [sys.executable], TOOL_ENVIRONMENT
-        if stage.trains:
-            starter, environment = self.launcher(free_port()), RANK_ENVIRONMENT
-        command, log = [*starter, *stage.arguments], self.out / "logs" / f"{stage.name}.log"
-        shown = shlex.join([Path(starter[0]).name, *command[1:]])
-        print(f"$ {_settings(environment)} {shown}", flush=True)
-        began = time.monotonic()
-        with Shown(command, log, os.environ | environment) as tool:
-            if tool.wait() != 0:
-                raise self._failure(shown, tool)
-        print(f"-- {stage.name} took {time.monotonic() - began:.0f} s", flush=True)
-
-    def train(self) -> None:
-        """Start the run, stop it half-way by a signal to one rank, resume it, and check that no step is missing.
-
-        Raises:
-            StageError: the run failed, did not stop, or its record of steps has a gap or a repetition.
-        """
-        if (self.run / "DONE").exists():
-            print(f"\n== train: already done, skipped ({self.shown('run')})", flush=True)
-            return
-        steps = self.steps()
-        if not any((self.run / "checkpoints").glob("step-*/manifest.json")):
-            shutil.rmtree(self.run, ignore_errors=True)  # of a call that was stopped before its first checkpoint
-            say("train", f"{RANKS} ranks, {steps} steps; stopped half-way, as a scheduler would")
-            self._stop_half_way(steps)
-            say("resume", "the same command again goes on where it stopped")
-        else:
-            say("resume", "an earlier call left an unfinished run; the same command goes on with it")
-        with self._start("resume") as started:
-            started.wait()
-        if not (self.run / "DONE").exists():  # the marker, not the launcher's exit code, tells the truth
-            raise self._failure("the training command above", started)
-        self._check_steps(steps)
-
-    def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        recipe = load_recipe(TrainConfig, ROOT / RECIPE, self.overrides())
-        return steps_of(recipe, load_manifest(str(self.out / "shards")).samples)
-
-    def _start(self, name: str) -> Shown:
-        command = self.training(free_port())
-        print(f"$ {_settings(RANK_ENVIRONMENT)} deepspeed {shlex.join(command[1:])}", flush=True)
-        return Shown(command, self.out / "logs" / f"{name}.log", os.environ | RANK_ENVIRONMENT)
-
-    def _stop_half_way(self, steps: int) -> None:
-        with self._start("train") as started:
-            while len(recorded := recorded_steps(self.run)) < steps // 2:
-                if started.poll() is not None:
-                    raise self._failure("the training command above", started)
-                time.sleep(0.1)
-            rank = rank_process(self.run, started)
-            print(
-                f"\n-- {len(recorded)} steps are recorded: SIGTERM to process {rank.pid}, one of the ranks",
-                flush=True,
-            )
-            rank.send_signal(signal.SIGTERM)
-            started.wait(STOP_SECONDS)
-            if not (self.run / "PREEMPTED").exists():
-                raise self._failure("the training command, asked to stop,", started)
-        print(
-            f"-- the run stopped with a complete checkpoint and left {self.shown('run', 'PREEMPTED')}", flush=True
+    run, log, began = out / "run", out / "logs" / f"{name}.log", time.monotonic()
+    if name == "train":
+        shutil.rmtree(run, ignore_errors=True)  # of a call that ended before its first checkpoint
+    print(f"$ {command}", flush=True)
+    with started(command, log) as process:
+        if name == "train":
+            stop_half_way(process, run, log)
+        process.wait()
+    wanted = [last, "run/PREEMPTED"] if name == "train" else [last] if last else []
+    missing = [path for path in wanted if not any(out.glob(path))]
+    if process.returncode != 0 or missing:
+        left = f" and left no {' and no '.join(missing)}" if missing else ""
+        lines = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.strip()]
+        raise StepError(
+            f"{command} ended with exit code {process.returncode}{left}. Its output is in {log}; the last lines:"
+            + "".join(f"\n  | {line}" for line in lines[-8:])
         )
-
-    def _check_steps(self, steps: int) -> None:
-        recorded = recorded_steps(self.run)
-        if recorded != list(range(1, steps + 1)):
-            raise StageError(
-                f"{self.shown('run', 'metrics.jsonl')}: got {len(recorded)} lines with steps "
-                f"{recorded[:1]}..{recorded[-1:]}, expected each of 1..{steps} once"
-            )
-        print(f"-- done: every step of 1..{steps} is recorded exactly once, across the stop", flush=True)
-
-    def _failure(self, what: str, process: Shown) -> StageError:
-        code = process.wait(0)
-        ended = "did not end in time" if code is None else f"ended with exit code {code}"
-        return StageError(f"{what} {ended}. Its output is in {process.log}; the last lines:\n{process.tail(8)}")
-
-    def conclude(self) -> None:
-        """Say where everything lies and how to go on."""
-        rows = [
-            ("loss of every step", ("run", "pictures", "loss.png")),
-            ("image, mask, guess", ("run", "pictures", "panel.png")),
-            ("checkpoints", ("run", "checkpoints")),
-            ("numbers of every step", ("run", "metrics.jsonl")),
-            ("settings, resolved", ("run", "config.yaml")),
-            ("shards", ("shards",)),
-            ("tokenizer", ("tokenizer.safetensors",)),
-            ("what it can draw", ("tokenizer.png",)),
-            ("how it learnt to", ("tokenizer.run", "pictures")),
-        ]
-        print("\n== where to look")
-        for what, parts in rows:
-            if not self.out.joinpath(*parts).exists():
-                raise StageError(f"{self.shown(*parts)} is missing, though every command succeeded")
-            print(f"  {what:<22} {self.shown(*parts)}")
-        print("\nThe same on your own images, step by step: README.md, 'Your own images'.", flush=True)
+    print(f"-- {name} took {time.monotonic() - began:.0f} s", flush=True)
 
 
-def say(name: str, title: str) -> None:
-    """A heading between the commands' own output."""
-    print(f"\n== {name}: {title}", flush=True)
+@contextmanager
+def started(command: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A running command whose output is shown and kept in ``log``; leaving the block ends it and its children."""
+    terminal = sys.stdout.isatty()
+    reader, writer = pty.openpty() if terminal else os.pipe()  # tools draw progress bars on a terminal only
+    if terminal:
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, fcntl.ioctl(sys.stdout, termios.TIOCGWINSZ, bytes(8)))
+    log.write_bytes(b"")
+    # A terminal's end is an error to tee, and Ctrl-C must not end it before the command.
+    tee = subprocess.Popen(["tee", "-i", log], stdin=reader, stderr=subprocess.DEVNULL)
+    environment = os.environ | ENVIRONMENT | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    process = subprocess.Popen(shlex.split(command), cwd=ROOT, env=environment, stdout=writer, stderr=writer)
+    os.close(reader)
+    os.close(writer)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for member in family:
+                with suppress(psutil.NoSuchProcess):
+                    member.terminate()
+            for member in psutil.wait_procs(family, timeout=30)[1]:
+                member.kill()
+        with suppress(subprocess.TimeoutExpired):
+            tee.wait(timeout=10)  # not for ever: an orphan may hold the other end
+
+
+def stop_half_way(process: subprocess.Popen[bytes], run: Path, log: Path) -> None:
+    """Send SIGTERM to one rank, as schedulers do, once half of the steps are shown, and wait for the run's end.
+
+    Raises:
+        StepError: it does not end, or ``run.json`` names a process that is none of its own.
+    """
+    step, last = 0, 1
+    while 2 * step < last:
+        if process.poll() is not None:
+            return
+        time.sleep(0.1)
+        for found in re.finditer(r"\bstep (\d+)/(\d+)", log.read_text(errors="replace")):
+            step, last = int(found[1]), int(found[2])
+    pid = json.loads((run / "run.json").read_text())["ranks"][-1]["pid"]
+    if pid not in [child.pid for child in psutil.Process(process.pid).children(recursive=True)]:
+        raise StepError(f"{run / 'run.json'}: got rank process {pid}, expected one that the command started")
+    print(f"\n-- after step {step} of {last}: SIGTERM to process {pid}, one of the ranks", flush=True)
+    os.kill(pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=180)  # a save takes a second or two here
+    except subprocess.TimeoutExpired:
+        raise StepError(f"the run did not stop within 180 s. Its output is in {log}.") from None
+    print("-- the run stopped with a whole checkpoint", flush=True)
+
+
+def check_steps(run: Path) -> None:
+    """Raise StepError unless the run's record has every step once."""
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = json.loads((run / "DONE").read_text())["step"]
+    if steps != list(range(1, last + 1)):
+        raise StepError(f"{run / 'metrics.jsonl'}: got {len(steps)} lines, expected each step of 1..{last} once")
+    print(f"-- every step of 1..{last} is recorded exactly once, across the stop", flush=True)
+
+
+def compare(out: Path) -> None:
+    """Say what both fine-tunings came to on images that neither has seen, and what answering blindly comes to."""
+    results = {}
+    for name in ("finetuned", "scratch"):
+        results[name] = json.loads((out / name / "validation.jsonl").read_text().splitlines()[-1])
+    baselines = json.loads((out / "finetuned" / "run.json").read_text())["baselines"]["held_out"]["accuracy"]
+    ((baseline, blind),) = baselines.items()
+    images = results["finetuned"]["images"]
+    after, without = (results[name]["accuracy"] for name in ("finetuned", "scratch"))
+    error = max(math.sqrt(share * (1 - share) / images) for share in (after, without))
+    print(
+        f"-- of {images} unseen images, {after:.1%} are right after pre-training, {without:.1%} without it, and "
+        f"{blind:.1%} by always answering the {baseline} (each ± {error:.1%}, the standard error)",
+        flush=True,
+    )
 
 
 def expected_minutes() -> int:
-    """How long the demo takes on this machine with nothing beside it, from the speed of one core's products."""
+    """How long the demo takes on two free cores, from the speed of one matrix product."""
     import torch
 
     torch.set_num_threads(1)
-    side, times = 512, []
-    a = torch.ones(side, side)
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    gigaflops = 2e-9 * side**3 / min(times)
-    return math.ceil((FIXED_SECONDS + PRODUCTS / gigaflops) / 60)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now, from below the range that outgoing connections get theirs from."""
-    for port in random.SystemRandom().sample(range(10000, 32000), 1000):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise StageError("no TCP port between 10000 and 32000 is free for the two ranks to meet at")
-
-
-def recorded_steps(run: Path) -> list[int]:
-    """The steps in a run's metrics.jsonl, in the order of its lines; a line still being written is left out."""
-    metrics = run / "metrics.jsonl"
-    if not metrics.exists():
-        return []
-    whole = metrics.read_text().rpartition("\n")[0].splitlines()
-    return [json.loads(line)["step"] for line in whole]
-
-
-def rank_process(run: Path, started: Shown) -> psutil.Process:
-    """The process of the last rank, as run.json names it, if it is one that the launcher started.
-
-    Raises:
-        StageError: run.json names none of the launcher's processes.
-    """
-    record: dict[str, Any] = json.loads((run / "run.json").read_text())
-    pid = record["ranks"][-1]["pid"]
-    for process in started.descendants():
-        if process.pid == pid:
-            return process
-    raise StageError(f"{run / 'run.json'}: got rank process {pid}, expected one that the launcher started")
+    matrix = torch.ones(512, 512)
+    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=5))
+    return max(2, math.ceil((20 + 63_500 * seconds) / 60))  # measured: 320 s where a product takes 4.7 ms
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run the stages."""
+    """Parse the command line and run the steps."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="examples:\n  python tools/demo.py\n  python tools/demo.py --out /tmp/demo --fast",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder of all it makes (default: %(default)s)"
-    )
-    parser.add_argument("--fast", action="store_true", help="a minute's worth: all stages, nothing learnt")
+    parser.add_argument("--out", type=Path, default="demo", help="folder of all it makes (default: %(default)s)")
+    parser.add_argument("--fast", action="store_true", help="a minute's worth: all steps, nothing learnt")
+    parser.add_argument("--finetune", action="store_true", help="then learn classes from 100 labels, twice")
     options = parser.parse_args(argv)
-    start = time.monotonic()
-    demo = Demo(options.out.resolve(), FAST if options.fast else FULL)
-    if not options.fast and demo.new:
-        minutes = max(2, expected_minutes())
-        print(f"The demo takes up to {minutes} minutes on this machine, if nothing else runs here.", flush=True)
-    demo.prepare()
-    demo.train()
-    demo.call(demo.pictures())
-    demo.conclude()
-    print(f"The demo took {time.monotonic() - start:.0f} s.")
+    begin, out = time.monotonic(), options.out.resolve()
+    at = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    settings = {"out": shlex.quote(str(at)), **(FAST if options.fast else FULL)}
+    script = SCRIPT.format(**settings)
+    if prepare(out, script) and not options.fast:
+        print(f"The demo takes up to {expected_minutes()} minutes on this machine, if nothing else runs here.")
+    print("\n$ export", *(f"{key}={value}" for key, value in ENVIRONMENT.items()))
+    steps = script + (FINETUNING.format(**settings) if options.finetune else "")
+    for step in f"\n{steps}".split("\n== ")[1:]:
+        heading, command = step.rstrip().replace("\n    ", " ").split("\n")
+        title, _, last = heading.partition(" -> ")
+        name = title.partition(":")[0]
+        print(f"\n== {title}", flush=True)
+        if last and any(out.glob(last)):
+            print("already there, skipped", flush=True)
+        else:
+            call(name, command.rstrip(), last, out)
+        if name == "resume":
+            check_steps(out / "run")
+        if name == "compare":
+            compare(out)
+    print("\n== where to look")
+    for what, path in {**OUTPUTS, **(FINETUNED if options.finetune else {})}.items():
+        if not (out / path).exists():
+            raise StepError(f"{at / path} is missing, though every command succeeded. Remove {at}, and try again.")
+        print(f"  {what:<25} {at / path}")
+    print("\nThe same on your own images, step by step: README.md, 'Your own images'.")
+    print(f"The demo took {time.monotonic() - begin:.0f} s.")
     return 0
 
 

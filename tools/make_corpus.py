@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from beit_dist.data.corpus.writer import CLASSES, write_corpus
 from beit_dist.errors import exit_cleanly
+from corpus.writer import CLASSES, write_corpus
 
 DESCRIPTION = """\
-Generate a labelled corpus of pictures: small landscapes, traced from a seed, in ten classes by what stands in
+Generate a labelled corpus of pictures: small landscapes, drawn from a seed, in ten classes by what stands in
 front. Nothing is downloaded.
 
   DIR/images/<class>/<number>.jpg    the pictures; give DIR/images to train_tokenizer.py and shard_tokens.py

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +30,7 @@ import yaml
 from tqdm import tqdm
 
 from beit_dist.errors import UserError, exit_cleanly
+from beit_dist.weights.tokenizer_files import tokenizer_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = """\
@@ -36,10 +39,20 @@ examples:
   python tools/same_runs.py HEAD~3 --only tokenizer --keep /tmp/same
 """
 
-RENAMED: dict[str, str] = {}
-"""Settings of the base commit, by the names that they have now: ``{"batch": "global_batch"}``."""
-OF_THE_START = {"attempt", "time", "seconds"}
+RENAMED: dict[str, dict[str, str]] = {
+    "tokenizer": {
+        "batch": "global_batch",
+        "lr": "optimizer.lr",
+        "warmup_steps": "optimizer.warmup_steps",
+        "ema": "ema.decay",
+        "measure_every_steps": "validation.every_steps",
+    }
+}
+"""Settings of a base commit that has no tasks yet, by kind of training, and the names that they have now."""
+OF_THE_START = {"attempt", "time", "seconds", "images_per_second"}
 """Keys of a line of numbers that say when and in which start it was made."""
+NEW = {"samples", "first_batch", "top5_accuracy"}
+"""Keys that only one of the two may have."""
 
 MODEL = {"size": "tiny", "width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8, "vocabulary": 16}
 PRETRAINING: dict[str, Any] = {
@@ -57,13 +70,14 @@ TOKENIZER: dict[str, Any] = {
     "model": {"vocabulary": 16, "hidden": 8, "blocks_per_group": 1, "decoder_input": 8},
     "view_size": 32,
     "image_size": 16,
-    "batch": 4,
+    "global_batch": 4,
     "micro_batch": 1,
     "steps": 10,
+    "optimizer": {"warmup_steps": 3},
     "held_out": 4,
     "usage_weight": 10.0,
     "kl_weight": 0.1,
-    "measure_every_steps": 5,
+    "validation": {"every_steps": 5},
     "collapse": {"below": None},
     "checkpoint": {"every_steps": 4, "every_minutes": None},
     "logging": {"metrics_port": None, "every_steps": 1},
@@ -106,12 +120,18 @@ class Tree:
 
     code: Path
     out: Path
-    renamed: Mapping[str, str]
-    """Settings of now, by the names that they have in this checkout."""
+    renamed: Mapping[str, Mapping[str, str]]
+    """By kind of training, the names that settings have in this checkout, and those of now."""
 
-    def recipe(self, settings: Mapping[str, Any]) -> str:
+    def recipe(self, kind: str, settings: Mapping[str, Any]) -> str:
         """Settings in the words of this checkout, as a recipe."""
-        return yaml.safe_dump({self.renamed.get(name, name): value for name, value in settings.items()})
+        written = copy.deepcopy(dict(settings))
+        for then, now in self.renamed.get(kind, {}).items():
+            *sections, last = now.split(".")
+            inner = functools.reduce(lambda tree, name: tree.get(name, {}), sections, written)
+            if last in inner:
+                written[then] = inner.pop(last)
+        return yaml.safe_dump({name: value for name, value in written.items() if value != {}})
 
     def run(self, *command: str) -> None:
         """Run a command of this checkout to its end.
@@ -135,10 +155,10 @@ class Tree:
 def prepare(tree: Tree, images: Path) -> dict[str, str]:
     """Make a tokenizer and two data sets with it; their digests."""
     recipe, tokenizer = tree.out / "first.yaml", tree.out / "first.safetensors"
-    recipe.write_text(tree.recipe({**TOKENIZER, **dict(FP32)}))
+    recipe.write_text(tree.recipe("tokenizer", {**TOKENIZER, **dict(FP32)}))
     given = ("--images", str(images), "--config", str(recipe))
     tree.run(sys.executable, "tools/train_tokenizer.py", *given, "--out", str(tokenizer))
-    found = {"tokenizer": digest(tokenizer)}
+    found = {"tokenizer": tokenizer_digest(tokenizer)}
     for name, seed in (("shards", "0"), ("held-out", "1")):
         given = ("--images", str(images), "--tokenizer", str(tokenizer), "--image-size", "32", "--patch-size", "8")
         more = ("--out", str(tree.out / name), "--views", "2", "--seed", seed, "--shard-samples", "16")
@@ -156,14 +176,14 @@ def train(tree: Tree, case: Case, images: Path, port: int) -> dict[str, Any]:
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         command = [launcher, "--num_accelerators", str(case.ranks), "--master_port", str(port)]
     if case.kind == "tokenizer":
-        recipe.write_text(tree.recipe({**TOKENIZER, **dict(case.changes)}))
+        recipe.write_text(tree.recipe(case.kind, {**TOKENIZER, **dict(case.changes)}))
         command += ["tools/train_tokenizer.py", "--images", str(images), "--out", str(tokenizer)]
         command += ["--run", str(run)]
     else:
         settings = {**PRETRAINING, **dict(case.changes), "run": str(run), "data": str(tree.out / "shards")}
         if "held-out" in case.name:
             settings["validation"] = {"data": str(tree.out / "held-out"), "every_steps": 4, "samples": 16}
-        recipe.write_text(tree.recipe(settings))
+        recipe.write_text(tree.recipe(case.kind, settings))
         command += ["beit_dist/train.py"]
     if case.stage is not None:
         ds_config = Path(f"{base}.json")
@@ -175,7 +195,7 @@ def train(tree: Tree, case: Case, images: Path, port: int) -> dict[str, Any]:
     if case.killed_at is not None:
         kill_after(tree, command, run, case.killed_at)
     tree.run(*command)
-    return left_by(run) | ({"tokenizer": digest(tokenizer)} if case.kind == "tokenizer" else {})
+    return left_by(run) | ({"tokenizer": tokenizer_digest(tokenizer)} if case.kind == "tokenizer" else {})
 
 
 def kill_after(tree: Tree, command: Sequence[str], run: Path, step: int) -> None:
@@ -198,7 +218,10 @@ def left_by(run: Path) -> dict[str, Any]:
     """What a finished run left: numbers, and the last checkpoint's digests and files."""
     newest = max((run / "checkpoints").glob("step-*"))
     manifest = json.loads((newest / "manifest.json").read_text())
-    found: dict[str, Any] = {"state": manifest["state_digests"], "position": manifest["position"]}
+    found: dict[str, Any] = {
+        "state": manifest["state_digests"],
+        "position": {name: manifest["position"].get(name) for name in ("consumed",)},
+    }
     found["files"] = {f["file"]: f["sha256"] for f in manifest["files"] if f["file"].endswith(".safetensors")}
     for name in ("metrics.jsonl", "validation.jsonl"):
         if (run / name).exists():
@@ -220,6 +243,8 @@ def differences(base: Any, now: Any, path: str = "") -> Iterator[str]:
     """Each place where two trees of values differ, with both values."""
     if isinstance(base, dict) and isinstance(now, dict):
         for name in [*base, *(name for name in now if name not in base)]:
+            if name in NEW and not (name in base and name in now):
+                continue
             yield from differences(base.get(name), now.get(name), f"{path}.{name}" if path else name)
     elif isinstance(base, list) and isinstance(now, list) and len(base) == len(now):
         for number, (one, other) in enumerate(zip(base, now, strict=True), start=1):
@@ -258,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="same-runs-")))
         code = stack.enter_context(checked_out(options.base, out / "code"))
         trees = (
-            Tree(code, out / "base", {now: then for then, now in RENAMED.items()}),
+            Tree(code, out / "base", {} if (code / "beit_dist" / "tasks").is_dir() else RENAMED),
             Tree(ROOT, out / "now", {}),
         )
         images = out / "corpus" / "images"

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from beit_dist.checkpoints.layout import AVERAGE, Fragment
 from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.layout import AVERAGE, Fragment
 
 
 class WeightAverage:

@@ -1,6 +1,6 @@
 """``compile: true``, looked after: what it needs is there, and what torch did with the blocks is said.
 
-torch.compile never fails a run for being of no use: past its limit of graphs for one function it runs what is new
+torch.compile does not fail where it cannot help: past its limit of graphs for one function it runs what is new
 uncompiled, with a warning of its own that says nothing to a user.
 """
 
@@ -13,16 +13,35 @@ import shutil
 import sysconfig
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from beit_dist.errors import ConfigError
-from beit_dist.models.vit import Block
 
 _log = logging.getLogger(__name__)
 _LOGGER = "torch._dynamo.convert_frame"  # of the one warning of a limit, in every torch from 2.6 on
 _LIMIT = re.compile(r"hit config\.(\w*(?:recompile|cache_size)_limit) \((\d+)\)")  # either name: torch changes it
 _REASON = re.compile(r"last reason: (.+)")
-_WAY_OUT = "TORCH_LOGS=recompiles prints what torch compiles anew and why; compile=false does without."
+_WAY_OUT = "TORCH_LOGS=recompiles prints what torch compiles again and why; compile=false turns it off."
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Have each block compiled at its first call, in place: parameters keep their names.
+
+    Blocks that are alike reuse what was compiled for the first of them (in training and in evaluation).
+    """
+    kinds = {tuple(parameter.shape for parameter in block.parameters()) for block in blocks_of(model)}
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    # torch counts the graphs of one function, here `Block.forward`, however many blocks it is of; each kind may
+    # take one in training, one in evaluation, and one that stops at a graph break.
+    setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 3 * len(kinds)))
+    for block in blocks_of(model):
+        block.compile(backend=backend, dynamic=False)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What is compiled of a model: the modules that note whether they ran uncompiled."""
+    return [module for module in model.modules() if hasattr(module, "ran_uncompiled")]
 
 
 class CompiledBlocks:
@@ -35,7 +54,7 @@ class CompiledBlocks:
     """
 
     def __init__(self, model: nn.Module, wanted: bool, loud: bool) -> None:
-        self._blocks = [module for module in model.modules() if isinstance(module, Block)] if wanted else []
+        self._blocks = blocks_of(model) if wanted else []
         self._loud, self._unsaid = loud, bool(self._blocks)
         self._filter = _LimitFilter(loud)
         if self._blocks:
@@ -53,9 +72,9 @@ class CompiledBlocks:
     def summary(self) -> str:
         """One line: how many blocks run compiled, from how many graphs."""
         blocks, graphs = len(self._blocks), _graphs() - self._graphs_before
-        compiled = blocks - sum(block.ran_uncompiled for block in self._blocks)
+        compiled = blocks - sum(bool(block.ran_uncompiled) for block in self._blocks)
         said = f"compile: {compiled} of {blocks} blocks run compiled; {graphs} graph{'s' * (graphs != 1)} in all"
-        return said if compiled == blocks else f"{said}; the rest run as without compile, slower. {_WAY_OUT}"
+        return said if compiled == blocks else f"{said}; the rest run uncompiled, which is slower. {_WAY_OUT}"
 
     def close(self) -> None:
         """Leave torch's warnings to torch."""
@@ -80,7 +99,7 @@ def check_compiler(device: str) -> None:
         raise ConfigError(
             "compile",
             True,
-            f"a {language} compiler on this machine: there is no {' or '.join(compilers)}",
+            f"a {language} compiler on this machine, which has no {' or '.join(compilers)}",
             f"Install one (apt-get install {usual[-1]}), name another in {variable}, or set compile=false.",
         )
     headers = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
@@ -88,7 +107,7 @@ def check_compiler(device: str) -> None:
         raise ConfigError(
             "compile",
             True,
-            f"Python's C headers on this machine: there is no Python.h in {' or '.join(sorted(headers))}",
+            f"Python's C headers on this machine, which has no Python.h in {' or '.join(sorted(headers))}",
             "Install them (apt-get install python3-dev), or set compile=false.",
         )
 
@@ -108,11 +127,11 @@ class _LimitFilter(logging.Filter):
         if self._loud:
             reason = _REASON.search(message)
             _log.warning(
-                "compile: torch has compiled one function %s times, its limit (%s); what would take one graph "
-                "more runs uncompiled from now on: the same model, but slower. Last reason: %s. %s",
+                "compile: torch has compiled one function %s times, which is its limit (%s). Whatever "
+                "needs another graph now runs uncompiled: the same model, but slower. Last reason: %s. %s",
                 limit[2],
                 limit[1],
-                " ".join(reason[1].split()).rstrip(".") if reason else "not told",
+                " ".join(reason[1].split()).rstrip(".") if reason else "unknown",
                 _WAY_OUT,
             )
         return False

@@ -3,168 +3,144 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-import torch
-
-from beit_dist.config import TrainConfig
-from beit_dist.data.lookahead import lanes_of
-from beit_dist.data.pipeline import drop_path_depth
-from beit_dist.data.shards import Manifest
-from beit_dist.data.stream import ring_of, shared_memory_bytes
-from beit_dist.engine.checkpoint.layout import BYTES_OF_STATE, checkpoint_bytes
-from beit_dist.engine.dataset import build_plan, expected_masked, mask_generator
+from beit_dist.checkpoints.layout import Saved
+from beit_dist.engine.initialisation import find_origin
+from beit_dist.engine.introduction import aligned, baseline_rows, length_rows, setup_rows
+from beit_dist.engine.measuring import measure
+from beit_dist.engine.memory import (
+    in_words,
+    kept_by_optimizer,
+    parameter_shapes,
+    size_of_checkpoint,
+    training_bytes,
+)
+from beit_dist.engine.optimizers.table import check_model, ignored_settings
+from beit_dist.engine.proportions import remarks, remarks_on_time
+from beit_dist.engine.ranks.distributed import Ranks
+from beit_dist.engine.refusal import check_space, compare, refuse
 from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.resume import newest_saved, progress_of
+from beit_dist.engine.run_folder import RunFolder
 from beit_dist.engine.schedule import schedule_of, steps_of
-from beit_dist.models.flops import multiply_adds
-from beit_dist.models.mim import MaskedImageModel
+from beit_dist.engine.task import OPERATIONS, Described, Task
 from beit_dist.storage.place import is_url
 
-
-def describe(config: TrainConfig, resolved: Resolved, manifest: Manifest | None) -> str:
-    """The resolved run as text, one subject a line; without data the shard plan and the steps are left out."""
-    rows = [*_model_rows(config), *_batch_rows(config, resolved), *_memory_rows(config, resolved)]
-    if manifest is None:
-        rows.append(("data", "none given: the shard plan, the steps and the schedule are skipped (add data=DIR)"))
-    else:
-        rows += _data_rows(config, resolved, manifest)
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+AnyTask = Task[Any, Any, Any]
+_WIDTH = 10  # of the longest name, "parameters": what was measured lines up with what was said before
 
 
-def count_parameters(config: TrainConfig) -> int:
-    """Trainable parameters, without allocating them."""
-    with torch.device("meta"):
-        model = MaskedImageModel(config.model)
-    return sum(parameter.numel() for parameter in model.parameters())
+def dry_run(task: AnyTask, resolved: Resolved, ranks: Ranks, *, measured: bool = False) -> int:
+    """Print what can be known of a run before it starts; 0, the exit code.
 
-
-def state_bytes(resolved: Resolved, parameters: int) -> dict[str, int]:
-    """Bytes of a rank's weights, gradients and optimizer state at its stage and precision."""
-    low = 4 if resolved.precision == "fp32" else 2
-    gradients = low if resolved.accumulation_type == resolved.precision else 4
-    if resolved.stage == 1 and resolved.precision == "bf16" and resolved.accumulation_type == "fp32":
-        gradients += low  # DeepSpeed's BF16_Optimizer keeps the fp32 sums of all parameters beside the bf16 ones
-    state = 8 if resolved.optimizer_is_bare else BYTES_OF_STATE  # the weights are their own masters there
-    return {
-        "weights": low * parameters // (resolved.ranks if resolved.stage >= 3 else 1),
-        "gradients": gradients * parameters // (resolved.ranks if resolved.stage >= 2 else 1),
-        "optimizer": state * parameters // (resolved.ranks if resolved.stage >= 1 else 1),
-    }
-
-
-def _model_rows(config: TrainConfig) -> Iterator[tuple[str, str]]:
-    model, masks = config.model, mask_generator(config)
-    positions = "absolute" if model.absolute_positions else "no absolute"
-    bias = "a shared relative bias" if model.relative_positions else "no relative bias"
-    scale = f"LayerScale {model.layer_scale:g}" if model.layer_scale else "no LayerScale"
-    yield "run", config.run
-    yield (
-        "model",
-        f"{model.size}: {model.depth} blocks of width {model.width}, {model.heads} heads; {positions} positions, "
-        f"{bias}, {scale}, drop path {model.drop_path:g}",
-    )
-    yield (
-        "input",
-        f"{model.image_size} px in {model.grid}×{model.grid} patches of {model.patch_size} px; vocabulary "
-        f"{model.vocabulary}",
-    )
-    yield "parameters", f"{count_parameters(config):,}"
-    masked = expected_masked(model, masks)
-    at_most = "" if config.masking.mode == "exact" else "at most "
-    blocks = f"blocks of at least {config.masking.min_block}"
-    yield "masking", f"{config.masking.mode}: {at_most}{masked} of {model.patches} patches, {blocks}"
-    work = multiply_adds(model, masked)
-    yield "FLOPs", f"{6 * work / 1e9:.4g} G per image: 6 × {work / 1e9:.4g} G multiply-adds of backbone and head"
-
-
-def _batch_rows(config: TrainConfig, resolved: Resolved) -> Iterator[tuple[str, str]]:
-    yield (
-        "batch",
-        f"{config.global_batch} = {resolved.ranks} ranks × {resolved.micro_batch} micro-batch × "
-        f"{resolved.accumulation} accumulation",
-    )
-    per_lane = config.global_batch // config.lanes
-    whole = "" if config.lanes % resolved.ranks == 0 else "; ranks cut lanes: some blocks are read more than once"
-    yield "lanes", f"{config.lanes}, each {per_lane} samples of a batch{whole}"
-    yield (
-        "precision",
-        f"{resolved.precision} ({resolved.why}), gradients summed in {resolved.accumulation_type}, "
-        f"ZeRO stage {resolved.stage}",
-    )
-
-
-def _memory_rows(config: TrainConfig, resolved: Resolved) -> Iterator[tuple[str, str]]:
-    parameters = count_parameters(config)
-    parts = state_bytes(resolved, parameters)
-    size = checkpoint_bytes(parameters, config.ema.decay is not None)
-    if config.ema.decay is not None:
-        parts["average"] = 4 * parameters // resolved.ranks
-    activations = activation_bytes(config, resolved)
-    total = sum(parts.values()) + activations
-    listed = " + ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    yield "memory", f"{_size(total)} a rank: {listed} + activations about {_size(activations)}"
-    keep = config.checkpoint.keep
-    yield "checkpoint", f"{_size(size)} each, {keep} kept: {_size(size * (keep + 1))} of free space needed"
-
-
-def activation_bytes(config: TrainConfig, resolved: Resolved) -> int:
-    """Estimate of what a micro-batch keeps for its backward pass.
-
-    A block keeps about 17 values per token and channel (two norms, qkv, attention's result, two projections,
-    and the four-fold hidden layer before and after GELU); the head the logits, in the model's precision and
-    twice in fp32.
+    Args:
+        task: of the run.
+        resolved: for the ranks that the run shall have; where it is measured, for those that were started.
+        ranks: this process among them.
+        measured: take some of the run's steps, to tell how long it takes. Collective.
     """
-    model, size = config.model, 4 if resolved.precision == "fp32" else 2
-    block = 17 * (1 + model.patches) * model.width * size
-    head = expected_masked(model, mask_generator(config)) * model.vocabulary * (size + 8)
-    kept = model.depth * block
-    if config.activation_checkpointing:  # each block's input, and one block at a time
-        kept = model.depth * (1 + model.patches) * model.width * size + block
-    return resolved.micro_batch * (kept + head)
+    if ranks.rank == 0:
+        print(describe(task, resolved, measured=measured), flush=True)
+    if measured:
+        timing = measure(task, resolved, ranks)
+        if ranks.rank == 0:
+            steps, left = _length(task, newest_saved(task.config.run))
+            rows = [*timing.rows(task.config.global_batch, steps, left)]
+            rows += [("note", text) for text in remarks_on_time(task.config, steps * timing.median)]
+            print(aligned(rows, _WIDTH), flush=True)
+    return 0
 
 
-def _data_rows(config: TrainConfig, resolved: Resolved, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    plan = build_plan(config, manifest)
-    shards = manifest.view_shards(0)
-    view_bytes = sum(shard.bytes for shard in shards)
+def describe(task: AnyTask, resolved: Resolved, *, measured: bool = False) -> str:
+    """The resolved run as text, one subject a line; without data its plan and the steps are left out.
+
+    Args:
+        measured: how long the run takes is told elsewhere.
+
+    Raises:
+        UserError: what a start would refuse too.
+    """
+    check_model(task.config.optimizer, parameter_shapes(task))
+    run, saved = RunFolder(task.config.run, task.config.storage.access), newest_saved(task.config.run)
+    manifest = saved.manifest if saved else None
+    resolved = task.settle_alone(resolved, manifest)
+    rows = [_run_row(task, run), *task.describe_model(resolved), *setup_rows(task, resolved)]
+    rows += [*_cost_rows(task, resolved), _checkpoint_row(task, run)]
+    if task.config.data is None:
+        rows.append(("data", "none given: its plan, the steps and the schedule are skipped (add data=...)"))
+        if manifest is not None:
+            compare(task, manifest, loud=True)
+    else:
+        rows += task.describe_data(resolved)
+        refuse(task, manifest, loud=True)
+        rows += [*baseline_rows(task, task.baselines()), *length_rows(task, progress_of(task, manifest))]
+        if manifest is None and task.config.init_from is not None and not is_url(task.config.run):
+            find_origin(task)
+        rows.append(("resumes", _resumed(task, saved)))
+        if not measured:
+            rows.append(("duration", "not known; add --measure to time some steps on this machine"))
+        rows += [("note", text) for text in _remarks(task, saved)]
+    return aligned(rows, _WIDTH)
+
+
+def _length(task: AnyTask, saved: Saved | None) -> tuple[int, int]:
+    """Steps of the run, and how many are left."""
+    progress = progress_of(task, saved.manifest if saved else None)
+    steps = steps_of(task.config, task.epoch_samples, progress.step, progress.samples)
+    return steps, max(0, steps - progress.step)
+
+
+def _resumed(task: AnyTask, saved: Saved | None) -> str:
+    run, (steps, left) = task.config.run, _length(task, saved)
+    if saved is None:
+        return "not looked at: the run is in a store" if is_url(run) else "nothing: a new run"
+    if not left:
+        return f"nothing is left to do after step {saved.step:,} of {steps:,}, {saved.folder}"
+    return f"from step {saved.step:,} of {steps:,}, {saved.folder}"
+
+
+def _remarks(task: AnyTask, saved: Saved | None) -> Iterator[str]:
+    config, samples, at = task.config, task.epoch_samples, progress_of(task, saved.manifest if saved else None)
+    return remarks(
+        config,
+        samples=samples,
+        steps=_length(task, saved)[0],
+        schedule=schedule_of(config, samples, at.first_batch, at.step, at.samples),
+        views=task.views,
+        evaluates=task.evaluates,
+    )
+
+
+def _cost_rows(task: AnyTask, resolved: Resolved) -> Described:
+    config, work = task.config, task.multiply_adds
     yield (
-        "data",
-        f"{config.data}: {plan.samples:,} samples in {len(shards)} shards ({_size(view_bytes)}) a view, "
-        f"{manifest.views} views; digest {manifest.digest[:12]}",
+        "FLOPs",
+        f"{OPERATIONS * work / 1e9:.4g} G per image: {OPERATIONS} × {work / 1e9:.4g} G multiply-adds forward",
     )
-    yield (
-        "shard plan",
-        f"blocks of {plan.block_samples} samples, {plan.blocks:,} of them; windows of {plan.window_blocks}",
-    )
-    steps = steps_of(config, plan.samples)
-    schedule = schedule_of(config, plan.samples, config.global_batch)
-    epochs = steps * config.global_batch / plan.samples
-    yield "steps", f"{steps:,} for {epochs:g} epochs; {plan.samples / config.global_batch:.1f} steps an epoch"
-    optimizer = config.optimizer
-    yield (
-        "schedule",
-        f"warm-up over {schedule.warmup:g} steps to {optimizer.lr:g}, cosine to {optimizer.min_lr:g}",
-    )
-    held = shared_memory_bytes(
-        layout=manifest.layout,
-        positions=mask_generator(config).positions_per_image,
-        rank_rows=resolved.rank_batch,
-        loader=config.loader,
-        depth=drop_path_depth(config.model.drop_path_rates),
-    )
-    yield "loader", f"{config.loader.workers} workers a rank, holding up to {_size(held)} of /dev/shm"
-    if is_url(str(config.data)):
-        per_lane = config.global_batch // plan.lanes
-        rows = range(resolved.rank_batch)
-        ring, limit = ring_of(plan, manifest.layout, rows, per_lane), config.loader.memory_gib
-        lanes = len(lanes_of(rows, per_lane))
-        how = "blocks are fetched ahead" if ring <= limit * 2**30 else "too much, so single samples are fetched"
-        yield "ring", f"{_size(ring)} a rank for two windows of {lanes} lanes, of {limit:g} GiB allowed: {how}"
+    name = config.optimizer.name
+    roles = [f"{role} of {values:,}" for role, values in kept_by_optimizer(task).items()]
+    yield "optimizer", f"{name}, which keeps {', '.join(roles)} parameters"
+    if ignored := [f"optimizer.{setting}" for setting in ignored_settings(config.optimizer)]:
+        yield "ignored", f"{', '.join(ignored)}: not used by {name}"
+    parts, activations = training_bytes(task, resolved), task.activation_bytes(resolved)
+    listed = " + ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+    total = in_words(sum(parts.values()) + activations)
+    yield "memory", f"{total} a rank: {listed} + activations about {in_words(activations)}"
 
 
-def _size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.2f} GiB"
+def _run_row(task: AnyTask, run: RunFolder) -> tuple[str, str]:
+    """Where the run lies; a folder that cannot be written to is refused, a store is not looked at."""
+    if not run.place.is_local:
+        return "run", task.config.run
+    run.check_writable()
+    return "run", f"{task.config.run}, which can be written to"
+
+
+def _checkpoint_row(task: AnyTask, run: RunFolder) -> tuple[str, str]:
+    """What checkpoints take of the disk; too little room is refused, unless nothing is left to do."""
+    size, keep = size_of_checkpoint(task), task.config.checkpoint.keep
+    said = f"{in_words(size)}; {keep} are kept while one is written: {in_words(size * (keep + 1))} needed"
+    if run.place.is_local and task.finished(run) is None:
+        said += f", {in_words(check_space(run.path, size, keep))} free"
+    return "checkpoint", said

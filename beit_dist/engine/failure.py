@@ -13,7 +13,7 @@ import re
 import socket
 import traceback
 
-from beit_dist.engine.distributed import Ranks
+from beit_dist.engine.ranks.distributed import Ranks
 from beit_dist.engine.run_folder import RunFolder
 from beit_dist.errors import TrainingError, UserError
 
@@ -43,6 +43,11 @@ class Failure:
         self.text = str(error) if isinstance(error, UserError) else _explained(error, limit) or self._trace
         self._own_fault = self.text == self._trace or isinstance(error, UserError)
 
+    @property
+    def said(self) -> str:
+        """What to print where no other rank has failed before."""
+        return f"error: rank {self._rank} on {self._host}: {self.text}"
+
     def report(self, run: RunFolder, since: float) -> str:
         """Leave ``FAILED``, or point to the rank that did so first; what to print, if anything.
 
@@ -59,16 +64,15 @@ class Failure:
             **({} if self._own_fault else {"traceback": self._trace}),
         )
         if first is None:
-            return f"error: rank {self._rank} on {self._host}: {self.text}"
+            return self.said
         self.exit_code = int(first.get("exit_code", self.exit_code))
         if first.get("error") == self.text:  # found by all ranks alike: once is enough
             return ""
         with contextlib.suppress(OSError):
             (run.ranks / f"rank-{self._rank:05d}.error.txt").write_text(self._trace, encoding="utf-8")
             run.keep_files_of(self._rank)
-        return (
-            f"rank {self._rank} on {self._host} ends: rank {first.get('rank')} on {first.get('host')} failed first"
-        )
+        other = f"rank {first.get('rank')} on {first.get('host')}"
+        return f"rank {self._rank} on {self._host} stops: {other} failed first"
 
 
 def _explained(error: BaseException, limit: str) -> str | None:
@@ -88,24 +92,24 @@ def _explained(error: BaseException, limit: str) -> str | None:
     if _UNMET.search(said):
         return (
             f"the ranks did not all meet at MASTER_ADDR:MASTER_PORT = {os.environ.get('MASTER_ADDR')}:{port} "
-            f"within {limit}. It must be the host of rank 0, as all hosts know it, and a port that they can reach "
-            f"and no other program has; and every rank must have been started. ({cause})"
+            f"within {limit}. It must name the host of rank 0 as all hosts know it, and a port that they can "
+            f"reach and no other program uses. Every rank must have been started. ({cause})"
         )
     if _NO_ANSWER.search(said):
         return (
-            f"another rank gave no answer within {limit}: it hangs, or its host does. RUN/ranks/*.stacks.txt and "
-            f"`kill -USR2` show where ranks are. ({cause})"
+            f"another rank did not answer within {limit}: it hangs, or its host does. RUN/ranks/*.stacks.txt and "
+            f"`kill -USR2` show where each rank is. ({cause})"
         )
     if _TAKEN.search(said):
         refused = "EACCES" in said
         by = (
-            "is the system's own"
+            "is reserved for the system"
             if refused
-            else "is taken by another run or by some program's outgoing connection"
+            else "is used by another run or by some program's outgoing connection"
         )
         return (
             f"port {port} of this host, where the ranks were to meet, {by}. Give the launcher another "
-            "--master_port (MASTER_PORT), best from 1024 to 32767: from 32768 on Linux takes ports for outgoing "
+            "--master_port (MASTER_PORT), best from 1024 to 32767: Linux uses those from 32768 on for outgoing "
             f"connections. ({cause})"
         )
     if _GONE.search(said):

@@ -10,15 +10,15 @@ import logging
 import socket
 import statistics
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from beit_dist.config import GuardConfig
-from beit_dist.engine.distributed import Agreement
+from beit_dist.config.run import GuardConfig
 from beit_dist.engine.metrics import Metrics
+from beit_dist.engine.ranks.distributed import Agreement
 from beit_dist.errors import TrainingError
 
 _log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class Guard:
         whole: every rank holds all weights (below ZeRO stage 3).
         metrics: rank 0's metrics; None on the other ranks.
         saved: ``state`` of the checkpoint that is continued.
+        name_of: what a person calls a sample.
     """
 
     def __init__(
@@ -78,29 +79,38 @@ class Guard:
         whole: bool,
         metrics: Metrics | None = None,
         saved: Mapping[str, Any] | None = None,
+        name_of: Callable[[int], int | str] = int,
     ) -> None:
         saved = saved or {}
+        self._name_of = name_of
         self._settings, self._agreement, self._module = settings, agreement, module
         self._metrics = metrics
         self._window = LossWindow(settings.window, settings.threshold, saved.get("window", ()))
         self._spikes = int(saved.get("spikes", 0))
-        self._alarm: str | None = saved.get("alarm") if settings.spikes == "stop" else None
+        self._spike: str | None = saved.get("alarm") if settings.spikes == "stop" else None
         self._steps: deque[tuple[int, list[Tensor], Tensor]] = deque(maxlen=KEPT_STEPS)
         self._every = settings.check_parameters_every_steps if whole else None
         if metrics is not None:
             metrics.add("beit_train_loss_spikes", self._spikes)
         if settings.check_parameters_every_steps and not whole and agreement.ranks.rank == 0:
-            _log.warning("guard.check_parameters_every_steps: skipped, at ZeRO stage 3 no rank holds all weights")
+            _log.warning(
+                "guard.check_parameters_every_steps: skipped, because at ZeRO stage 3 no rank holds all weights"
+            )
 
     @property
-    def alarm(self) -> bool:
-        """Whether this rank wants the run to be stopped at the next boundary; only rank 0 ever does."""
-        return self._alarm is not None
+    def alarm(self) -> str | None:
+        """Rank 0: why the run is to be stopped at the next boundary, if it is."""
+        if self._spike is None:
+            return None
+        way_out = (
+            "Start again from an earlier checkpoint or with a lower optimizer.lr; guard.spikes=warn only warns."
+        )
+        return f"{self._spike}. {way_out}"
 
     @property
     def state(self) -> dict[str, Any]:
         """For the manifest: a run that is continued from it judges like one that never stopped."""
-        return {"window": self._window.losses, "spikes": self._spikes, "alarm": self._alarm}
+        return {"window": self._window.losses, "spikes": self._spikes, "alarm": self._spike}
 
     def note(self, step: int, losses: Sequence[Tensor], sample_ids: Tensor) -> None:
         """Keep what a step was made of: the micro-batches' loss sums, left on the device, and the samples.
@@ -121,25 +131,13 @@ class Guard:
         if not self._window.is_spike(loss):
             return
         self._spikes += 1
-        text = f"step {line['step']} has a loss of {loss:.4f}, the {len(before)} before it a median of "
+        text = f"step {line['step']} has a loss of {loss:.4f}, the {len(before)} steps before it had a median of "
         text += f"{statistics.median(before):.4f}"
         _log.warning("loss spike: %s", text)
         if self._metrics is not None:
             self._metrics.add("beit_train_loss_spikes")
         if self._settings.spikes == "stop":
-            self._alarm = text
-
-    def stop_for_spike(self) -> None:
-        """Stop all ranks for the alarm of rank 0. Collective, after the ranks' sum has shown an alarm.
-
-        Raises:
-            TrainingError: always.
-        """
-        text = self._agreement.from_rank_0(self._alarm)
-        raise TrainingError(
-            f"{text}. Start again from an earlier checkpoint or with a lower optimizer.lr; guard.spikes=warn goes "
-            "on."
-        )
+            self._spike = text
 
     def blame(self) -> tuple[str, list[dict[str, Any]]]:
         """Who and what made the kept steps' losses not finite, as a sentence and in full. Collective."""
@@ -148,7 +146,7 @@ class Guard:
         for step, losses, ids in self._steps:
             for loss, rows in zip(losses, ids.chunk(len(losses)), strict=True):
                 if not bool(torch.isfinite(loss)):
-                    samples = [number for number in rows.tolist() if number >= 0]
+                    samples = [self._name_of(number) for number in rows.tolist() if number >= 0]
                     own.append({"step": step, "rank": rank, "host": host, "samples": samples})
         found = [fault for faults in self._agreement.gather(own) for fault in faults]
         last = self._steps[-1][0] if self._steps else 0
@@ -171,9 +169,9 @@ class Guard:
         if others:
             alone = f"ranks {others} hold" if len(others) > 1 else f"rank {others[0]} holds"
             raise TrainingError(
-                f"after step {step} {alone} other weights than the {votes} remaining ranks. Most often that is "
-                "faulty hardware, or a library that differs between hosts. Start again from a checkpoint, without "
-                "that host."
+                f"after step {step} {alone} different weights from the other {votes}. The usual cause is faulty "
+                "hardware, or a library that differs between hosts. Start again from a checkpoint, without that "
+                "host."
             )
 
     def close(self) -> None:

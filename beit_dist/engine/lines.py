@@ -1,4 +1,4 @@
-"""Files of lines that grow while a run goes on, and outlive a disk that is full for a while."""
+"""Files of lines that grow with a run, and outlive a disk that is full for a while."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from io import FileIO
 from pathlib import Path
 
-from beit_dist.durable import sync
+from beit_dist.storage.durable import sync
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Lines:
                 sync(self._file.fileno())
         except OSError as error:
             if not self._fault:
-                _log.warning("%s cannot be written, its lines wait in memory: %s", self.path, error.strerror)
+                _log.warning("%s cannot be written; its lines are kept in memory: %s", self.path, error.strerror)
             self._fault = f"{self.path.name} cannot be written: {error.strerror}"
         else:
             self._fault = ""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from typing import Any, TextIO, cast
+
+one_line = threading.Lock()
+"""Held while a line is written that another thread must not tear."""
 
 
 class Unread:
@@ -26,6 +30,16 @@ class Unread:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def say_above(text: str) -> None:
+    """Say something from any thread, in a line of its own; a line of progress comes back below it."""
+    held = one_line.acquire(timeout=1)  # whoever holds it may wait for a terminal that was stopped
+    try:
+        print(f"\r\033[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    finally:
+        if held:
+            one_line.release()
 
 
 def go_on_unread() -> None:

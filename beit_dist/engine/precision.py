@@ -10,12 +10,12 @@ import socket
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from beit_dist.engine.distributed import Agreement
+from beit_dist.engine.ranks.distributed import Agreement
 from beit_dist.engine.resolve import AUTO, Resolved
 from beit_dist.errors import ConfigError
 
@@ -86,7 +86,7 @@ def decide(
     device: torch.device,
     excluded: Collection[str] = (),
 ) -> Decision:
-    """The precision of this start, the same on every rank. Collective; rank 0 prints it.
+    """The precision of this start, the same on every rank. Collective; rank 0 prints what is amiss.
 
     Args:
         asked: a precision by name, or ``auto``: that of the checkpoint, or in a new run bf16 or fp16 if every
@@ -100,7 +100,6 @@ def decide(
     if agreement.ranks.rank == 0:
         if saved not in (None, decision.precision):
             print(f"changed on resume: precision was {saved}, now {decision.precision}", flush=True)
-        print(f"precision: {decision}", flush=True)
         if decision.advice:
             print(f"warning: {decision.advice}", file=sys.stderr, flush=True)
     return decision
@@ -112,15 +111,20 @@ def settle(resolved: Resolved, saved: str | None, agreement: Agreement, device: 
     return resolved.settled(decision.precision, decision.why)
 
 
-def settle_alone(resolved: Resolved, saved: str | None) -> Resolved:
-    """``resolved`` in the precision that a run would take whose ranks' devices are all like this machine's."""
+def decide_alone(asked: str, why: str, saved: str | None, excluded: Collection[str] = ()) -> Decision:
+    """What :func:`decide` takes where all ranks' devices are like this machine's; advice is part of the reason."""
     from deepspeed.accelerator import get_accelerator
 
     device = torch.device(get_accelerator().device_name())
-    measured = {} if resolved.precision == "fp32" else speeds(device, resolved.precision, saved)
-    decision = choose(resolved.precision, resolved.why, saved, [("", measured)], resolved.excluded)
-    why = f"{decision.why}; {decision.advice}" if decision.advice else decision.why
-    return resolved.settled(decision.precision, why)
+    measured = {} if asked == "fp32" else speeds(device, asked, saved)
+    decision = choose(asked, why, saved, [("", measured)], excluded)
+    return replace(decision, why=f"{decision.why}; {decision.advice}") if decision.advice else decision
+
+
+def settle_alone(resolved: Resolved, saved: str | None) -> Resolved:
+    """``resolved`` in the precision that :func:`decide_alone` takes."""
+    decision = decide_alone(resolved.precision, resolved.why, saved, resolved.excluded)
+    return resolved.settled(decision.precision, decision.why)
 
 
 def choose(

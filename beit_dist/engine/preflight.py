@@ -9,26 +9,19 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from beit_dist.config import TrainConfig
-from beit_dist.data import shared_memory
-from beit_dist.data.manifest import Manifest
-from beit_dist.data.pipeline import drop_path_depth
-from beit_dist.data.plan import Plan
-from beit_dist.data.stream import ring_of, shared_memory_bytes
-from beit_dist.engine.checkpoint.layout import checkpoint_bytes
-from beit_dist.engine.dataset import mask_generator
-from beit_dist.engine.distributed import Agreement
-from beit_dist.engine.dry_run import count_parameters, state_bytes
+from beit_dist.engine.memory import size_of_checkpoint, training_bytes
+from beit_dist.engine.ranks.distributed import Agreement
 from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.task import Needs, Task
 from beit_dist.errors import PreflightError
-from beit_dist.storage.place import is_url
+from beit_dist.stream import shared_memory
 
 _NUMBERS = 2**18
 """float32 values of the trial all-reduce: 1 MiB, enough to go through the transport that training uses."""
@@ -36,27 +29,8 @@ _TRIALS = 3
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What one rank needs, in bytes."""
-
-    model: int
-    """Weights, gradients and optimizer state; the activations, which are only estimated, are not in it."""
-    shared: int
-    """/dev/shm for one step read ahead."""
-    copy: int = 0
-    """Memory of the host for the copy that a checkpoint is written from."""
-    blocks: int = 0
-    """Memory of the host for the shards' blocks that are fetched ahead from a URL."""
-
-
 def preflight(
-    config: TrainConfig,
-    resolved: Resolved,
-    manifest: Manifest,
-    plan: Plan,
-    agreement: Agreement,
-    device: torch.device,
+    task: Task[Any, Any, Any], resolved: Resolved, agreement: Agreement, device: torch.device
 ) -> dict[str, Any]:
     """Check every rank; the trial's timings, for ``run.json``. Collective.
 
@@ -65,7 +39,9 @@ def preflight(
     """
     host = socket.gethostname()
     neighbours = agreement.gather(host).count(host)
-    faults = memory_faults(needs(config, resolved, manifest, plan), device, neighbours)
+    needed = task.needs(resolved)
+    held, copied = sum(training_bytes(task, resolved).values()), size_of_checkpoint(task) // resolved.ranks
+    faults = memory_faults(replace(needed, model=needed.model + held, copy=copied), device, neighbours)
     seconds, fault = trial(agreement, device)
     faults += [fault] if fault else []
     found = agreement.gather((host, faults, seconds))
@@ -74,30 +50,11 @@ def preflight(
     return {"all_reduce_bytes": 4 * _NUMBERS, "all_reduce_seconds": round(slowest, 6)}
 
 
-def needs(config: TrainConfig, resolved: Resolved, manifest: Manifest, plan: Plan) -> Needs:
-    """What a rank of this run needs; of one whose lanes others share, as much as of the first."""
-    shared = shared_memory_bytes(
-        layout=manifest.layout,
-        positions=mask_generator(config).positions_per_image,
-        rank_rows=resolved.rank_batch,
-        loader=config.loader.model_copy(update={"prefetch": 1}),
-        depth=drop_path_depth(config.model.drop_path_rates),
-    )
-    parameters = count_parameters(config)
-    copied = checkpoint_bytes(parameters, config.ema.decay is not None) // resolved.ranks
-    ring = 0
-    if is_url(str(config.data)):
-        rows, per_lane = range(resolved.rank_batch), config.global_batch // plan.lanes
-        ring = ring_of(plan, manifest.layout, rows, per_lane)
-    blocks = ring if ring <= config.loader.memory_gib * 2**30 else 0  # else samples are fetched, one by one
-    return Needs(sum(state_bytes(resolved, parameters).values()), shared, copied, blocks)
-
-
 def memory_faults(needed: Needs, device: torch.device, neighbours: int) -> list[str]:
     """What this rank lacks, in words.
 
     Args:
-        needed: what it needs.
+        needed: what it needs, the engine's state and checkpoints included.
         device: where the model will be.
         neighbours: ranks on this host, itself included, which share the host's memory.
     """
@@ -108,8 +65,8 @@ def memory_faults(needed: Needs, device: torch.device, neighbours: int) -> list[
     state, copy = "weights, gradients and optimizer", "the copy that a checkpoint is written from"
     of_host, way_out = needed.copy + needed.blocks, ""
     if needed.blocks:
-        copy += f", and {_gib(needed.blocks)} of blocks fetched ahead"
-        way_out = "lower loader.memory_gib, "
+        copy += f", and {_gib(needed.blocks)} of data fetched ahead"
+        way_out = f"lower {needed.blocks_setting}, "
     if device.type == "cuda":
         looked_at = [
             (torch.cuda.mem_get_info(device)[0], needed.model, f"memory of {device}", state),
@@ -121,7 +78,7 @@ def memory_faults(needed: Needs, device: torch.device, neighbours: int) -> list[
         if free is not None and free < wanted:
             faults.append(
                 f"{_gib(free)} free {where}, expected at least {_gib(wanted)} for {purpose}. Use a higher ZeRO "
-                f"stage, more ranks, {way_out}or end what else runs there"
+                f"stage, more ranks, {way_out}or stop other programs there"
             )
     room = shared_memory.room(neighbours)
     if room is not None and room < needed.shared:
@@ -162,7 +119,7 @@ def raise_faults(found: Sequence[tuple[str, Sequence[str]]]) -> None:
     """
     lines = [f"rank {rank} on {host}: {fault}" for rank, (host, faults) in enumerate(found) for fault in faults]
     if lines:
-        raise PreflightError("; ".join(lines) + ". preflight=false starts nevertheless.")
+        raise PreflightError("; ".join(lines) + ". preflight=false starts anyway.")
 
 
 def free_host_memory(control_group: Path = _CONTROL_GROUP, processes: Path = Path("/proc")) -> int | None:

@@ -1,4 +1,4 @@
-"""This process as one of the ranks: joined, watched, and able to be stopped. Both loops are built on it."""
+"""This process as one of the ranks: joined, watched, and able to be stopped."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
-from beit_dist.config import TrainConfig
-from beit_dist.engine.distributed import (
+from beit_dist.config.run import RunConfig
+from beit_dist.engine.ranks.distributed import (
     Agreement,
     Ranks,
     close_process_groups,
     init_process_groups,
     store_of_ranks,
 )
-from beit_dist.engine.preemption import StopRequest
-from beit_dist.engine.rendezvous import Meeting, look_up, waiting_said
+from beit_dist.engine.ranks.preemption import StopRequest
+from beit_dist.engine.ranks.rendezvous import Meeting, look_up, waiting_said
+from beit_dist.engine.ranks.timeouts import Timeouts
+from beit_dist.engine.ranks.watchdog import Watchdog, record_collectives
 from beit_dist.engine.run_folder import RunFolder
-from beit_dist.engine.timeouts import Timeouts
-from beit_dist.engine.watchdog import Watchdog, record_collectives
-from beit_dist.tokenizer_config import TokenizerRecipe
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Process:
 
 
 def join(
-    recipe: TrainConfig | TokenizerRecipe,
+    config: RunConfig,
     run: RunFolder,
     ranks: Ranks,
     meeting: Meeting | None,
@@ -59,7 +58,7 @@ def join(
         PreflightError: there is no device for this rank, or two ranks have the same one.
     """
     record_collectives(run.ranks)
-    watchdog = Watchdog(recipe.watchdog, run.ranks, ranks.rank).start()
+    watchdog = Watchdog(config.watchdog, run.ranks, ranks.rank).start()  # neither makes the folder
     if meeting is not None:
         look_up(meeting)
     with waiting_said(ranks, meeting, timeouts.now):

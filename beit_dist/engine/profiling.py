@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from beit_dist.config import ProfileConfig
+from beit_dist.config.run import ProfileConfig
 
 _log = logging.getLogger(__name__)
 

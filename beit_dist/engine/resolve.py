@@ -15,11 +15,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from beit_dist.config import TrainConfig
+from beit_dist.config.reading import read_text
+from beit_dist.config.run import RunConfig
+from beit_dist.engine.optimizers.table import check_optimizer
 from beit_dist.errors import ConfigError
-from beit_dist.settings import read_text
 
 AUTO = "auto"
+BUILT_IN: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+"""DeepSpeed's settings where none are given: nothing sharded, weights and gradients in fp32."""
 
 _KNOWN = {
     "train_batch_size",
@@ -102,27 +105,35 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def resolve(config: TrainConfig, ds_config: Mapping[str, Any], ranks: int) -> Resolved:
+def resolve(config: RunConfig, ds_config: Mapping[str, Any] | None, ranks: int) -> Resolved:
     """Combine recipe and JSON for ``ranks`` ranks.
 
+    Args:
+        ds_config: None takes the built-in settings, in which only what is not DeepSpeed's can be of low precision.
+
     Raises:
-        ConfigError: they conflict, the ranks do not divide the global batch, or DeepSpeed cannot do it.
+        ConfigError: they conflict, the ranks do not divide the global batch, or DeepSpeed or the optimizer cannot
+            do it.
     """
+    if ds_config is None and config.precision == "fp16":
+        way_out = "Give --ds_config zero1, or use another precision."
+        raise ConfigError("precision", "fp16", "DeepSpeed's loss scaler, without which fp16 underflows", way_out)
     resolved = combine(
-        ds_config,
+        BUILT_IN if ds_config is None else ds_config,
         ranks,
         batch=config.global_batch,
         micro_batch=config.micro_batch,
         clip_grad=config.optimizer.clip_grad,
-        precision=config.precision,
+        precision="fp32" if ds_config is None else config.precision,
     )
     if config.compile and resolved.stage == 3:
         raise ConfigError(
             "compile",
             True,
-            "false at ZeRO stage 3, whose gathering breaks the graph of a block",
+            "false at ZeRO stage 3, where gathering the weights breaks the graph of a block",
             "Use stage 1 or 2.",
         )
+    check_optimizer(config.optimizer, resolved.stage, resolved.precision)
     return resolved
 
 
@@ -134,12 +145,8 @@ def combine(
     micro_batch: int,
     clip_grad: float,
     precision: str,
-    field: str = "global_batch",
 ) -> Resolved:
     """What any recipe says of batch, clipping and precision, and the JSON, for ``ranks`` ranks.
-
-    Args:
-        field: the recipe's name of ``batch``.
 
     Raises:
         ConfigError: as :func:`resolve`.
@@ -149,21 +156,20 @@ def combine(
     precision, why = _precision(ds_config, precision, stage, accumulation_type)
     excluded = ("fp16",) if ds_config.get("fp16", {}).get("enabled") is False else ()
     _check_sections(ds_config)
-    micro, accumulation = batch_arithmetic(batch, micro_batch, ranks, field)
+    micro, accumulation = batch_arithmetic(batch, micro_batch, ranks)
     filled = dict(ds_config)
     filled["train_batch_size"] = _agree(ds_config, "train_batch_size", batch)
     filled["train_micro_batch_size_per_gpu"] = _agree(ds_config, "train_micro_batch_size_per_gpu", micro)
     filled["gradient_accumulation_steps"] = _agree(ds_config, "gradient_accumulation_steps", accumulation)
     filled["gradient_clipping"] = _agree(ds_config, "gradient_clipping", clip_grad)
+    filled["zero_allow_untested_optimizer"] = True  # asked for where DeepSpeed does not know an optimizer
     if accumulation_type == AUTO:
         filled.pop("data_types", None)  # DeepSpeed's own default is the precision, and it does not know "auto"
     resolved = Resolved(ranks, micro, accumulation, stage, precision, accumulation_type, filled, why, excluded)
     return resolved if precision == AUTO else resolved.settled(precision, why)
 
 
-def batch_arithmetic(
-    global_batch: int, micro_batch: int, ranks: int, field: str = "global_batch"
-) -> tuple[int, int]:
+def batch_arithmetic(global_batch: int, micro_batch: int, ranks: int) -> tuple[int, int]:
     """The largest micro-batch up to ``micro_batch`` that divides a rank's share, and the accumulation steps.
 
     Raises:
@@ -175,10 +181,10 @@ def batch_arithmetic(
         below = global_batch // ranks * ranks
         batches = [batch for batch in (below, below + ranks) if batch]
         raise ConfigError(
-            field,
+            "global_batch",
             global_batch,
             f"a multiple of the {ranks} ranks",
-            f"Use {field}={' or '.join(map(str, batches))}, or {_in_words(worlds)} ranks.",
+            f"Use global_batch={' or '.join(map(str, batches))}, or {_in_words(worlds)} ranks.",
         )
     share = global_batch // ranks
     micro = next(size for size in range(min(micro_batch, share), 0, -1) if share % size == 0)
@@ -203,13 +209,13 @@ def _check_keys(ds_config: Mapping[str, Any]) -> None:
 
 
 def _check_sections(ds_config: Mapping[str, Any]) -> None:
-    """Refuse what DeepSpeed would, or would not read: it says so in a traceback, after the ranks have joined."""
+    """Refuse what DeepSpeed would refuse in a traceback, after the ranks have joined, or would not read."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for name in set(ds_config.get("data_types", {})) - {"grad_accum_dtype"}:
         raise ConfigError(
-            f"--ds_config data_types.{name}", ds_config["data_types"][name], "grad_accum_dtype alone in there"
+            f"--ds_config data_types.{name}", ds_config["data_types"][name], "no setting but grad_accum_dtype"
         )
     schemas = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     for section, schema in schemas.items():
@@ -222,7 +228,7 @@ def _check_sections(ds_config: Mapping[str, Any]) -> None:
             expected, way_out = fault["msg"][0].lower() + fault["msg"][1:], ""
             if fault["type"] == "extra_forbidden":
                 close = difflib.get_close_matches(str(fault["loc"][-1]), schema.model_fields, n=1)
-                expected = "a setting that DeepSpeed has there"
+                expected = "a setting that DeepSpeed knows there"
                 way_out = f"Did you mean {section}.{close[0]}?" if close and len(fault["loc"]) == 1 else ""
             raise ConfigError(
                 f"--ds_config {field}", fault["input"], expected.removeprefix("input should be "), way_out
@@ -260,7 +266,7 @@ def _numerics(ds_config: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _precision(ds_config: Mapping[str, Any], recipes: str, stage: int, accumulation: str) -> tuple[str, str]:
-    """The precision by name, or ``auto``, and who says so.
+    """The precision by name, or ``auto``, and where it comes from.
 
     Raises:
         ConfigError: recipe and JSON contradict each other, or DeepSpeed cannot sum the gradients as it is told.
@@ -280,19 +286,21 @@ def _precision(ds_config: Mapping[str, Any], recipes: str, stage: int, accumulat
             "--ds_config data_types.grad_accum_dtype", accumulation, "fp32, as fp16.enabled is false"
         )
     if precision == AUTO and accumulation in ("bf16", "fp16"):
-        precision, why = accumulation, "in which --ds_config has the gradients summed"
+        precision, why = accumulation, "the type in which --ds_config has gradients summed"
     elif precision == AUTO and stage == 0:
-        precision, why = "fp32", "auto at ZeRO stage 0: DeepSpeed cannot sum gradients of bf16 in fp32 there"
+        precision, why = "fp32", "auto at ZeRO stage 0: DeepSpeed cannot sum bf16 gradients in fp32 there"
     if accumulation not in ("fp32", precision, AUTO):
         raise ConfigError(
-            "--ds_config data_types.grad_accum_dtype", accumulation, f"fp32 or {precision}, the precision"
+            "--ds_config data_types.grad_accum_dtype",
+            accumulation,
+            f"{' or '.join(dict.fromkeys(['fp32', precision]))}, the precision",
         )
     if stage == 0 and accumulation not in (precision, AUTO):
         raise ConfigError(
             "--ds_config data_types.grad_accum_dtype",
             accumulation,
             f"{precision} at ZeRO stage 0 (DeepSpeed cannot sum {precision} gradients in fp32 there)",
-            "Set zero_optimization.stage to 1, which can.",
+            "Set zero_optimization.stage to 1, which can do that.",
         )
     return precision, why
 

@@ -19,11 +19,11 @@ import torch
 import yaml
 
 import beit_dist
-from beit_dist.data.manifest import MANIFEST_NAME
-from beit_dist.durable import check_takes_files, writing
+from beit_dist.config.reading import Section
 from beit_dist.errors import ConfigError, UserError
-from beit_dist.settings import Section
+from beit_dist.shards.manifest import MANIFEST_NAME
 from beit_dist.storage.access import Access
+from beit_dist.storage.durable import check_takes_files, writing
 from beit_dist.storage.opening import open_place
 from beit_dist.storage.place import Place
 
@@ -45,11 +45,13 @@ class RunFolder:
         place: the folder. Checkpoints, the recipe and markers go there.
         path: the same if it is local. Otherwise a folder of this host for what grows line by line or is written
             by other packages, which a store cannot take: the lines of numbers go with each checkpoint.
+        begun: whether this start has made it its own. Before, a start is refused and leaves nothing.
     """
 
     def __init__(self, where: str | Path, access: Access | None = None) -> None:
         self.place = open_place(where, access)
         self.path = self.place.path if self.place.is_local else _scratch(str(self.place))
+        self.begun = False
 
     @property
     def checkpoints(self) -> Place:
@@ -84,17 +86,17 @@ class RunFolder:
             ConfigError: it cannot write, or the folder is a data set's.
             StorageError: the store refuses, or does not answer.
         """
-        local, folders = self.place.is_local, [self.ranks]
+        local, folders = self.place.is_local, [self.path, self.ranks]
         # of a store the list is asked for in any case: it shows whether it can be reached
         if os.path.isfile(self.path / MANIFEST_NAME) if local else MANIFEST_NAME in self.place.list():
             raise ConfigError("run", str(self.place), "a folder of the run's own, but this one holds a data set")
         if local:
-            folders += [self.path, self.checkpoints.path, self.checkpoints.path / "attempts"]
+            folders += [self.checkpoints.path, self.checkpoints.path / "attempts"]
+        there = [folder for folder in folders if folder.exists()]
         try:
-            self.ranks.mkdir(parents=True, exist_ok=True)
-            for folder in folders:  # each, in case a copy, or a part of it, belongs to somebody else
-                if folder.exists():
-                    check_takes_files(folder)
+            # each, in case a copy, or a part of it, belongs to somebody else
+            for folder in there or [next(above for above in self.path.absolute().parents if above.exists())]:
+                check_takes_files(folder)
         except OSError as error:
             raise ConfigError(
                 "run",

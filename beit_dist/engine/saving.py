@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from beit_dist.config import CheckpointConfig
+from beit_dist.config.run import CheckpointConfig
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.store import CheckpointStore, SaveResult
-from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.metrics import Metrics
-from beit_dist.engine.timeouts import Timeouts
-from beit_dist.engine.watchdog import Watchdog
+from beit_dist.engine.process import Process
+from beit_dist.engine.run_folder import RunFolder
 from beit_dist.errors import TrainingError
 
 _log = logging.getLogger(__name__)
@@ -27,6 +25,9 @@ class Saving:
         store: the run's checkpoints.
         state: what is saved.
         settings: when to save, and how many failures in a row to bear.
+        process: this rank.
+        run: whose files of numbers go with a checkpoint.
+        facts: what every manifest says.
         metrics: rank 0's metrics; None on the other ranks.
     """
 
@@ -35,22 +36,27 @@ class Saving:
         store: CheckpointStore,
         state: EngineState,
         settings: CheckpointConfig,
-        agreement: Agreement,
-        timeouts: Timeouts,
-        watchdog: Watchdog,
+        process: Process,
+        run: RunFolder,
+        facts: Mapping[str, Any],
         metrics: Metrics | None,
     ) -> None:
         self._store, self._state, self._settings = store, state, settings
-        self._agreement, self._timeouts, self._watchdog, self._metrics = agreement, timeouts, watchdog, metrics
+        self._process, self._run, self._facts, self._metrics = process, run, facts, metrics
         self._failed = 0
         self._fault = ""
         self._last = time.monotonic()
 
-    @property
-    def is_due_by_clock(self) -> bool:
-        """Whether ``checkpoint.every_minutes`` have passed. Rank 0's clock alone decides."""
-        minutes = self._settings.every_minutes
-        return self._store.rank == 0 and minutes is not None and time.monotonic() - self._last > 60 * minutes
+    def asks_by_clock(self) -> bool:
+        """Whether ``checkpoint.every_minutes`` have passed, which starts them anew. Rank 0's clock alone decides.
+
+        The ranks begin to save a step later, and this was asked once more by then: it must not save twice.
+        """
+        minutes, now = self._settings.every_minutes, time.monotonic()
+        if self._store.rank != 0 or minutes is None or now - self._last <= 60 * minutes:
+            return False
+        self._last = now
+        return True
 
     def is_due_by_step(self, step: int) -> bool:
         """Whether ``checkpoint.every_steps`` asks for one after this step."""
@@ -62,28 +68,25 @@ class Saving:
         """Whether this rank's part of the save in flight is over."""
         return self._store.has_written
 
-    def begin(
-        self, step: int, facts: dict[str, Any], copies: Mapping[str, Path], fault: str, *, urgent: bool = False
-    ) -> None:
+    def begin(self, step: int, facts: Mapping[str, Any], fault: str, *, urgent: bool = False) -> None:
         """Start to save beside the next steps; they wait for the copy to host memory, and for a save before.
 
         Args:
             step: steps attempted so far.
-            facts: what the manifest says.
-            copies: local files to save with the state, by their name in the checkpoint.
+            facts: what the manifest says of this step.
             fault: rank 0: why the numbers of the steps so far, which a checkpoint vouches for, are not on the
                 disk; empty when they are.
             urgent: there are no next steps.
         """
         self.finish()
         began = time.monotonic()
-        if fault := self._agreement.from_rank_0(fault):
+        if fault := self._process.agreement.from_rank_0(fault):
             if self._store.rank == 0:
                 _log.error("checkpoint of step %d was not saved: %s", step, fault)
             self._last = began
             self._count(SaveResult(step, fault, 0.0))
             return
-        self._store.begin_save(step, self._state, facts, copies, urgent=urgent)
+        self._store.begin_save(step, self._state, {**self._facts, **facts}, self._run.copies, urgent=urgent)
         self._last = time.monotonic()
         if self._metrics is not None:
             self._metrics.observe("beit_checkpoint_stall_seconds", self._last - began)
@@ -96,9 +99,9 @@ class Saving:
         """
         if not self._store.is_saving:
             return
-        with self._timeouts.saving():
+        with self._process.timeouts.saving():
             result = self._store.finish_save()
-        self._watchdog.beat()
+        self._process.watchdog.beat()
         if result is not None:
             self._count(result)
 
@@ -112,7 +115,7 @@ class Saving:
         if self._failed:
             raise TrainingError(
                 f"the checkpoint of step {step}, the last one, could not be saved: {self._fault}. Make room, or "
-                "look at the disk, and start again: the run goes on from the checkpoint before."
+                "check the disk, and start again: the run continues from the checkpoint before it."
             )
 
     def _count(self, result: SaveResult) -> None:
@@ -127,5 +130,5 @@ class Saving:
         if self._failed >= limit:
             raise TrainingError(
                 f"{limit} checkpoints in a row could not be saved, the last at step {result.step}: "
-                f"{result.fault}. Look at the disk, or raise checkpoint.max_failed_saves."
+                f"{result.fault}. Check the disk, or raise checkpoint.max_failed_saves."
             )

@@ -10,16 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from beit_dist.config import TrainConfig
+from beit_dist.config.run import RunConfig
 from beit_dist.errors import ConfigError
-from beit_dist.tokenizer_config import TokenizerRecipe
 
 _log = logging.getLogger(__name__)
-_SHOWN = (
-    *("model", "masking", "optimizer", "ema", "global_batch", "micro_batch", "epochs", "steps", "seed"),
-    *("batch", "lr", "temperature", "kl_weight", "usage_weight", "image_size"),
-)
-"""Sections of the recipe that are sent. Places of files are not: an address may hold a password."""
 
 
 class Sink(Protocol):
@@ -53,17 +47,17 @@ class Sinks:
             try:
                 action(sink)
             except Exception as error:
-                _log.warning("%s is given up: %s", type(sink).__name__, error)
+                _log.warning("%s failed and is no longer used: %s", type(sink).__name__, error)
                 self._sinks.remove(sink)
 
 
-def open_sinks(config: TrainConfig | TokenizerRecipe, run: Path, step: int) -> Sinks:
+def open_sinks(config: RunConfig, run: Path, step: int) -> Sinks:
     """Open what the recipe asks for.
 
     Args:
         config: the recipe.
         run: the run folder.
-        step: where the run goes on; what was written past it is void.
+        step: where the run continues; what was written past it is void.
 
     Raises:
         ConfigError: a package is not installed.
@@ -80,11 +74,11 @@ def open_sinks(config: TrainConfig | TokenizerRecipe, run: Path, step: int) -> S
         except ConfigError:
             raise
         except Exception as error:  # no key, no network: a run that is started again at night must not end for it
-            _log.warning("logging.%s: this start goes without: %s", name, error)
+            _log.warning("logging.%s could not be opened and is not used: %s", name, error)
     return Sinks(sinks)
 
 
-def check_packages(config: TrainConfig | TokenizerRecipe) -> None:
+def check_packages(config: RunConfig) -> None:
     """Refuse a recipe whose sinks are not installed, before anything starts.
 
     Raises:
@@ -119,7 +113,7 @@ class WandbSink:
     here; neither the code, the command line nor the environment is sent.
     """
 
-    def __init__(self, config: TrainConfig | TokenizerRecipe, run: Path) -> None:
+    def __init__(self, config: RunConfig, run: Path) -> None:
         wandb = _wandb()
         path = run.resolve()
         self._run = wandb.init(
@@ -129,7 +123,7 @@ class WandbSink:
             resume="allow",
             dir=str(run),
             mode=config.logging.wandb,
-            config=config.model_dump(mode="json", include=set(_SHOWN)),
+            config=config.model_dump(mode="json", exclude=set(config.of_the_host)),
             settings=wandb.Settings(
                 disable_git=True, disable_code=True, x_disable_meta=True, x_save_requirements=False, console="off"
             ),

@@ -1,88 +1,45 @@
-"""The loop: next batch, forward, backward, step, record, maybe save; and stopping together."""
+"""The loop of every kind of training: next batch, forward, backward, step, record, maybe measure, maybe save."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from beit_dist.config import TrainConfig
-from beit_dist.data.plan import Plan
-from beit_dist.data.stream import RankBatch, RankBatches
 from beit_dist.engine.average import WeightAverage
-from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.compiled import CompiledBlocks
-from beit_dist.engine.distributed import Agreement
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.metrics import Metrics
-from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.process import Process
 from beit_dist.engine.profiling import Profiler
-from beit_dist.engine.record import Recorder, StepFacts
-from beit_dist.engine.resolve import Resolved
-from beit_dist.engine.run_folder import DONE, PREEMPTED, RunFolder
+from beit_dist.engine.ranks.stragglers import Stragglers
+from beit_dist.engine.record import Recorder, Taken
+from beit_dist.engine.run_folder import DONE, PREEMPTED
 from beit_dist.engine.saving import Saving
 from beit_dist.engine.schedule import Schedule
-from beit_dist.engine.stragglers import Stragglers
-from beit_dist.engine.timeouts import Timeouts
-from beit_dist.engine.validation import Validation
-from beit_dist.engine.watchdog import Watchdog
-from beit_dist.errors import SampleError, TrainingError
+from beit_dist.engine.task import Fetched, Progress, Task
+from beit_dist.errors import TrainingError
 
 
 @dataclass
-class Progress:
-    """Where a run is. Everything else follows from it, the recipe and the plan."""
+class Watchers:
+    """Who looks on: numbers are recorded, and what is wrong is found, but nothing is changed."""
 
-    step: int = 0
-    """Optimizer steps attempted."""
-    consumed: int = 0
-    """Samples consumed per lane: the position in the plan."""
-    first_batch: int = 0
-    """Global batch of the run's first start, the unit of the schedule's time."""
-    samples: int = 0
-    """Samples trained on, over all lanes: consumed · lanes."""
-    counters: dict[str, int] = field(default_factory=lambda: {"skipped": 0, "bad": 0, "masked": 0})
-
-
-@dataclass
-class Parts:
-    """What a trainer works with; built by ``beit_dist/engine/build.py``."""
-
-    config: TrainConfig
-    resolved: Resolved
-    engine: Any
-    device: torch.device
-    plan: Plan
-    schedule: Schedule
-    total_steps: int
-    batches: RankBatches
-    agreement: Agreement
-    store: CheckpointStore
-    saving: Saving
-    average: WeightAverage | None
-    validation: Validation | None
     recorder: Recorder
     guard: Guard
     stragglers: Stragglers
     compiled: CompiledBlocks
     profiler: Profiler
-    watchdog: Watchdog
-    timeouts: Timeouts
     metrics: Metrics | None
-    run: RunFolder
-    stop: StopRequest
-    progress: Progress
-    facts: dict[str, Any]
-    """What every manifest says besides the position: recipe, plan, versions."""
+    """Rank 0's."""
 
     def close(self) -> None:
-        """Release what the run holds, each part before those it depends on, but not the process's own."""
-        self.batches.close()
-        if self.validation is not None:
-            self.validation.close()
+        """Release what they hold."""
         self.compiled.close()
         self.profiler.close()
         self.recorder.close()
@@ -93,213 +50,249 @@ class Parts:
 
 
 class Trainer:
-    """Trains from ``progress`` to the last step, a stop request, or a failure. All ranks run the same loop."""
+    """Trains from ``progress`` to the last step, a stop request, or a failure. All ranks run the same loop.
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
-        self.progress = parts.progress
+    Args:
+        task: what is trained.
+        engine: DeepSpeed's, around the task's model.
+        process: this rank, and the ranks' agreement.
+        schedule: of the learning rate.
+        total_steps: where the run ends.
+        progress: where it is.
+        saving: of checkpoints.
+        average: of the weights, if there is one.
+        watchers: who look on.
+
+    Attributes:
+        reason: why the run was stopped before its last step.
+    """
+
+    def __init__(
+        self,
+        task: Task[Any, Any, Any],
+        engine: Any,
+        process: Process,
+        schedule: Schedule,
+        total_steps: int,
+        progress: Progress,
+        saving: Saving,
+        average: WeightAverage | None,
+        watchers: Watchers,
+    ) -> None:
+        self.task, self.engine, self.process = task, engine, process
+        self.schedule, self.total_steps, self.progress = schedule, total_steps, progress
+        self.saving, self.average, self.watchers = saving, average, watchers
+        self.reason: str | None = None
         self._skipped_in_a_row = 0
-        self.reason: str | None = None  # why the run was stopped before its last step
+        self._measuring = False
 
     def run(self) -> str:
         """Train; the marker that says how it ended (``DONE`` or ``PREEMPTED``).
 
         Raises:
-            TrainingError: too many steps without an update, or the last checkpoint could not be saved.
+            TrainingError: the guard or the task stopped the run, too many steps had no update, or the last
+                checkpoint could not be saved.
         """
-        parts, progress = self.parts, self.progress
-        if not self._validate_if_due(again=True):  # a stop may have cut this step's measurement short
+        agreement, progress = self.process.agreement, self.progress
+        if not self._measure_if_due(again=True):  # a stop may have cut this step's measurement short
             return self._stop()
-        left = progress.step < parts.total_steps
-        batch = self._fetch() if left else None
+        left = progress.step < self.total_steps
+        fetched = self._fetch(following=False) if left else None
+        self.process.stop.then = self._at_a_stop
         while left:
-            masked, bad, stop, save, written, alarm, *halves = parts.agreement.result()
+            stop, save, written, alarm, *summed = agreement.result()
             if alarm:
-                parts.guard.stop_for_spike()
+                self._stop_for(self.watchers.guard.alarm or self.task.alarm)
             if stop:
                 return self._stop()
-            if written == parts.resolved.ranks:
-                parts.saving.finish()
-            self._count_bad(bad)
-            assert batch is not None  # a rank without one has posted a stop; for the type checker
-            digest = (halves[0] + (halves[1] << 32)) % 2**64
-            batch = self._train_step(batch, masked, bad, digest)
-            left = progress.step < parts.total_steps
-            if not self._validate_if_due():
+            if written == agreement.ranks.world:
+                self.saving.finish()
+            assert fetched is not None  # for the type checker: there is one where steps are left
+            fetched = self._train_step(fetched, summed)
+            left = progress.step < self.total_steps
+            if not left:
+                self.watchers.recorder.flush()
+                self._stop_for(self.task.alarm)  # not for a spike: nothing follows that it could spoil
+            if not self._measure_if_due():
                 if left:
-                    parts.agreement.result()  # of a batch that is not trained on any more
+                    agreement.result()  # of a batch that is not trained on any more
                 return self._stop()
-            if left and (save or parts.saving.is_due_by_step(progress.step)):
+            if left and (save or self.saving.is_due_by_step(progress.step)):
                 self._save()
         self._save_and_wait()
         return DONE
 
+    def steps(self) -> Iterator[None]:
+        """Steps as :meth:`run` takes them, one each time it is asked for, without saves and held-out measurements.
+
+        There is no last one: data and schedules go past the end of the run. Collective.
+        """
+        self.total_steps = sys.maxsize
+        fetched: Fetched | None = self._fetch(following=False)
+        while fetched is not None:
+            _, _, _, _, *summed = self.process.agreement.result()
+            fetched = self._train_step(fetched, summed)
+            yield
+
+    def _at_a_stop(self) -> str:
+        """What a stop request leads to that comes now. Whether the ranks know of it at the end of the step under
+        way, or at the next, is up to when it comes."""
+        step, total = self.progress.step, self.total_steps
+        if step >= total:
+            return f"all {total} steps are taken; the last checkpoint is being saved"
+        if self._measuring:
+            return f"stopping after step {step}, without what is being measured, and saving a checkpoint"
+        steps = f"{step + 1} or {step + 2}" if step + 2 <= total else f"{step + 1}"
+        return f"stopping after step {steps} of {total} and saving a checkpoint"
+
     def _stop(self) -> str:
         """Save, as asked to. Collective."""
-        asked = [name for name in self.parts.agreement.gather(self.parts.stop.name) if name]
+        asked = [name for name in self.process.agreement.gather(self.process.stop.name) if name]
         self.reason = asked[0] if asked else None
         self._save_and_wait()
         return PREEMPTED
 
-    def _train_step(self, batch: RankBatch, masked: int, bad: int, digest: int) -> RankBatch | None:
-        """One optimizer step on this rank's rows of the global batch; the next batch, if there is a next step.
+    def _stop_for(self, alarm: str | None) -> None:
+        """Fail on all ranks if rank 0 has an alarm. Collective."""
+        if said := self.process.agreement.from_rank_0(alarm):
+            raise TrainingError(said)
 
-        The loss is the sum over the masked patches divided by their number in the *global* batch. DeepSpeed
+    def _train_step(self, fetched: Fetched, summed: list[int]) -> Fetched | None:
+        """One optimizer step on this rank's rows of the global batch; what comes next, if there is a next step.
+
+        The loss is the sum over the rows divided by the step's weight, counted over the *global* batch. DeepSpeed
         averages gradients over the ranks, hence the factor of their number.
         """
-        parts, progress = self.parts, self.progress
-        parts.profiler.step_begins(progress.step + 1)
-        lr = parts.schedule.lr(progress.samples / progress.first_batch)
-        for group in parts.engine.optimizer.param_groups:
-            group["lr"] = lr
-        scale = parts.resolved.ranks / masked if masked else 0.0
+        task, engine, progress, watchers = self.task, self.engine, self.progress, self.watchers
+        watchers.profiler.step_begins(progress.step + 1)
+        step = task.begin(fetched.batch, summed)
+        lr = self.schedule.lr(progress.time)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_share", 1.0)
+        scale = self.process.ranks.world / step.weight if step.weight else 0.0
 
-        loss_sum, correct = torch.zeros((2,), device=parts.device)
-        losses = []
-        following: RankBatch | None = None
-        for number, micro_batch in enumerate(self._micro_batches(batch), start=1):
-            with parts.stragglers.own_time():
-                output = parts.engine(*micro_batch)
-            parts.engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
-            parts.compiled.micro_batch_ended()
-            losses.append(output.loss_sum.detach())
-            loss_sum = loss_sum + losses[-1]
-            correct = correct + output.correct
-            if number == parts.resolved.accumulation and progress.step + 1 < parts.total_steps:
-                following = self._fetch(after=batch)  # while the device still works on what it was given
-            parts.engine.step()
+        sums = torch.zeros(len(task.numbers), device=self.process.device)
+        tally: Tensor | None = None
+        losses: list[Tensor] = []
+        following: Fetched | None = None
+        micro_batches = task.rows(fetched.batch)
+        accumulation = engine.gradient_accumulation_steps()
+        for number in range(1, accumulation + 1):
+            with watchers.stragglers.own_time():
+                made = task.forward(next(micro_batches), step)
+            engine.backward(made.loss * scale, scale_wrt_gas=False)
+            watchers.compiled.micro_batch_ended()
+            losses.append(made.loss.detach())
+            sums = sums + torch.stack([each.detach().float() for each in made.numbers])
+            if made.tally is not None:
+                tally = made.tally if tally is None else tally + made.tally
+            if number == accumulation and progress.step + 1 < self.total_steps:
+                following = self._fetch(following=True)  # while the device still works on what it was given
+            engine.step()
 
-        applied = bool(parts.engine.was_step_applied())
-        if applied and parts.average is not None:
-            parts.average.update()
+        applied = bool(engine.was_step_applied())
         progress.step += 1
-        parts.profiler.step_ended(progress.step)
-        progress.consumed += self._per_lane()
-        progress.samples += parts.config.global_batch
-        progress.counters["masked"] += masked
-        facts = StepFacts(
-            step=progress.step,
+        if applied and self.average is not None:
+            self.average.update(most=task.average_limit(progress.step))
+        watchers.profiler.step_ended(progress.step)
+        progress.samples += task.config.global_batch
+        progress.count(task.known, step.known)
+        task.finish()
+        taken = Taken(
+            number=progress.step,
+            step=step,
             samples=progress.samples,
-            epoch=progress.samples / parts.plan.samples,
+            epoch=progress.samples / task.epoch_samples,
             lr=lr,
-            masked=masked,
-            bad=bad,
             applied=applied,
-            wait_seconds=batch.wait_seconds,
-            batch=f"{digest:016x}",
+            wait_seconds=fetched.wait_seconds,
         )
-        parts.guard.note(progress.step, losses, batch.sample_ids)
-        parts.stragglers.step_ended(batch.wait_seconds)
-        if parts.recorder.add(facts, loss_sum, correct, parts.engine.get_global_grad_norm()):
-            parts.stragglers.compare()
+        if fetched.samples is not None:
+            watchers.guard.note(progress.step, losses, fetched.samples)
+        watchers.stragglers.step_ended(fetched.wait_seconds)
+        if watchers.recorder.add(taken, sums, tally, engine.get_global_grad_norm()):
+            watchers.stragglers.compare()
         self._count_skipped(applied)
-        parts.guard.check_parameters(progress.step)
-        parts.watchdog.beat()
-        parts.timeouts.step_ended()
+        watchers.guard.check_parameters(progress.step)
+        self.process.watchdog.beat()
+        self.process.timeouts.step_ended()
         return following
 
-    def _micro_batches(self, batch: RankBatch) -> Iterator[tuple[Tensor | None, ...]]:
-        """The rank's rows as (patches, tokens, positions, keeps) on the device, one micro-batch at a time."""
-        size, device = self.parts.resolved.micro_batch, self.parts.device
-        tensors = (batch.patches, batch.tokens, batch.positions, batch.keeps)
-        for low in range(0, self.parts.resolved.rank_batch, size):
-            yield tuple(
-                None if tensor is None else tensor[low : low + size].to(device, non_blocking=True)
-                for tensor in tensors
-            )
-
-    def _fetch(self, after: RankBatch | None = None) -> RankBatch | None:
+    def _fetch(self, following: bool) -> Fetched:
         """The next batch; starts the ranks' agreement on it, whose result is read at the next step's start.
 
-        None: a stop request came while there was no batch. Waiting for data can take minutes, so a rank that
-        waits looks for requests, its own and (in the store) those of others, and posts a stop without a batch.
-        That is safe, because the decision is still taken once, by the sum: each rank posts exactly once for
-        each step, all read the same sum before the step, and it cannot be without a stop when a rank has posted
-        one. A rank that did not see the request, or has posted "go on" before it, stops by the same sum. A
+        Without a batch, a stop request came while there was none. Waiting for data can take minutes, so a rank
+        that waits looks for requests, its own and (in the store) those of others, and posts a stop without a
+        batch. That is safe, because the decision is still taken once, by the sum: each rank posts exactly once
+        for each step, all read the same sum before the step, and it cannot be without a stop when a rank has
+        posted one. A rank that did not see the request, or posted before it came, stops by the same sum. A
         request that comes after this rank's post waits for the next boundary. The batches that others have
         fetched were not trained on; the position only moves with a step, so they are read again.
         """
-        parts = self.parts
-        batch = parts.batches.next_unless(lambda: parts.stop.known)
-        expected = self.progress.consumed + (self._per_lane() if after is not None else 0)
-        if batch is not None and batch.consumed != expected:
-            raise RuntimeError(f"the stream is at {batch.consumed}, the trainer at {expected}")
-        save, written = parts.saving.is_due_by_clock, parts.saving.has_written
-        masked, bad, stop = (batch.masked, batch.bad, parts.stop.requested) if batch else (0, 0, True)
-        # 64 bits in halves, so that sums over any number of ranks stay below 2⁶³.
-        halves = (batch.digest % 2**32, batch.digest >> 32) if batch else (0, 0)
-        parts.agreement.post([masked, bad, stop, save, written, parts.guard.alarm, *halves])
-        return batch
+        saving, alarm = self.saving, bool(self.watchers.guard.alarm or self.task.alarm)
+        fetched = self.task.fetch(following)
+        stop = self.process.stop.requested if fetched.batch is not None else True
+        self.process.agreement.post([stop, saving.asks_by_clock(), saving.has_written, alarm, *fetched.integers])
+        return fetched
 
-    def _validate_if_due(self, again: bool = False) -> bool:
-        """Measure the held-out loss; before a save of the same step, so that no result is missing behind it.
+    def _measure_if_due(self, again: bool = False) -> bool:
+        """Measure on held-out data; before a save of the same step, so that no result is missing behind it.
 
         Args:
-            again: the run goes on behind this step: only if its result is missing.
+            again: the run continues behind this step: only if its result is missing.
 
         Returns:
             False: it is due, but a rank was asked to stop meanwhile, which all ranks know.
         """
-        parts, progress = self.parts, self.progress
-        validation = parts.validation
-        if validation is None or not progress.step or not validation.is_due(progress.step, parts.total_steps):
+        task, progress, recorder = self.task, self.progress, self.watchers.recorder
+        if not task.evaluates or not progress.step or not task.is_due(progress.step, self.total_steps):
             return True
-        if again and parts.agreement.from_rank_0(parts.recorder.has_validation(progress.step)):
+        if again and self.process.agreement.from_rank_0(recorder.has_result(progress.step)):
             return True
-        parts.recorder.flush()
-        result = validation.measure(parts.engine.module, parts.stop, parts.watchdog.beat)
-        if result is not None:
-            parts.recorder.add_validation(progress.step, progress.samples, result)
-        parts.recorder.pause()
-        parts.watchdog.beat()
-        return result is not None
+        recorder.flush()
+        began = time.monotonic()
+        self._measuring = True
+        values = task.evaluate(progress.step)
+        self._measuring = False
+        if values is not None:
+            recorder.add_result(progress.step, progress.samples, values, time.monotonic() - began)
+        recorder.pause()
+        self.process.watchdog.beat()
+        return values is not None
 
     def _save(self, urgent: bool = False) -> None:
         """Begin a checkpoint, with the numbers of all steps before it on the disk.
 
         ``urgent``: there are no next steps.
         """
-        parts, progress = self.parts, self.progress
-        parts.recorder.flush(durable=True)
+        progress, recorder = self.progress, self.watchers.recorder
+        recorder.flush(durable=True)
         facts = {
-            **parts.facts,
             "position": {
-                "consumed": progress.consumed,
+                **self.task.position(),
                 "samples": progress.samples,
                 "first_batch": progress.first_batch,
             },
             "counters": dict(progress.counters),
-            "guard": parts.guard.state,
+            "guard": self.watchers.guard.state,
         }
-        parts.saving.begin(progress.step, facts, parts.run.copies, parts.recorder.fault, urgent=urgent)
-        parts.recorder.pause()
+        self.saving.begin(progress.step, facts, recorder.fault, urgent=urgent)
+        recorder.pause()
 
     def _save_and_wait(self) -> None:
         """The last checkpoint of this start."""
         self._save(urgent=True)
-        self.parts.saving.finish_last(self.progress.step)
-
-    def _count_bad(self, bad: int) -> None:
-        counters, allowed = self.progress.counters, self.parts.config.loader.bad_samples
-        counters["bad"] += bad
-        if counters["bad"] > allowed:
-            raise SampleError(
-                f"{counters['bad']} damaged samples, loader.bad_samples allows {allowed}. Find them with "
-                f"tools/check_shards.py {self.parts.config.data}"
-            )
+        self.saving.finish_last(self.progress.step)
 
     def _count_skipped(self, applied: bool) -> None:
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self.progress.counters["skipped"] += not applied
-        limit = self.parts.config.max_skipped_in_a_row
+        limit = self.task.config.max_skipped_in_a_row
         if self._skipped_in_a_row >= limit:
-            self.parts.recorder.flush()
-            blamed, details = self.parts.guard.blame()
+            self.watchers.recorder.flush()
+            blamed, details = self.watchers.guard.blame()
             raise TrainingError(
-                f"{limit} steps in a row up to step {self.progress.step} had gradients that were not finite; "
-                f"nothing was updated in them. {blamed} Lower optimizer.lr, or raise max_skipped_in_a_row.",
+                f"{limit} steps in a row up to step {self.progress.step} had gradients that were not finite and "
+                f"updated nothing. {blamed} {self.task.blame}",
                 details,
             )
-
-    def _per_lane(self) -> int:
-        return self.parts.config.global_batch // self.parts.plan.lanes

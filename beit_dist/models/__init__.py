@@ -1,1 +1,1 @@
-"""The BEiT backbone and its masked-image-modelling head."""
+"""The networks: the BEiT backbone and its head, the dVAE, and how much arithmetic they are."""

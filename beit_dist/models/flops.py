@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from beit_dist.config import ModelConfig
+from beit_dist.config.model import BackboneConfig, ModelConfig
+from beit_dist.models.heads.targets import head_of
 
 
 def multiply_adds(config: ModelConfig, masked: int) -> int:
-    """Multiply-adds of one image's forward pass: the backbone, and the head on ``masked`` patches.
+    """Multiply-adds of one image's forward pass: the backbone, and the head on ``masked`` patches."""
+    return backbone_multiply_adds(config) + head_of(config).multiply_adds(config, masked)
+
+
+def backbone_multiply_adds(config: BackboneConfig) -> int:
+    """Multiply-adds of one image's forward pass through the backbone.
 
     Matrix products only; norms, softmax, GELU and other element-wise work are left out, as is usual.
     """
@@ -15,15 +21,4 @@ def multiply_adds(config: ModelConfig, masked: int) -> int:
     embedding = config.patches * config.patch_bytes * width
     projections = tokens * (4 * width * width + 2 * width * hidden)
     attention = 2 * tokens * tokens * width
-    head = masked * width * config.vocabulary
-    return embedding + config.depth * (projections + attention) + head
-
-
-def flops_per_image(config: ModelConfig, masked: int) -> int:
-    """Floating-point operations to train on one image: 6 × :func:`multiply_adds`.
-
-    A multiply-add is two operations, and the backward pass takes two products for each of the forward's. The
-    pixels need no gradient, so the patch embedding's backward takes only one: counted in full here, as
-    published figures are, it is 0.2 % of BEiT-base.
-    """
-    return 6 * multiply_adds(config, masked)
+    return embedding + config.depth * (projections + attention)

@@ -12,13 +12,16 @@ Shapes: B samples, P patches, N = 1 + P tokens, C width, H heads, D = ``patch_si
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit_dist.config import ModelConfig
+from beit_dist.config.model import BackboneConfig
+from beit_dist.models.normalisation import Normalisation
 
 NORM_EPS = 1e-6
 """LayerNorm's epsilon everywhere (unilm)."""
@@ -31,25 +34,18 @@ class PatchEmbedding(nn.Module):
     (C, 3, patch, patch) instead; ``weight.view(C, patch, patch, 3).permute(0, 3, 1, 2)`` is its weight.
     """
 
-    scale_and_shift: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.proj = nn.Linear(config.patch_bytes, config.width)
-        self._affine = _pixel_affine(config)
-        self.register_buffer("scale_and_shift", torch.from_numpy(self._affine.copy()), persistent=False)
+        self.normalise = Normalisation(config)
 
     def reset_constants(self) -> None:
         """Compute the buffer anew, for a module that was built on the meta device."""
-        self.scale_and_shift.copy_(torch.from_numpy(self._affine))
+        self.normalise.reset_constants()
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, P, D) uint8 to (B, P, C)."""
-        # The numbers are kept as their bits in an int32 buffer: it follows the module to its device, while
-        # casting the module to bf16, which would round them, leaves integers alone.
-        scale, shift = self.scale_and_shift.view(torch.float32).unbind()
-        pixels = torch.addcmul(shift, patches.float(), scale)
-        return _tensor(self.proj(pixels.to(self.proj.weight.dtype)))
+        return _tensor(self.proj(self.normalise(patches).to(self.proj.weight.dtype)))
 
 
 class RelativePositionBias(nn.Module):
@@ -64,8 +60,7 @@ class RelativePositionBias(nn.Module):
     def __init__(self, grid: int, heads: int) -> None:
         super().__init__()
         self.grid = grid
-        rows = (2 * grid - 1) ** 2 + 3
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(relative_position_rows(grid), heads))
         self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
 
     def reset_constants(self) -> None:
@@ -74,27 +69,38 @@ class RelativePositionBias(nn.Module):
 
     def forward(self) -> Tensor:
         """The bias as (1, H, N, N), in the dtype of the table."""
-        table = self.relative_position_bias_table
-        # Looked up in fp32, since a row's gradient is a sum over up to P pairs that bf16 would round at every
-        # term. And by embedding, whose backward adds in a fixed order on CUDA too.
-        bias = F.embedding(self.relative_position_index, table.float())
-        return bias.to(table.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
+        return position_bias(self.relative_position_bias_table, self.relative_position_index)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a bias for queries and values, but none for keys (softmax cancels it)."""
+    """Multi-head self-attention with a bias for queries and values, but none for keys (softmax cancels it).
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: C.
+        heads: H.
+        table_rows: of a relative position table of its own; None where it has none.
+    """
+
+    def __init__(self, width: int, heads: int, table_rows: int | None = None) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = _Projection(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
+        self.relative_position_bias_table = None
+        if table_rows is not None:
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows, heads))
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, N, C) to (B, N, C); ``bias`` (1, H, N, N) is added to the logits."""
+        """(B, N, C) to (B, N, C).
+
+        ``bias`` (1, H, N, N) is added to the logits. With a table of its own it is the index, int64 (N, N), into
+        that instead.
+        """
         batch, length, width = x.shape
+        if self.relative_position_bias_table is not None and bias is not None:
+            bias = position_bias(self.relative_position_bias_table, bias)
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = self.qkv(x, qkv_bias).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
@@ -125,11 +131,12 @@ class Block(nn.Module):
     ran_uncompiled = False
     """Whether it was ever run as plain PyTorch, compiled or not: torch.compile falls back to that."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         width = config.width
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, config.heads)
+        rows = relative_position_rows(config.grid) if config.block_positions else None
+        self.attn = Attention(width, config.heads, rows)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.gamma_1 = self.gamma_2 = None
@@ -138,7 +145,11 @@ class Block(nn.Module):
             self.gamma_2 = nn.Parameter(torch.full((width,), config.layer_scale))
 
     def forward(self, x: Tensor, bias: Tensor | None, factors: Tensor | None) -> Tensor:
-        """(B, N, C) to (B, N, C); ``factors`` (B, 2) multiply the attention and the MLP branch of a sample."""
+        """(B, N, C) to (B, N, C).
+
+        ``bias`` is that of :meth:`Attention.forward`; ``factors`` (B, 2) multiply the attention and the MLP branch
+        of a sample.
+        """
         if not torch.compiler.is_compiling():
             self.ran_uncompiled = True
         keep_1 = keep_2 = None
@@ -154,30 +165,37 @@ class BeitBackbone(nn.Module):
     Args:
         config: sizes and variant.
         recompute: keep only each block's input for the backward pass, and run the block again there.
+        masks: whether it has a mask token.
+        final_norm: whether the last block's output is normalised.
     """
 
     kept_gains: Tensor
+    relative_position_index: Tensor | None
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+    def __init__(
+        self, config: BackboneConfig, *, recompute: bool = False, masks: bool = True, final_norm: bool = True
+    ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width)) if masks else None
         self.pos_embed = None
         if config.absolute_positions:
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.patches, config.width))
         self.patch_embed = PatchEmbedding(config)
         self.rel_pos_bias = None
-        if config.relative_positions:
+        index = relative_position_index(config.grid) if config.block_positions else None
+        self.register_buffer("relative_position_index", index, persistent=False)
+        if config.relative_positions and not config.block_positions:
             self.rel_pos_bias = RelativePositionBias(config.grid, config.heads)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.register_buffer("kept_gains", self._kept_gains(), persistent=False)
-        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS) if final_norm else None
 
     def embed(self, patches: Tensor, masked: Tensor | None = None) -> Tensor:
         """What the first block gets, (B, 1 + P, C); arguments as of :meth:`encode`."""
         x = _tensor(self.patch_embed(patches))
-        if masked is not None:
+        if masked is not None and self.mask_token is not None:
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat((self.cls_token.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
         if self.pos_embed is not None:  # after masking: a mask token knows where it is
@@ -194,10 +212,18 @@ class BeitBackbone(nn.Module):
                 drops it. Kept ones are divided by the probability of that. None keeps all and scales none.
 
         Returns:
-            (B, 1 + P, C) after the final norm, the class token first.
+            (B, 1 + P, C) after the final norm, if there is one, the class token first.
         """
+        for x in self.layers(patches, masked, keeps):
+            last = x
+        return last if self.norm is None else _tensor(self.norm(last))
+
+    def layers(
+        self, patches: Tensor, masked: Tensor | None = None, keeps: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The output (B, 1 + P, C) of each block, one after the other; arguments as of :meth:`encode`."""
         x = self.embed(patches, masked)
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias = self.relative_position_index if self.rel_pos_bias is None else self.rel_pos_bias()
         scaled = None if keeps is None else keeps.to(x.dtype) * self.kept_gains.to(x.dtype)
         for index, block in enumerate(self.blocks):
             factors = None if scaled is None else scaled[:, index]
@@ -206,24 +232,18 @@ class BeitBackbone(nn.Module):
                 x = checkpoint(block, x, bias, factors, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, bias, factors)
-        return _tensor(self.norm(x))
+            yield x
 
     def forward(self, patches: Tensor, masked: Tensor | None = None, keeps: Tensor | None = None) -> Tensor:
         """See :meth:`encode`."""
         return self.encode(patches, masked, keeps)
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Have each block compiled at its first call, in place: parameters keep their names.
-
-        The blocks are alike, so all but the first (in training and in evaluation) reuse what was compiled.
-        """
-        for block in self.blocks:
-            block.compile(backend=backend, dynamic=False)
-
     def reset_constants(self) -> None:
         """Compute all buffers anew, for a module that was built on the meta device."""
         self.kept_gains.copy_(self._kept_gains())
         self.patch_embed.reset_constants()
+        if self.relative_position_index is not None:
+            self.relative_position_index.copy_(relative_position_index(self.config.grid))
         if self.rel_pos_bias is not None:
             self.rel_pos_bias.reset_constants()
 
@@ -231,6 +251,19 @@ class BeitBackbone(nn.Module):
         """(depth, 1): by how much each block scales a branch that stochastic depth keeps."""
         gains = [[1 / (1 - rate)] for rate in self.config.drop_path_rates]
         return torch.tensor(gains, dtype=torch.float32)
+
+
+def position_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Rows (R, H) of a table by an index (N, N), as a bias (1, H, N, N) in the dtype of the table."""
+    # Looked up in fp32, since a row's gradient is a sum over up to P pairs that bf16 would round at every term.
+    # And by embedding, whose backward adds in a fixed order on CUDA too.
+    bias = F.embedding(index, table.float())
+    return bias.to(table.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def relative_position_rows(grid: int) -> int:
+    """Rows of a relative position table."""
+    return (2 * grid - 1) ** 2 + 3
 
 
 def relative_position_index(grid: int) -> Tensor:
@@ -279,13 +312,6 @@ def _add_branch(x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | 
     if factor is None:
         return x + branch
     return torch.addcmul(x, branch, factor)
-
-
-def _pixel_affine(config: ModelConfig) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-    """(2, D): (x / 255 − mean) / std as one scale and one shift per value of a patch; fp32 bits as int32."""
-    mean, std = np.array(config.pixel_mean), np.array(config.pixel_std)
-    affine = np.tile(np.stack((1 / (255 * std), -mean / std)), config.patch_size**2)
-    return affine.astype(np.float32).view(np.int32)
 
 
 def _tensor(value: Tensor) -> Tensor:

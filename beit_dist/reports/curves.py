@@ -1,171 +1,217 @@
-"""The loss and accuracy curve of a run, from its ``metrics.jsonl``."""
+"""The curves of one run, or of several over each other, each number beside its baselines.
+
+Nothing here knows a kind of training: what is drawn, and what it is called, its numbers declare.
+"""
 
 from __future__ import annotations
 
-import json
-import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from string import Formatter
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from beit_dist.errors import DataError
+from beit_dist.lettering import shortened
+from beit_dist.reports.curve_lines import (
+    HELD_OUT,
+    MARK,
+    draw_alone,
+    draw_among,
+    draw_baselines,
+    mark_resumes,
+    style_of,
+)
+from beit_dist.reports.history import History
+from beit_dist.reports.names import save, verbatim
+from beit_dist.step_numbers import Baseline, KnownBaselines, Number
 
-RAW, SMOOTH, MARK = "#9ab8d8", "#1f4e8c", "#b5502f"
-_SMOOTHED_FROM = 50
-"""Steps from which on a curve is also drawn as a moving average over 4 % of the run."""
-_NAMED_RESUMES = 4
-"""More resumes than these get their lines without the word."""
+OF_EVERY_RUN = (
+    Number(name="lr", help="", text="learning rate {:.2e}"),
+    Number(name="grad_norm", help="The norm of the gradient before clipping.", text="gradient norm {:.3f}"),
+)
+"""What the trainer notes of each step, whatever is trained."""
+
+_FAR = 20.0
+"""A largest norm so many times the median is drawn on a logarithmic scale."""
+_WIDTH, _LINE, _HEADING, _ENTRIES = 6.2, 76, 52, 60
+"""Inches: drawn narrow, so that a phone shows it readably; characters of a small line, of the title,
+and of a line of the legend."""
 
 
 @dataclass(frozen=True)
-class History:
-    """A run's numbers by step, in ascending order; NaN where a number was not finite or not recorded."""
+class Curves:
+    """What is drawn of a run."""
 
-    steps: NDArray[np.int64]
-    loss: NDArray[np.float64]
-    """Mean cross-entropy of the masked patches, in nats."""
-    accuracy: NDArray[np.float64]
-    """Share of the masked patches whose most likely token is right, 0 to 1."""
-    resumed: tuple[int, ...]
-    """First step of each attempt but the first."""
-
-
-def read_history(path: str | Path) -> History:
-    """Read ``metrics.jsonl``: one JSON object per step with ``step``, ``loss`` and ``accuracy``.
-
-    A step that was trained twice counts as its last line says. A last line that is cut short, as a killed run
-    leaves it, is left out.
-
-    Raises:
-        DataError: the file is missing, without a step, or holds something else.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Name a run folder in which training has begun."
-        ) from None
-    rows: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError, RecursionError):
-            if number == len(lines):
-                break
-            raise DataError(
-                f"{path}, line {number}: got {line[:60].decode(errors='replace')!r}, "
-                "expected a JSON object with a step"
-            ) from None
-    if not rows:
-        raise DataError(f"{path}: got no steps, expected at least one. Let the run reach logging.every_steps.")
-    steps = sorted(rows)
-    attempts = [rows[step].get("attempt") for step in steps]
-    resumed = [step for step, old, new in zip(steps[1:], attempts, attempts[1:], strict=False) if old != new]
-    return History(
-        steps=np.array(steps, np.int64),
-        loss=_numbers(rows[step].get("loss") for step in steps),
-        accuracy=_numbers(rows[step].get("accuracy") for step in steps),
-        resumed=tuple(resumed),
-    )
+    name: str
+    history: History
+    numbers: Sequence[Number]
+    """What its steps say; the first is the loss."""
+    measured: Sequence[Number] = ()
+    """What is measured on held-out data."""
+    baselines: KnownBaselines = KnownBaselines()  # noqa: RUF009 (a tuple)
 
 
-def draw_curves(history: History, vocabulary: int, out: str | Path, title: str = "") -> None:
-    """Write a PNG of loss and accuracy over steps, with the loss of guessing and the resumes marked.
+@dataclass(frozen=True)
+class _Panel:
+    """One number of all runs."""
+
+    name: str
+    label: str
+    percent: bool
+    help: str
+
+    @classmethod
+    def of(cls, number: Number) -> _Panel:
+        """As the progress line calls it: ``"PSNR {:.2f} dB"`` is ``PSNR (dB)``."""
+        (before, _, form, _), *rest = Formatter().parse(number.text or f"{number.name} {{}}")
+        unit = "".join(literal for literal, *_ in rest).strip()
+        label = f"{before.strip()} ({unit})" if unit else before.strip()
+        return cls(number.name, label, (form or "").endswith("%"), number.help)
+
+    @property
+    def scale(self) -> int:
+        return 100 if self.percent else 1
+
+    def legend_of(self, baseline: Baseline) -> str:
+        value = f"{100 * baseline.value:.1f} %" if self.percent else f"{baseline.value:.2f}"
+        return f"{baseline.name}: {value}"
+
+    def of_both(self, known: KnownBaselines) -> list[Baseline]:
+        """In training, and on held-out data where that is another."""
+        training, held_out = (list(each.get(self.name, ())) for each in (known.training, known.held_out))
+        shown = {self.legend_of(baseline) for baseline in training}
+        others = [baseline for baseline in held_out if self.legend_of(baseline) not in shown]
+        return training + [Baseline(f"{baseline.name}, held out", baseline.value) for baseline in others]
+
+
+def panels_of(run: Curves) -> list[Number]:
+    """The numbers drawn: the loss, what is measured on held-out data and shown, and those of every run."""
+    loss = run.numbers[0]
+    measured = [number for number in run.measured if number.text is not None and number.name != loss.name]
+    return [loss, *measured, *OF_EVERY_RUN]
+
+
+def draw_curves(runs: Sequence[Curves], out: str | Path, title: str = "") -> None:
+    """Write a PNG with a panel for each number, over the steps.
+
+    One run is drawn with every step, its moving average, what was measured on held-out data and the resumes.
+    Of several each has a colour: a line for its moving average, dots for held-out data. Where their batches
+    differ, samples are to the right in place of steps.
 
     Args:
-        history: what :func:`read_history` found.
-        vocabulary: number of visual tokens; guessing among them costs ln(vocabulary).
+        runs: at least one; the first says which numbers are drawn.
         out: the PNG file.
-        title: above the picture.
+        title: above the picture of one run; several have a legend there.
     """
-    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    guessing = math.log(vocabulary)
-
-    _curve(upper, history.steps, history.loss)
-    upper.axhline(guessing, color="black", linewidth=0.8, linestyle="--")
-    upper.annotate(
-        f"guessing: ln {vocabulary} = {guessing:.2f}",
-        (1, guessing),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, -4),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=9,
-    )
-    upper.set_title(title or "Pre-training")
-    upper.set_ylabel("loss per masked patch (nats)")
-    upper.margins(y=0.08)
-    if len(history.steps) >= _SMOOTHED_FROM:
-        upper.legend(loc="lower left", frameon=False, fontsize=9)
-
-    _curve(lower, history.steps, 100 * history.accuracy)
-    lower.set_ylabel("masked tokens\npredicted right (%)")
-    lower.set_ylim(bottom=0)
-    lower.set_xlabel("optimizer step")
-    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (upper, lower):
-        axes.grid(color="0.92")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        for step in history.resumed:
-            axes.axvline(step, color=MARK, linewidth=0.9, linestyle=":")
-    _name_resumes(upper, history.resumed)
+    panels = [_Panel.of(number) for number in panels_of(runs[0])]
+    heights = [2.7, *(1.9 for _ in panels[1:-2]), 1.2, 1.2]
+    named = 0.2 * len(runs) + 0.2 if len(runs) > 1 else 0.0
+    size = (_WIDTH, sum(heights) + 0.5 * len(panels) + 0.6 + named)
+    figure = Figure(figsize=size, dpi=180, layout="constrained")
+    drawn = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    unit = "step" if _same_batch(runs) else "samples"
+    said: set[str] = set()
+    for axes, panel in zip(drawn, panels, strict=True):
+        _draw_panel(axes, panel, runs, unit, said)
+    drawn[-1].set_xlabel("optimizer step" if unit == "step" else "samples trained on")
+    drawn[-1].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     figure.align_ylabels()
-
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
-
-
-def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A centred moving average over 4 % of the values; NaN counts as absent."""
-    reach = max(1, len(values) // 50)
-    known = np.isfinite(values)
-    sums = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
-    counts = np.concatenate(([0], np.cumsum(known)))
-    first = np.maximum(np.arange(len(values)) - reach, 0)
-    last = np.minimum(np.arange(len(values)) + reach + 1, len(values))
-    present = counts[last] - counts[first]
-    mean = (sums[last] - sums[first]) / np.maximum(present, 1)
-    return np.where(present > 0, mean, np.nan)
+    if len(runs) > 1:
+        _name_runs(figure, runs)
+    else:
+        lines = textwrap.wrap(shortened(title, 2 * _HEADING), _HEADING)
+        verbatim(figure.suptitle("\n".join(lines), fontsize=12))
+    save(figure, out)
 
 
-def _curve(axes: Axes, steps: NDArray[np.int64], values: NDArray[np.float64]) -> None:
-    if len(steps) < _SMOOTHED_FROM:
-        axes.plot(steps, values, color=SMOOTH, linewidth=1.4, marker="o", markersize=2.5)
-        return
-    axes.plot(steps, values, color=RAW, linewidth=0.7, label="every step")
-    axes.plot(steps, smoothed(values), color=SMOOTH, linewidth=1.6, label="moving average")
+def _draw_panel(axes: Axes, panel: _Panel, runs: Sequence[Curves], unit: str, said: set[str]) -> None:
+    """A number of all runs; ``said`` is what the legends above explain already."""
+    for place, run in enumerate(runs):
+        if len(runs) == 1:
+            draw_alone(axes, run.history, panel.name, unit, panel.scale, smooth=panel.name != "lr")
+            mark_resumes(axes, run.history.resumed)
+        else:
+            draw_among(axes, run.history, panel.name, unit, panel.scale, place)
+    baselines = _common([panel.of_both(run.baselines) for run in runs])
+    named = [(panel.legend_of(baseline), panel.scale * baseline.value) for baseline in baselines]
+    draw_baselines(axes, named, held_out=HELD_OUT if len(runs) == 1 else MARK)
+    axes.set_ylabel(panel.label)
+    if panel.percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    if panel.name == "grad_norm" and _spread_far([run.history.trained.values(panel.name) for run in runs]):
+        axes.set_yscale("log")
+    axes.margins(y=0.08)
+    if panel.percent:
+        axes.set_ylim(bottom=0)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    unknown = {run.baselines.unknown for run in runs if panel.name == run.numbers[0].name} - {""}
+    _explain(axes, [panel.help, *(f"Baselines: {shortened(what, 2 * _LINE)}" for what in sorted(unknown))], said)
 
 
-def _name_resumes(axes: Axes, resumed: Sequence[int]) -> None:
-    for step in resumed[:_NAMED_RESUMES] if len(resumed) <= _NAMED_RESUMES else ():
-        axes.annotate(
-            f"resumed at step {step}",
-            (step, 0.5),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, 0),
-            textcoords="offset points",
-            rotation=90,
-            va="center",
-            fontsize=8,
-            color=MARK,
-        )
+def _explain(axes: Axes, texts: Sequence[str], said: set[str]) -> None:
+    """What the number is, and what its lines are, above the panel: there nothing is covered."""
+    handles, labels = axes.get_legend_handles_labels()
+    new = {label: handle for handle, label in zip(handles, labels, strict=True) if label not in said}
+    said.update(new)
+    legend = axes.legend(
+        new.values(),
+        new.keys(),
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        borderpad=0.1,
+        ncols=min(len(new), 3 if 3 * max(map(len, new)) <= _ENTRIES else 2) if new else 1,
+        frameon=False,
+        fontsize=9,
+        handlelength=2.2,
+        columnspacing=1.2,
+        title="\n".join(line for text in texts for line in textwrap.wrap(text, _LINE)),
+        title_fontsize=8,
+        alignment="left",
+    )
+    legend.get_title().set_color("0.35")
+    for text in (*legend.get_texts(), legend.get_title()):
+        verbatim(text)
 
 
-def _numbers(values: Any) -> NDArray[np.float64]:
-    """JSON numbers to float64; null becomes NaN."""
-    return np.array([math.nan if value is None else value for value in values], np.float64)
+def _name_runs(figure: Figure, runs: Sequence[Curves]) -> None:
+    legend = figure.legend(
+        [Line2D([], [], linewidth=2.5, **style_of(place)) for place in range(len(runs))],
+        [shortened(run.name, 60) for run in runs],
+        loc="outside upper left",
+        frameon=False,
+        fontsize=9,
+        title="line: training, moving average; dots: held out",
+        title_fontsize=8,
+        alignment="left",
+    )
+    for text in legend.get_texts():
+        verbatim(text)
+
+
+def _common(of_runs: Sequence[Sequence[Baseline]]) -> list[Baseline]:
+    """The baselines that are the same for all runs."""
+    first, *others = of_runs
+    values = [{baseline.name: baseline.value for baseline in other} for other in others]
+    return [one for one in first if all(np.isclose(other.get(one.name, np.nan), one.value) for other in values)]
+
+
+def _same_batch(runs: Sequence[Curves]) -> bool:
+    """Whether a step of each run takes as many samples, so that steps can be compared."""
+    ends = [run.history.trained.lines[-1] for run in runs]
+    return len({end["samples"] / end["step"] if "samples" in end else 0 for end in ends}) == 1
+
+
+def _spread_far(values: Sequence[NDArray[np.float64]]) -> bool:
+    known = np.concatenate(values)
+    known = known[np.isfinite(known)]
+    return len(known) > 0 and known.min() > 0 and known.max() > _FAR * np.median(known)

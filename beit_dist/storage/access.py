@@ -1,4 +1,4 @@
-"""How storage at URLs is reached: time limits, connections, and options for fsspec. No secret is ever in here."""
+"""How URLs are reached: time limits, connections, and options for fsspec. It never holds a secret."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ class Access:
     """Settings of all requests. Credentials are not among them: the clients take them from the environment.
 
     Attributes:
-        retry_seconds: how long a request is tried again, from its first failure on.
-        connect_seconds: limit for a connection to be made.
+        retry_seconds: how long a request is retried, counted from its first failure.
+        connect_seconds: limit for making a connection.
         read_seconds: limit for the next bytes of an answer.
-        connections: at most so many to one store from one process.
-        s3_reader: what reads ranges of objects in S3: ``s3fs`` or ``obstore``.
+        connections: most connections of one process to one store.
         options: for fsspec, by protocol: ``{"s3": {"endpoint_url": "https://..."}}``.
     """
 
@@ -25,4 +24,3 @@ class Access:
     read_seconds: float = 30.0
     connections: int = 32
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    s3_reader: str = "s3fs"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from beit_dist.durable import write_once, write_whole, writing
+from beit_dist.storage.access import Access
 from beit_dist.storage.direct import DirectFile
+from beit_dist.storage.durable import write_once, write_whole, writing
 from beit_dist.storage.place import Place
 
 
@@ -21,6 +22,11 @@ class LocalPlace(Place):
     """A folder; see :class:`Place`."""
 
     folder: Path
+
+    @classmethod
+    def at(cls, where: str, access: Access) -> LocalPlace:
+        """The folder at a path or a ``file://`` URL."""
+        return cls(Path(where.removeprefix("file://")))
 
     @property
     def name(self) -> str:
@@ -62,13 +68,6 @@ class LocalPlace(Place):
 
     def size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
-
-    def sizes(self, names: Sequence[str]) -> dict[str, int]:
-        found = {}
-        for name in names:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                found[name] = self.size(name)
-        return found
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()

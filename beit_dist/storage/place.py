@@ -6,6 +6,7 @@ promise the same: a file appears whole or not at all, and of several processes t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from beit_dist.errors import ConfigError
 
@@ -56,6 +57,11 @@ class Place(ABC):
         """Whether :attr:`path` is a path that other programs can open."""
         return False
 
+    takes_files = True
+    """Whether files can be written."""
+    can_list = True
+    """Whether :meth:`files` finds every file, with its size."""
+
     @property
     def path(self) -> Path:
         """The folder's path.
@@ -81,9 +87,13 @@ class Place(ABC):
     def size(self, name: str) -> int:
         """Bytes of a file."""
 
-    @abstractmethod
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
         """Bytes of each of these files that is there; many at once, with as few requests as there need be."""
+        found = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found[name] = self.size(name)
+        return found
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
@@ -159,24 +169,4 @@ def is_url(where: str | os.PathLike[str]) -> bool:
 def shown(url: str) -> str:
     """A URL as messages and files may have it: without user, password and query, which can hold credentials."""
     parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def check_place(field: str, where: str) -> None:
-    """Refuse what names no place, or holds credentials, which would end up in copies of the recipe.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if not is_url(where):
-        return
-    parts = urlsplit(where)
-    if "@" in parts.netloc or parts.query:
-        raise ConfigError(
-            field,
-            shown(where),
-            "a URL without user, password and query",
-            "Give credentials in the environment (AWS_ACCESS_KEY_ID, ...) or in the client's own files.",
-        )
-    if "::" in where or parts.scheme == "pipe" or not (parts.netloc or parts.path.strip("/")):
-        raise ConfigError(field, shown(where), "a folder, or a URL such as s3://bucket/folder")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

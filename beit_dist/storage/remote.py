@@ -1,4 +1,4 @@
-"""A place at a URL: an object store, a web server, or whatever else fsspec reaches."""
+"""A place at a URL: whatever fsspec reaches, and what S3 and web servers have in common with that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -18,30 +18,32 @@ from fsspec.spec import AbstractBufferedFile
 
 from beit_dist.errors import AccessError, ConfigError, StorageError
 from beit_dist.storage.access import Access
-from beit_dist.storage.http_ranges import read_http_range
-from beit_dist.storage.listings import folder_files, s3_files
+from beit_dist.storage.listings import folder_files
 from beit_dist.storage.place import Buffer, Place, shown
 from beit_dist.storage.retries import ShortReadError, retrying
-from beit_dist.storage.uploads import S3Upload
 
 _Result = TypeVar("_Result")
-_S3 = ("s3", "s3a")
-_HTTP = ("http", "https")  # fsspec takes the links of a page for a list, which has no sizes
 _PART = 16 << 20
-"""Bytes of one part of an upload to a store other than S3."""
+"""Bytes of one part of an upload."""
 
 _systems: dict[tuple[int, str, int], Any] = {}
 _lock = threading.Lock()
 
 
 class RemotePlace(Place):
-    """A folder at ``url``; see :class:`Place`.
+    """A folder at ``url``; see :class:`Place`. A store that fsspec does not do justice to has a class of its own.
 
     The client is opened by the process that uses it, at the first use: what was opened before a fork hangs.
+
+    Attributes:
+        scheme: of the URL.
+        address: what follows the scheme: host or bucket, and path.
+        access: how the store is reached.
     """
 
     def __init__(self, url: str, access: Access) -> None:
-        self._url, self._access = url.rstrip("/"), access
+        self._url, self.access = url.rstrip("/"), access
+        self.scheme, _, self.address = self._url.partition("://")
 
     @property
     def name(self) -> str:
@@ -58,19 +60,13 @@ class RemotePlace(Place):
 
     @property
     def parent(self) -> RemotePlace:
-        return RemotePlace(self._url.rpartition("/")[0], self._access)
+        return type(self)(self._url.rpartition("/")[0], self.access)
 
     def __truediv__(self, name: str) -> RemotePlace:
-        return RemotePlace(self._key(name), self._access)
+        return type(self)(self._key(name), self.access)
 
     def make(self) -> None:
-        """Nothing, as a store has no folders; where nothing can be written this is the time to say so.
-
-        Raises:
-            ConfigError: the URL is a web server's.
-        """
-        if urlsplit(self._url).scheme in _HTTP:
-            raise ConfigError("url", str(self), "a folder or an object store", "Web servers take no files.")
+        """Nothing, as a store has no folders; where nothing can be written this is the time to say so."""
 
     def list(self, name: str = "") -> list[str]:
         folder = self._key(name)
@@ -82,10 +78,6 @@ class RemotePlace(Place):
         return sorted(names - {"", PurePosixPath(urlsplit(folder).path).name})
 
     def files(self) -> Iterator[tuple[str, int]]:
-        if urlsplit(self._url).scheme in _S3:
-            bucket, _, key = self._url.partition("://")[2].partition("/")
-            yield from s3_files(self.system(), bucket, f"{key}/" if key else "")
-            return
         root: str = self.system()._strip_protocol(self._url)
 
         def ls(folder: str) -> list[dict[str, Any]]:
@@ -99,11 +91,11 @@ class RemotePlace(Place):
         key = self._key(name)
         size = self._try(lambda fs: fs.info(key), key)["size"]
         if size is None:
-            raise OSError(f"{shown(key)}: the server does not say how large it is")
+            raise OSError(f"{shown(key)}: the server does not tell its size")
         return int(size)
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
-        found = {} if urlsplit(self._url).scheme in _HTTP else self._listed({*map(_folder_of, names)})
+        found = self._listed({*map(_folder_of, names)}) if self.can_list else {}
         found = {name: found[name] for name in names if name in found}
         asked = [name for name in names if name not in found]
 
@@ -113,7 +105,7 @@ class RemotePlace(Place):
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
-        with ThreadPoolExecutor(self._access.connections, "sizes") as pool:
+        with ThreadPoolExecutor(self.access.connections, "sizes") as pool:
             answers = zip(asked, pool.map(ask, asked), strict=True)
             return found | {name: size for name, size in answers if size is not None}
 
@@ -139,15 +131,9 @@ class RemotePlace(Place):
 
     def read_range(self, name: str, offset: int, size: int) -> Buffer:
         key = self._key(name)
-        on_the_web = urlsplit(key).scheme in _HTTP
 
         def read(fs: Any) -> bytes:
-            # By name: the second position of s3fs's cat_file is a version id.
-            content: bytes = (
-                read_http_range(fs, key, offset, size)
-                if on_the_web
-                else fs.cat_file(key, start=offset, end=offset + size)
-            )
+            content = self.read_once(fs, key, offset, size)
             if len(content) == size:
                 return content
             # A range past the end comes back short, and a server that ignores ranges sends the whole file.
@@ -173,7 +159,7 @@ class RemotePlace(Place):
             self._try(lambda fs: fs.pipe_file(key, content, mode="create"), key)
         except NotImplementedError:
             raise ConfigError(
-                "url", str(self), "a store that can create a file only if there is none (a conditional PUT)"
+                "url", str(self), "a store that can refuse to replace a file (a conditional PUT)"
             ) from None
         except StorageError:
             raise
@@ -189,15 +175,6 @@ class RemotePlace(Place):
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
         key = self._key(name)
-        if urlsplit(self._url).scheme in _S3:
-            upload = S3Upload(self.system(), *key.partition("://")[2].split("/", 1))
-            try:
-                yield cast(BinaryIO, upload)
-                upload.complete()
-            except BaseException:
-                upload.abort()
-                raise
-            return
         file = self._try(lambda fs: fs.open(key, "wb", block_size=_PART), key)
         try:
             yield file
@@ -225,16 +202,38 @@ class RemotePlace(Place):
         return f"{self._url}/{name}" if name else self._url
 
     def _try(self, action: Callable[[Any], _Result], key: str) -> _Result:
-        return retrying(partial(action, self.system()), shown(key), self._access.retry_seconds)
+        return retrying(partial(action, self.system()), shown(key), self.access.retry_seconds)
 
     def system(self) -> Any:
         """The fsspec file system of this process."""
-        protocol = urlsplit(self._url).scheme
-        mark = (os.getpid(), protocol, hash(repr(self._access)))
+        mark = (os.getpid(), self.scheme, hash(repr(self.access)))
         with _lock:
             if mark not in _systems:
-                _systems[mark] = _open(protocol, self._access, str(self))
+                _systems[mark] = self.open_system()
             return _systems[mark]
+
+    def open_system(self) -> Any:
+        """A new file system of fsspec, which must not list from memory.
+
+        Raises:
+            ConfigError: an argument is missing, unknown or wrong.
+        """
+        options = self.options()
+        try:
+            return fsspec.filesystem(self.scheme, use_listings_cache=False, **options)
+        except (TypeError, ValueError, ImportError) as error:
+            expected = f"options that fsspec accepts ({error})"
+            raise ConfigError(f"storage.options.{self.scheme}", options, expected) from None
+
+    def options(self) -> dict[str, Any]:
+        """What fsspec's file system is opened with."""
+        return dict(self.access.options.get(self.scheme, {}))
+
+    def read_once(self, system: Any, url: str, offset: int, size: int) -> bytes:
+        """``size`` bytes of the file at ``url`` from ``offset`` on, or as many of them as it has; one attempt."""
+        # By name: the second position of s3fs's cat_file is a version id.
+        content: bytes = system.cat_file(url, start=offset, end=offset + size)
+        return content
 
 
 def _details(folder: str, fs: Any) -> Any:
@@ -247,28 +246,3 @@ def _folder_of(name: str) -> str:
 
 class _TooFarError(FileNotFoundError):
     """A range beyond the end of a file: no retry makes it longer."""
-
-
-def _open(protocol: str, access: Access, where: str) -> Any:
-    if protocol in _S3:
-        from beit_dist.storage.s3 import open_s3
-
-        return open_s3(access)
-    options = dict(access.options.get(protocol, {}))
-    if protocol in _HTTP:
-        options["client_kwargs"] = {"timeout": _http_timeout(access), **options.get("client_kwargs", {})}
-    try:
-        return fsspec.filesystem(protocol, use_listings_cache=False, **options)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(
-            "url", where, "a protocol that fsspec knows and whose package is installed", str(error)
-        ) from None
-    except TypeError as error:  # of Python: an argument of its file system is missing, or unknown
-        raise ConfigError(f"storage.options.{protocol}", options, f"its settings ({error})") from None
-
-
-def _http_timeout(access: Access) -> Any:
-    """aiohttp's own limit is five minutes for a whole answer, however fast it comes in."""
-    import aiohttp
-
-    return aiohttp.ClientTimeout(total=None, sock_connect=access.connect_seconds, sock_read=access.read_seconds)

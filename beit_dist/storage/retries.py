@@ -1,4 +1,4 @@
-"""Trying a request again: which failures may pass, how long to wait, when to give up, and how many there were."""
+"""Retries: which failures may pass, how long to wait, when to give up, and how many retries there were."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ class Backoff:
         pause = random.SystemRandom().uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**self._failures))
         if now + pause - self._since > self._limit:
             raise StorageError(
-                f"{self._what}: {_said(error)}. Tried {self._failures + 1} times in {now - self._since:.0f} s; "
-                "storage.retry_seconds is the limit."
+                f"{self._what}: {_said(error)}. Gave up after {self._failures + 1} attempts in "
+                f"{now - self._since:.0f} s. Raise storage.retry_seconds to try for longer."
             ) from error
         self._failures += 1
         counts.add(cause)
@@ -165,13 +165,14 @@ def _raise_final(error: Exception, what: str) -> NoReturn:
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & _NO_CREDENTIALS:
         raise AccessError(
-            f"{what}: found no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile in the "
-            "environment, or storage.options.s3.anon=true for a public bucket."
+            f"{what}: found no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in "
+            "the environment. For a public bucket, set storage.options.s3.anon=true."
         ) from error
     status = getattr(error, "status", None)
     if isinstance(error, PermissionError) or status in (401, 403):
         raise AccessError(
-            f"{what}: access denied ({_said(error)}). Check the credentials in the environment and their rights."
+            f"{what}: access denied ({_said(error)}). Check the credentials in the environment and what they "
+            "may do."
         ) from error
     if type(error).__module__.startswith(("aiohttp", "botocore")):
         raise OSError(f"{what}: {_said(error)}") from error

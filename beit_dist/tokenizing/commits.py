@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from beit_dist.data.manifest import ShardInfo
 from beit_dist.errors import DataError, StorageError
+from beit_dist.shards.manifest import ShardInfo
+from beit_dist.shards.sample import SampleLayout
+from beit_dist.shards.statistics import Tally
 from beit_dist.storage.place import Place
 from beit_dist.tokenizing.rejected import Rejected
 
 _READ_AT_ONCE = 32
+_TALLY = "tally"
 _VIEW, _SHARD = re.compile(r"v\d{2}"), re.compile(r"[^.].*\.tar")
 
 
@@ -25,12 +28,14 @@ class Commit:
     Args:
         job: digest of the job's settings, which include the list of images and the tokenizer.
         files: one entry for each view; empty if every image of the shard was rejected.
+        tally: of the samples of all views; None in commits of earlier versions, and where it was not asked for.
     """
 
     shard: int
     job: str
     files: tuple[ShardInfo, ...]
     rejected: tuple[Rejected, ...]
+    tally: Tally | None = None
 
     @property
     def samples(self) -> int:
@@ -67,32 +72,45 @@ def write_commit(out: Place, commit: Commit) -> None:
         "files": [asdict(info) for info in commit.files],
         "rejected": [entry._asdict() for entry in commit.rejected],
     }
-    out.write(_name(commit.shard), (json.dumps(content, indent=1) + "\n").encode())
+    text = json.dumps(content, indent=1)
+    if commit.tally is not None:  # on one line: thousands of numbers
+        text = f'{text[:-2]},\n "{_TALLY}": {json.dumps(commit.tally.to_json())}\n}}'
+    out.write(_name(commit.shard), (text + "\n").encode())
 
 
-def read_commits(out: Place, shards: Sequence[int]) -> list[Commit | None]:
+def read_commits(
+    out: Place, shards: Sequence[int], counted: SampleLayout | None = None
+) -> Iterator[Commit | None]:
     """The commits of these shards, None where there is none.
+
+    Args:
+        counted: of their samples, where the tallies shall be read too; they are large.
 
     Raises:
         DataError: a file is none of ours.
     """
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        return list(pool.map(lambda shard: read_commit(out, shard), shards))
+        yield from pool.map(lambda shard: read_commit(out, shard, counted), shards)
 
 
-def read_commit(out: Place, shard: int) -> Commit | None:
+def read_commit(out: Place, shard: int, counted: SampleLayout | None = None) -> Commit | None:
     """The commit of a shard number, None if there is none.
+
+    Args:
+        counted: see :func:`read_commits`.
 
     Raises:
         DataError: the file is none of ours.
     """
     try:
         content: dict[str, Any] = json.loads(out.read(_name(shard)))
+        tally = content.get(_TALLY) if counted is not None else None
         return Commit(
             shard=content["shard"],
             job=content["job"],
             files=tuple(ShardInfo(**info) for info in content["files"]),
             rejected=tuple(Rejected(**entry) for entry in content["rejected"]),
+            tally=None if tally is None or counted is None else Tally.from_json(tally, counted),
         )
     except FileNotFoundError:
         return None

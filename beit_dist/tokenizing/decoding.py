@@ -21,19 +21,23 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import NamedTuple
 
-from beit_dist.data.images import Augment, View, decode, make_view, patchify
-from beit_dist.data.rejection import ImageRejectedError
 from beit_dist.errors import SampleError, UserError
+from beit_dist.images.decoding import Augment, View, decode, make_view, patchify
+from beit_dist.images.rejection import ImageRejectedError
 from beit_dist.storage.access import Access
 from beit_dist.storage.retries import counts
 from beit_dist.tokenizing.metrics import Metrics
-from beit_dist.tokenizing.sources import Source, read_source
+from beit_dist.tokenizing.sources import ListedImage, read_listed
 
 CHUNK = 8
 """Images of one task: enough to make passing tasks around cheap, few enough to spread over the processes."""
 _TASKS = 3
 """Of one process: one is decoded, the others are read ahead. Their files are held in memory."""
 _READERS = 2 * CHUNK
+
+
+_Read = tuple[bytes | ImageRejectedError, float]
+"""An image's bytes, or why they cannot be used; and the seconds it took."""
 
 
 class Recipe(NamedTuple):
@@ -50,7 +54,7 @@ class Recipe(NamedTuple):
 class Decoded(NamedTuple):
     """An image in all its views; or none and the reason."""
 
-    source: Source
+    listed: ListedImage
     views: tuple[View, ...]
     """Their ``image`` is already patches: uint8 (patches, 3 · patch_size²)."""
     reason: str = ""
@@ -68,13 +72,18 @@ class _Done(NamedTuple):
     error: Exception | None = None
 
 
-def decode_source(recipe: Recipe, source: Source, raw: bytes) -> Decoded:
+def decode_listed(recipe: Recipe, listed: ListedImage, raw: bytes | ImageRejectedError) -> Decoded:
     """Decode one image, once, and make all its views; one that cannot be used is not an error.
+
+    Args:
+        raw: its bytes, or why there are none that can be used.
 
     Raises:
         SampleError: this machine has too little memory for it.
     """
     try:
+        if isinstance(raw, ImageRejectedError):
+            raise raw
         image = decode(raw)
         views = []
         for view in range(recipe.views):
@@ -84,17 +93,17 @@ def decode_source(recipe: Recipe, source: Source, raw: bytes) -> Decoded:
                 token_size=recipe.token_size,
                 augment=recipe.augment,
                 seed=recipe.seed,
-                sample_id=source.sample_id,
+                sample_id=listed.sample_id,
                 view=view,
             )
             views.append(made._replace(image=patchify(made.image, recipe.patch_size)))
     except ImageRejectedError as error:
-        return Decoded(source, (), str(error), error.kind)
+        return Decoded(listed, (), str(error), error.kind)
     except MemoryError:
         raise SampleError(
-            f"{source.place}: {source.name}: no memory to decode it. Use fewer --decoders, or more memory"
+            f"{listed.place}: {listed.name}: not enough memory to decode it. Use fewer --decoders, or more memory"
         ) from None
-    return Decoded(source, tuple(views))
+    return Decoded(listed, tuple(views))
 
 
 class Decoders:
@@ -121,13 +130,12 @@ class Decoders:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def decode(self, sources: Iterable[Source]) -> Iterator[Decoded]:
-        """The images in the order of ``sources``."""
+    def decode(self, images: Iterable[ListedImage]) -> Iterator[Decoded]:
+        """The images in the order of ``images``."""
         if not self._connections:
-            for source in sources:
-                yield self._decode_here(source)
+            yield from map(self._decode_here, images)
             return
-        rest = iter(sources)
+        rest = iter(images)
         chunks = iter(lambda: list(itertools.islice(rest, CHUNK)), [])
         turns = itertools.cycle(self._connections)
         pending: deque[Connection] = deque()
@@ -147,7 +155,7 @@ class Decoders:
                 yield from done.decoded
         except (EOFError, ConnectionError):
             raise SampleError(
-                "a decoding process died, most likely killed for want of memory. Run the same command again, with "
+                "a decoding process died, most likely because memory ran out. Run the same command again with "
                 "fewer --decoders or more memory: finished shards are kept"
             ) from None
 
@@ -158,12 +166,11 @@ class Decoders:
         for process in self._processes:
             process.join()
 
-    def _decode_here(self, source: Source) -> Decoded:
+    def _decode_here(self, listed: ListedImage) -> Decoded:
+        raw, read_seconds = _timed_read(listed, self._access)
         began = time.perf_counter()
-        raw = read_source(source, self._access)
-        read = time.perf_counter()
-        decoded = decode_source(self._recipe, source, raw)
-        self._note(_Done([], read - began, time.perf_counter() - read, {}))
+        decoded = decode_listed(self._recipe, listed, raw)
+        self._note(_Done([], read_seconds, time.perf_counter() - began, {}))
         return decoded
 
     def _note(self, done: _Done) -> None:
@@ -185,25 +192,25 @@ def _serve(connection: Connection, recipe: Recipe, access: Access) -> None:
     """A decoding process: tasks in, their images out, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
     warnings.filterwarnings("ignore", module="PIL")  # of images that are used all the same; ours are reasons
-    tasks: deque[list[tuple[Source, Future[tuple[bytes, float]]]]] = deque()
+    tasks: deque[list[tuple[ListedImage, Future[_Read]]]] = deque()
     with ThreadPoolExecutor(_READERS) as readers:
         try:
             while True:
                 while not tasks or connection.poll():
-                    chunk: list[Source] = connection.recv()
-                    tasks.append([(source, readers.submit(_timed_read, source, access)) for source in chunk])
+                    chunk: list[ListedImage] = connection.recv()
+                    tasks.append([(listed, readers.submit(_timed_read, listed, access)) for listed in chunk])
                 connection.send(_run(recipe, tasks.popleft()))
         except (EOFError, ConnectionError):
             os._exit(0)  # at once: a read of a store may be waiting for a long time
 
 
-def _run(recipe: Recipe, task: list[tuple[Source, Future[tuple[bytes, float]]]]) -> _Done:
+def _run(recipe: Recipe, task: list[tuple[ListedImage, Future[_Read]]]) -> _Done:
     decoded, read_seconds, decode_seconds = [], 0.0, 0.0
     try:
-        for source, reading in task:
+        for listed, reading in task:
             raw, seconds = reading.result()
             began = time.perf_counter()
-            decoded.append(decode_source(recipe, source, raw))
+            decoded.append(decode_listed(recipe, listed, raw))
             read_seconds += seconds
             decode_seconds += time.perf_counter() - began
     except UserError as error:
@@ -213,7 +220,11 @@ def _run(recipe: Recipe, task: list[tuple[Source, Future[tuple[bytes, float]]]])
     return _Done(decoded, read_seconds, decode_seconds, counts.take())
 
 
-def _timed_read(source: Source, access: Access) -> tuple[bytes, float]:
+def _timed_read(listed: ListedImage, access: Access) -> _Read:
     began = time.perf_counter()
-    raw = read_source(source, access)
+    raw: bytes | ImageRejectedError
+    try:
+        raw = read_listed(listed, access)
+    except ImageRejectedError as error:
+        raw = error
     return raw, time.perf_counter() - began

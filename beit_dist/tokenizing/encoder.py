@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from beit_dist.errors import TokenizerError
+from beit_dist.models.dvae import DVAE
 from beit_dist.tokenizing.job import Precision
-from beit_dist.visual_tokens.dvae import DVAE
 
 
 class Encoder(Protocol):
@@ -25,7 +25,7 @@ class DVAEEncoder:
     """A loaded dVAE on a device.
 
     Args:
-        model: from :func:`beit_dist.visual_tokens.weights.load_tokenizer`, on its device.
+        model: from :func:`beit_dist.weights.tokenizer_files.load_tokenizer`, on its device.
         precision: of the encoder's residual paths; all else is fp32.
     """
 

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from beit_dist.data.shards import MANIFEST_NAME, Manifest, check_shard_files, load_manifest, shard_name
-from beit_dist.durable import leftovers
 from beit_dist.errors import DataError
+from beit_dist.shards.manifest import (
+    HELD_OUT_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    check_shard_files,
+    load_manifest,
+    shard_name,
+)
+from beit_dist.shards.statistics import Statistics, Tally, write_statistics
+from beit_dist.storage.durable import leftovers
 from beit_dist.storage.place import Place
 from beit_dist.tokenizing.commits import Commit, read_commits, shard_files, sizes_of
 from beit_dist.tokenizing.job import JOB_NAME, Job, check_same_job, read_job
+from beit_dist.tokenizing.parts import Part, parts_of
 from beit_dist.tokenizing.rejected import REJECTED_NAME, Rejected, check_rejected, rejection_limit
-from beit_dist.tokenizing.sources import SourceList
+from beit_dist.tokenizing.sources import SOURCES_NAME, SourceList, read_header
 
 _LISTED = 20
 
 
 def finish(out: Place, settings: Mapping[str, Any], max_rejected: str, workers: int | None = None) -> Manifest:
-    """Check the commits, write ``rejected.jsonl`` and, last of all, ``manifest.json``.
+    """Check the commits, write ``rejected.jsonl``, ``statistics.json`` and, last of all, ``manifest.json``.
+
+    Those of the held-out images come first: a folder with a manifest has all that belongs to it. There are no
+    statistics if a commit of an earlier version has no counts.
 
     Files are checked by their sizes, as reading every byte again would take as long as copying the data set;
-    ``tools/check_shards.py`` reads them.
+    ``beit check`` reads them.
 
     Args:
         settings: what the user gave (None: not given), compared with the recorded job.
@@ -37,12 +50,21 @@ def finish(out: Place, settings: Mapping[str, Any], max_rejected: str, workers: 
     sources = SourceList(out, job.shard_samples)
     if sources.sha256 != job.images:
         raise DataError(f"{sources.path}: changed since the job began. Put the old file back, or start over")
-    commits = _whole_commits(out, job, sources.shards, workers)
-    _check_foreign(out, commits)
-    rejected = [entry for commit in commits for entry in commit.rejected]
+    parts = [(part, *_whole_commits(part, workers)) for part in parts_of(out, job, sources)]
+    rejected = [entry for _, commits, _ in parts for commit in commits for entry in commit.rejected]
     check_rejected(len(rejected), rejection_limit(max_rejected, sources.header.entries), rejected)
-    if not any(commit.samples for commit in commits):
-        raise DataError(f"{out}: every image was rejected, so there is nothing to train on")
+    for part, commits, _ in parts:
+        _check_foreign(part.out, commits)
+        if not any(commit.samples for commit in commits):
+            lost = "nothing to measure on: start over with more --held-out" if part.name else "nothing to train on"
+            raise DataError(f"{part.out}: every image was rejected, so there is {lost}")
+    *_, manifest = [_write(part, commits, tally) for part, commits, tally in parts]
+    return manifest
+
+
+def _write(part: Part, commits: Sequence[Commit], tally: Tally | None) -> Manifest:
+    out, job = part.out, part.job
+    rejected = [entry for commit in commits for entry in commit.rejected]
     _remove_leftovers(out, job)
     with out.writing(REJECTED_NAME) as file:
         file.writelines(entry.to_line() for entry in rejected)
@@ -54,6 +76,8 @@ def finish(out: Place, settings: Mapping[str, Any], max_rejected: str, workers: 
         rejected=len(rejected),
         shards=tuple(commit.files[view] for view in range(job.views) for commit in commits if commit.files),
     )
+    if tally is not None:
+        write_statistics(out, manifest, Statistics(tally, whole=True))
     out.write(MANIFEST_NAME, manifest.to_bytes())
     return manifest
 
@@ -77,19 +101,32 @@ def finished(out: Place, settings: Mapping[str, Any]) -> Manifest | None:
         raise DataError(f"{out}: holds a finished data set, but no {JOB_NAME}. Use another --out")
     manifest = load_manifest(out)
     check_same_job(out, read_job(out), settings)
+    split = out.exists(SOURCES_NAME) and read_header(out).held_out > 0
     try:
         check_shard_files(out, manifest)
+        if split:
+            check_shard_files(out / HELD_OUT_NAME, load_manifest(out / HELD_OUT_NAME))
     except DataError:
         return None
     return manifest
 
 
-def _whole_commits(out: Place, job: Job, shards: int, workers: int | None) -> list[Commit]:
-    found = read_commits(out, range(shards))
-    commits = [commit for commit in found if commit is not None]
-    missing = [shard for shard, commit in enumerate(found) if commit is None]
-    for commit in commits:
+def _whole_commits(part: Part, workers: int | None) -> tuple[list[Commit], Tally | None]:
+    """All commits, and their tallies' sum; None if one has none."""
+    out, job, shards = part.out, part.job, part.sources.shards
+    commits, missing = list[Commit](), list[int]()
+    tally: Tally | None = Tally.empty(job.layout)
+    for shard, commit in enumerate(read_commits(out, range(shards), job.layout)):
+        if commit is None:
+            missing.append(shard)
+            continue
         commit.check_job(out, job.digest)
+        # Summed at once and let go: a tally is 64 KB, and there may be many thousands.
+        if tally is not None and commit.tally is not None:
+            tally += commit.tally
+        else:
+            tally = None
+        commits.append(replace(commit, tally=None))
     sizes = sizes_of(out, commits)
     damage = {commit.shard: text for commit in commits if (text := commit.damage(sizes))}
     if missing:
@@ -99,19 +136,19 @@ def _whole_commits(out: Place, job: Job, shards: int, workers: int | None) -> li
         )
     if damage:
         raise DataError(f"{out}: {_some(list(damage.values()))}. {_way_out(list(damage), workers)}")
-    return commits
+    return commits, tally
 
 
 def _way_out(shards: Sequence[int], workers: int | None) -> str:
     """How these shards are made, in flags and ids that can be used as they stand."""
     if workers is None or workers == 1:
         return (
-            "One worker makes what is missing, and finishes: the workers' command with --index 0 --count 1. "
-            "Or give --finish the --count of the workers: it names those to run again"
+            "To make what is missing and finish, run the workers' command with --index 0 --count 1. Or give "
+            "--finish the --count of the workers: it then names those to run again"
         )
     missing = sorted({shard % workers for shard in shards})
     return (
-        f"Of {workers} workers these make them: {_ranges(missing)}. Run each again, with --index (one of these) "
+        f"Of {workers} workers, these make them: {_ranges(missing)}. Run each of them again with --index and "
         f"--count {workers}, or in SLURM with BEIT_WORKERS={workers} and --array={_ranges(missing)}; then --finish"
     )
 
@@ -121,7 +158,9 @@ def _check_foreign(out: Place, commits: Sequence[Commit]) -> None:
     known = {info.name for commit in commits for info in commit.files}
     foreign = sorted(shard_files(out) - known)
     if foreign:
-        raise DataError(f"{out}: holds shards of no list: {_some(foreign)}. Move them elsewhere, or remove them")
+        raise DataError(
+            f"{out}: holds shards that are on no list: {_some(foreign)}. Move them elsewhere, or remove them"
+        )
 
 
 def _remove_leftovers(out: Place, job: Job) -> None:

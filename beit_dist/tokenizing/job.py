@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from beit_dist.data.heif import heif_version
-from beit_dist.data.images import Augment
-from beit_dist.data.sample import MAX_VIEWS, SampleLayout
 from beit_dist.errors import ConfigError, DataError, StorageError
+from beit_dist.images.decoding import Augment
+from beit_dist.images.heif import heif_version
+from beit_dist.shards.sample import MAX_VIEWS, SampleLayout
 from beit_dist.storage.place import Place
 
 JOB_NAME = "job.json"
@@ -137,8 +137,8 @@ def check_same_job(out: Place, recorded: Job, settings: Mapping[str, Any]) -> No
     software = recorded.differences({name: settings.get(name) for name in SOFTWARE})
     if software and not differences:
         raise DataError(
-            f"{out}: its job was begun with other software: {'; '.join(software)}. Shards of both would not be "
-            "alike: run all workers in one environment, or start over in another --out"
+            f"{out}: its job was begun with other software: {'; '.join(software)}. Their shards would "
+            "differ: run all workers in one environment, or start over in another --out"
         )
     if differences:
         raise DataError(
@@ -165,7 +165,7 @@ def read_job(out: Place) -> Job:
     except StorageError:
         raise
     except (OSError, ValueError, TypeError, RecursionError, ConfigError) as error:
-        raise DataError(f"{path}: not a job of this version of shard_tokens.py ({error})") from None
+        raise DataError(f"{path}: not a job of this version of beit shards ({error})") from None
 
 
 def _read_when_written(out: Place) -> bytes:
@@ -181,6 +181,6 @@ def _read_when_written(out: Place) -> bytes:
             return content
         time.sleep(pause)
     raise DataError(
-        f"{out / JOB_NAME}: got {len(content)} bytes without an end, so its worker died while it wrote it. "
+        f"{out / JOB_NAME}: got {len(content)} bytes, cut short because its worker died while writing it. "
         "Remove it, and run the same command again"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 import time
@@ -11,8 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server, write_to_textfile
+from prometheus_client import CollectorRegistry, Counter, Gauge, write_to_textfile
 
+from beit_dist.engine.endpoint import Endpoint, check_address
 from beit_dist.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 Stage = Literal["read", "decode", "encode", "write", "publish"]
 STAGES: tuple[Stage, ...] = ("read", "decode", "encode", "write", "publish")
 _FILE_SECONDS = 15.0
+_ADDRESS = "--metrics-address"
 
 
 class Metrics:
@@ -32,11 +33,11 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._worker = str(worker)
         self._images = self._new(
-            Counter, "images", "Images of this worker's shards that are done, those of earlier starts included."
+            Counter, "images", "Images of this worker's shards that are done, including those of earlier starts."
         )
         self._planned = self._new(Gauge, "images_planned", "Images of this worker's shards, done or not.")
         self._rejected = self._new(
-            Counter, "images_rejected", "Images found unusable since the start, by class of reason.", "reason"
+            Counter, "images_rejected", "Images found unusable since the start, by kind of reason.", "reason"
         )
         self._shards = self._new(Gauge, "shards_finished", "Shards of this worker that are committed.")
         self._shards_planned = self._new(Gauge, "shards_planned", "Shards of this worker, committed or not.")
@@ -48,7 +49,7 @@ class Metrics:
         )
         self._retries = Counter(
             "beit_storage_retries",
-            "Requests to a store tried again, by cause.",
+            "Requests to a store that were sent again, by cause.",
             ("worker", "cause"),
             registry=self.registry,
         )
@@ -56,10 +57,10 @@ class Metrics:
             self.spent(stage, 0.0)
 
     def plan(self, images: int, shards: int, images_done: int, shards_done: int) -> None:
-        """What there is to do, and what an earlier start has done."""
-        self._of(self._planned).set(images)
-        self._of(self._shards_planned).set(shards)
-        self._of(self._shards).set(shards_done)
+        """What there is to do in one part of the job, and what an earlier start has done of it."""
+        self._of(self._planned).inc(images)
+        self._of(self._shards_planned).inc(shards)
+        self._of(self._shards).inc(shards_done)
         self._of(self._images).inc(images_done)
         self._of(self._progress).set_to_current_time()
 
@@ -113,36 +114,31 @@ class Exporter:
 
     Args:
         port: of an endpoint; 0 takes any free one, None has none. A port in use must not stop the job: another
-            one is taken, and logged.
+            one is taken, and named.
+        address: where the endpoint listens.
         file: rewritten whole every 15 seconds and at the end; None writes none. A disk that is full must not
             stop the job either.
 
     Raises:
-        ConfigError: there can be no such port, or the file's folder is not there.
+        ConfigError: there can be no such port, the address is not this host's, or the file's folder is not there.
     """
 
-    def __init__(self, metrics: Metrics, port: int | None, file: Path | None) -> None:
+    def __init__(self, metrics: Metrics, port: int | None, file: Path | None, address: str = "127.0.0.1") -> None:
         if port is not None and not 0 <= port < 2**16:
             raise ConfigError("--metrics-port", port, "0 to 65535")
+        if port is not None:
+            check_address(_ADDRESS, address)
         if file is not None and (file.suffix != ".prom" or not file.parent.is_dir()):
             raise ConfigError("--metrics-textfile", str(file), "a file *.prom in a folder that exists")
-        self._metrics, self._wanted, self._file = metrics, port, file
+        self._metrics, self._wanted, self._address, self._file = metrics, port, address, file
         self._done = threading.Event()
-        self._server: Any = None
+        self._endpoint: Endpoint | None = None
         self.port: int | None = None
 
     def __enter__(self) -> Exporter:
-        for port in () if self._wanted is None else (self._wanted, 0):
-            try:
-                self._server, _ = start_http_server(port, registry=self._metrics.registry)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or port == 0:
-                    raise ConfigError("--metrics-port", port, f"a port to listen on ({error.strerror})") from None
-                continue
-            self.port = int(self._server.server_port)
-            if self.port != self._wanted:
-                _log.warning("metrics port %d is in use; listening on %d", self._wanted, self.port)
-            break
+        if self._wanted is not None:
+            self._endpoint = Endpoint(self._metrics.registry, self._address, self._wanted, _ADDRESS)
+            self.port = self._endpoint.port
         if self._file is not None:
             self._write()
             self._thread = threading.Thread(target=self._keep_writing, daemon=True)
@@ -156,9 +152,8 @@ class Exporter:
         if self._file is not None:
             self._thread.join()
             self._write()
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+        if self._endpoint is not None:
+            self._endpoint.close()
 
     def _keep_writing(self) -> None:
         while not self._done.wait(_FILE_SECONDS):
@@ -168,4 +163,4 @@ class Exporter:
         try:
             write_to_textfile(str(self._file), self._metrics.registry)
         except OSError as error:
-            _log.warning("%s: cannot be written (%s); the work goes on", self._file, error.strerror)
+            _log.warning("%s: cannot be written (%s); the work continues", self._file, error.strerror)

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from beit_dist.config.reading import exact
 from beit_dist.errors import ConfigError, DataError, printable
-from beit_dist.settings import exact
 
 REJECTED_NAME = "rejected.jsonl"
 _EXAMPLES = 3
@@ -21,7 +21,7 @@ class Rejected(NamedTuple):
     name: str
     reason: str
     kind: str = "other"
-    """The reason's class; see :data:`beit_dist.data.images.RejectKind`."""
+    """The reason's class; see :data:`beit_dist.images.decoding.RejectKind`."""
 
     def to_line(self) -> bytes:
         """Its line of ``rejected.jsonl``."""
@@ -53,7 +53,7 @@ def check_rejected(rejected: int, limit: int, examples: Sequence[Rejected]) -> N
         listed = "".join(f"\n  {printable(entry.name)}: {entry.reason}" for entry in examples[:5])
         raise DataError(
             f"{rejected} images rejected, more than the {limit} that --max-rejected allows. Repair or remove "
-            f"them, or raise it; finished shards are kept. Some of them:{listed}"
+            f"them, or raise the limit; finished shards are kept. Some of them:{listed}"
         )
 
 

@@ -10,31 +10,35 @@ from pathlib import Path
 
 import torch
 
-from beit_dist.data.images import Augment
-from beit_dist.data.listing import expand_sources
-from beit_dist.data.shards import Manifest
+from beit_dist.engine.device import device_of
 from beit_dist.errors import ConfigError
+from beit_dist.images.decoding import Augment
+from beit_dist.images.listing import expand_sources
+from beit_dist.models.dvae import DVAE
+from beit_dist.shards.manifest import Manifest
 from beit_dist.storage.access import Access
 from beit_dist.storage.place import Place
 from beit_dist.tokenizing.decoding import CHUNK
+from beit_dist.tokenizing.describing import Planned, aligned
 from beit_dist.tokenizing.encoder import DVAEEncoder
 from beit_dist.tokenizing.finish import finish, finished
 from beit_dist.tokenizing.freeze import check_same_sources, freeze
 from beit_dist.tokenizing.job import SOFTWARE, Job, Precision, record_job, software
 from beit_dist.tokenizing.metrics import Exporter, Metrics
+from beit_dist.tokenizing.parts import check_held_out, parts_of
 from beit_dist.tokenizing.rejected import Rejected, rejection_limit
 from beit_dist.tokenizing.sources import SourceList, read_header
 from beit_dist.tokenizing.tokenizer_file import tokenizer_at
-from beit_dist.tokenizing.worker import Worker
+from beit_dist.tokenizing.worker import Worker, WorkerReport
 from beit_dist.tokenizing.worker_index import worker_index
-from beit_dist.visual_tokens.weights import load_tokenizer
+from beit_dist.weights.tokenizer_files import load_tokenizer
 
 MAX_DECODERS = 16
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; see ``tools/shard_tokens.py`` for each. None: to be found out."""
+    """What the user asked for; see ``beit shards --help`` for each. None: to be found out."""
 
     images: tuple[str, ...]
     out: Place
@@ -47,7 +51,7 @@ class Options:
     augment: Augment
     batch: int
     precision: Precision
-    device: str | None
+    device: str
     decoders: int | None
     index: int | None
     count: int | None
@@ -55,13 +59,15 @@ class Options:
     finish: bool
     access: Access
     metrics_port: int | None
+    metrics_address: str
     metrics_textfile: Path | None
     sniff: bool = False
+    held_out: str | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How :func:`work` ended; ``manifest`` is None until the job is finished."""
+    """How :func:`work` ended, held-out images included; ``manifest`` is None until the job is finished."""
 
     index: int
     count: int
@@ -72,20 +78,33 @@ class Outcome:
     manifest: Manifest | None
 
 
-def work(options: Options, environment: Mapping[str, str]) -> Outcome:
-    """Be one worker of the job. One worker alone also freezes the list and finishes.
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any image is listed."""
+
+    index: int
+    count: int
+    device: torch.device
+    model: DVAE
+    job: Job
+    """Without the list's digest."""
+    manifest: Manifest | None
+    """Of a job that is complete."""
+
+
+def prepare(options: Options, environment: Mapping[str, str]) -> Prepared:
+    """Check the settings, load the tokenizer and look at the folder; nothing is written.
 
     Raises:
-        UserError: see the parts; nothing is written before the settings are known to be valid.
+        UserError: a setting, the tokenizer or the folder cannot be used.
     """
-    out = options.out
     index, count = worker_index(options.index, options.count, environment)
-    device = _device(options.device)
+    device = device_of(options.device)
     rejection_limit(options.max_rejected, 0)
+    check_held_out(options.held_out)
     if options.decoders is not None and options.decoders < 0:
         raise ConfigError("--decoders", options.decoders, "0 or more")
-    metrics = Metrics(index)
-    exporter = Exporter(metrics, options.metrics_port, options.metrics_textfile)
+    _exporter(options, Metrics(index))  # which refuses what cannot be
     with tokenizer_at(options.tokenizer, options.access) as path:
         model = load_tokenizer(path)
     job = Job(
@@ -104,64 +123,78 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
         **software(),
     )
     # Nothing is made in a folder that is complete, so it does not matter with what versions this one would.
-    manifest = finished(out, {**asdict(job), "images": None, **dict.fromkeys(SOFTWARE)})
+    manifest = finished(options.out, {**asdict(job), "images": None, **dict.fromkeys(SOFTWARE)})
+    return Prepared(index, count, device, model, job, manifest)
+
+
+def work(options: Options, environment: Mapping[str, str]) -> Outcome:
+    """Be one worker of the job. One worker alone also freezes the list and finishes.
+
+    Raises:
+        UserError: see the parts; nothing is written before the settings are known to be valid.
+    """
+    out = options.out
+    prepared = prepare(options, environment)
+    index, count, job, manifest = prepared.index, prepared.count, prepared.job, prepared.manifest
     _freeze_or_check(options, count)
     sources = SourceList(out, options.shard_samples)
+    parts = parts_of(out, replace(job, images=sources.sha256), sources)
     if manifest is not None:
-        return Outcome(index, count, 0, sources.shards, 0, (), manifest)
-    job = replace(job, images=sources.sha256)
+        return Outcome(index, count, 0, sum(part.sources.shards for part in parts), 0, (), manifest)
     limit = rejection_limit(options.max_rejected, sources.header.entries)
-    record_job(out, job)
-    encoder = DVAEEncoder(model.to(device), options.precision)
-    decoders = _decoders(options.decoders, sources.header.entries)
-    worker = Worker(
-        out,
-        job,
-        sources,
-        encoder,
-        index=index,
-        count=count,
-        decoders=decoders,
-        max_rejected=limit,
-        access=options.access,
-        metrics=metrics,
-    )
+    for part in reversed(parts):  # of the folder itself first: if it is another job's, that is what to say
+        record_job(part.out, part.job)
+    header = sources.header
+    planned = Planned(out, job, options.images, options.tokenizer, header.entries, header.held_out)
+    print("\n".join(aligned(planned.rows())), flush=True)
+    metrics = Metrics(index)
+    exporter = _exporter(options, metrics)
+    encoder = DVAEEncoder(prepared.model.to(prepared.device), options.precision)
     with exporter:
         if exporter.port is not None:
             print(f"metrics: port {exporter.port}", file=sys.stderr, flush=True)
-        report = worker.run()
+        report = WorkerReport(0, 0, 0, ())
+        for part in parts:
+            worker = Worker(
+                part,
+                encoder,
+                index=index,
+                count=count,
+                decoders=decoders_of(options.decoders, part.sources.entries),
+                max_rejected=limit,
+                rejected=report.rejected,
+                access=options.access,
+                metrics=metrics,
+            )
+            report = report.plus(worker.run())
     if count == 1 and options.finish:
-        manifest = finish(out, asdict(job), options.max_rejected)
+        manifest = finish(out, asdict(parts[-1].job), options.max_rejected)
     return Outcome(index, count, *report, manifest)
+
+
+def _exporter(options: Options, metrics: Metrics) -> Exporter:
+    return Exporter(metrics, options.metrics_port, options.metrics_textfile, options.metrics_address)
 
 
 def _freeze_or_check(options: Options, count: int) -> None:
     """One worker freezes; several only read, since two of them would freeze a changing folder differently."""
     if count == 1:
-        freeze(options.images, options.out, options.seed, options.access, sniff=options.sniff)
+        freeze(
+            options.images,
+            options.out,
+            options.seed,
+            options.access,
+            sniff=options.sniff,
+            held_out=options.held_out,
+        )
     else:
         header = read_header(options.out)
         sources = expand_sources(options.images, options.access)
-        check_same_sources(header, sources, options.seed, options.out)
+        check_same_sources(header, sources, options.seed, options.out, held_out=options.held_out)
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError("--device", name, "cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device", name, "a device of this machine", "It has no usable CUDA device: use cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError("--device", name, f"cuda:N with N below {torch.cuda.device_count()}, on this machine")
-    return device
-
-
-def _decoders(wanted: int | None, entries: int) -> int:
+def decoders_of(wanted: int | None, entries: int) -> int:
+    """Decoding processes: as many as ``wanted`` (None: one for each core), and have something to do."""
     if wanted is None:
         wanted = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
     return min(wanted, -(-entries // CHUNK))

@@ -8,9 +8,12 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_dist.data.shards import SampleNotes, ShardInfo, ShardWriter, sample_key, shard_name
-from beit_dist.durable import leftovers
 from beit_dist.errors import SampleError, UserError
+from beit_dist.shards.manifest import ShardInfo, shard_name
+from beit_dist.shards.sample import SampleNotes, sample_key
+from beit_dist.shards.statistics import Tally
+from beit_dist.shards.writer import ShardWriter
+from beit_dist.storage.durable import leftovers
 from beit_dist.storage.place import Place
 from beit_dist.tokenizing.decoding import Decoded
 from beit_dist.tokenizing.job import Job
@@ -25,6 +28,8 @@ class ShardFiles:
 
     def __init__(self, out: Place, shard: int, job: Job) -> None:
         self._out, self._layout = out, job.layout
+        self.tally = Tally.empty(job.layout)
+        """Of the samples of all views."""
         self._names = [shard_name(view, shard) for view in range(job.views)]
         self._stack = ExitStack()
         self._writers: list[ShardWriter] = []
@@ -47,9 +52,10 @@ class ShardFiles:
         """
         for view, writer in enumerate(self._writers):
             for row, decoded in enumerate(batch):
-                source, made = decoded.source, decoded.views[view]
-                notes = SampleNotes(source.name, source.label, made.box, made.flip)
-                writer.write(sample_key(view, source.sample_id), made.image, tokens[view][row], notes)
+                listed, made = decoded.listed, decoded.views[view]
+                notes = SampleNotes(listed.name, listed.label, made.box, made.flip)
+                writer.write(sample_key(view, listed.sample_id), made.image, tokens[view][row], notes)
+                self.tally.add(tokens[view][row], made.image)
 
     def publish(self) -> tuple[ShardInfo, ...]:
         """Make all files durable and give them their names; a shard without samples leaves no file."""

@@ -26,4 +26,4 @@ def storage_errors(out: Place) -> Iterator[None]:
         place, reason = error.filename or out, (error.strerror or str(error)).rstrip(".")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SpaceError(f"{place}: {reason}. Make room and run the same command again") from None
-        raise SampleError(f"{place}: {reason}. Run the same command again when that is mended") from None
+        raise SampleError(f"{place}: {reason}. Run the same command again once that is fixed") from None

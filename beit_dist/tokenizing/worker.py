@@ -24,18 +24,16 @@ from numpy.typing import NDArray
 
 from beit_dist.errors import SpaceError
 from beit_dist.storage.access import Access
-from beit_dist.storage.place import Place
 from beit_dist.storage.retries import counts
 from beit_dist.tokenizing.ahead import ahead
 from beit_dist.tokenizing.commits import Commit, read_commits, sizes_of, write_commit
 from beit_dist.tokenizing.decoding import Decoded, Decoders, Recipe
 from beit_dist.tokenizing.encoder import Encoder
-from beit_dist.tokenizing.job import Job
 from beit_dist.tokenizing.metrics import Metrics
+from beit_dist.tokenizing.parts import Part
 from beit_dist.tokenizing.progress import Progress
 from beit_dist.tokenizing.rejected import Rejected, check_rejected
 from beit_dist.tokenizing.shard_files import ShardFiles
-from beit_dist.tokenizing.sources import SourceList
 
 _BATCHES_AHEAD = 2
 _ENCODED_AHEAD = 1
@@ -49,6 +47,11 @@ class WorkerReport(NamedTuple):
     images: int
     rejected: tuple[Rejected, ...]
     """Of all its shards, the kept ones too."""
+
+    def plus(self, other: WorkerReport) -> WorkerReport:
+        """Of both."""
+        made, kept, images = self.made + other.made, self.kept + other.kept, self.images + other.images
+        return WorkerReport(made, kept, images, self.rejected + other.rejected)
 
 
 class _Batch(NamedTuple):
@@ -80,33 +83,36 @@ class Worker:
     """Makes the shards ``index``, ``index + count``, ... of a job.
 
     Args:
-        out: where the data set lies, with the job recorded and the list frozen.
+        part: of a job that is recorded, with the list frozen.
         encoder: the job's tokenizer.
         decoders: decoding processes; 0 decodes in this one.
         max_rejected: the worker stops when it alone rejected more images.
+        rejected: what it rejected in the job's parts before, which counts.
         access: how images at URLs are reached.
         metrics: told of the work.
     """
 
     def __init__(
         self,
-        out: Place,
-        job: Job,
-        sources: SourceList,
+        part: Part,
         encoder: Encoder,
         *,
         index: int,
         count: int,
         decoders: int,
         max_rejected: int,
+        rejected: Sequence[Rejected] = (),
         access: Access | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        self._out, self._job, self._sources, self._encoder = out, job, sources, encoder
-        self._shards = range(index, sources.shards, count)
-        self._decoders, self._max_rejected, self._access = decoders, max_rejected, access
+        self._out, self._job, self._sources, self._encoder = part.out, part.job, part.sources, encoder
+        self._shards = range(index, part.sources.shards, count)
+        self._decoders, self._access = decoders, access
+        self._max_rejected, self._rejected_before = max_rejected, rejected
         self._metrics = metrics or Metrics(index)
         self._name = f"worker {index} of {count}" if count > 1 else "tokenizing"
+        if part.name:
+            self._name += f", {part.name}"
 
     def run(self) -> WorkerReport:
         """Make what is not committed yet.
@@ -120,13 +126,14 @@ class Worker:
         missing = [shard for shard in self._shards if shard not in kept]
         self._check_space(missing)
         rejected = [entry for commit in kept.values() for entry in commit.rejected]
-        check_rejected(len(rejected), self._max_rejected, rejected)
+        before = len(rejected) + len(self._rejected_before)
+        check_rejected(before, self._max_rejected, rejected)
         images, images_kept = (sum(map(self._sources.entries_of, shards)) for shards in (self._shards, kept))
         with Progress(
             self._name, (images, images_kept), (len(self._shards), len(kept)), self._metrics
         ) as progress:
             if missing:
-                rejected += self._make_all(missing, len(rejected), progress)
+                rejected += self._make_all(missing, before, progress)
         return WorkerReport(len(missing), len(kept), images - images_kept, tuple(rejected))
 
     def _make_all(self, shards: Sequence[int], rejected_before: int, progress: Progress) -> list[Rejected]:
@@ -151,12 +158,12 @@ class Worker:
         return rejected
 
     def _batches(self, shards: Sequence[int], decoders: Decoders) -> Iterator[_Batch]:
-        decoded = decoders.decode(source for shard in shards for source in self._sources.read(shard))
+        decoded = decoders.decode(listed for shard in shards for listed in self._sources.read(shard))
         for shard in shards:
             batch = _Batch([], [], last=False)
             for one in islice(decoded, self._sources.entries_of(shard)):
                 if one.reason:
-                    batch.rejected.append(Rejected(one.source.sample_id, one.source.name, one.reason, one.kind))
+                    batch.rejected.append(Rejected(one.listed.sample_id, one.listed.name, one.reason, one.kind))
                     continue
                 batch.usable.append(one)
                 if len(batch.usable) == self._job.batch:
@@ -200,8 +207,9 @@ class Worker:
 
     def _publish(self, written: _Written, progress: Progress) -> None:
         with written.to_be_closed, self._metrics.timed("publish"):
-            files = written.files.publish()
-            write_commit(self._out, Commit(written.shard, self._job.digest, files, tuple(written.rejected)))
+            files, rejected = written.files.publish(), tuple(written.rejected)
+            commit = Commit(written.shard, self._job.digest, files, rejected, written.files.tally)
+            write_commit(self._out, commit)
         self._metrics.retried(counts.take())
         progress.shard()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from beit_dist.environment import number
+from beit_dist.config.environment import number
 from beit_dist.errors import ConfigError
 
 _ARRAY, _COMPLETION, _WORKERS = "SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX", "BEIT_WORKERS"
@@ -55,6 +55,6 @@ def _way_out(name: str, count: int) -> str:
     if name == _ARRAY:
         return (
             f"The id of a task is its worker's number: sbatch --array=0-{count - 1}. If the array began at 1, "
-            "worker 0 is still missing: --array=0. With other ids give --index."
+            "worker 0 is still missing: --array=0. With other ids, give --index."
         )
     return f"--count or {_WORKERS} must be the number of workers, and the first of them is 0."

@@ -15,7 +15,9 @@ import yaml
 from support.programs import program
 
 import beit_dist
-from beit_dist.config import LoggingConfig, TrainConfig, load_recipe
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.reading import load_recipe
+from beit_dist.config.run import LoggingConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = REPOSITORY / "cluster" / "kubernetes" / "base"
@@ -91,7 +93,7 @@ def test_nodes_and_gpus_are_the_same_number_everywhere(job: dict[str, Any], trai
 
 
 def test_the_recipe_in_the_job_loads_and_its_batch_divides(trainer: dict[str, Any]) -> None:
-    recipe = load_recipe(TrainConfig, REPOSITORY / "configs" / "beit_base.yaml", overrides(trainer))
+    recipe = load_recipe(PretrainingConfig, REPOSITORY / "configs" / "beit_base.yaml", overrides(trainer))
     ranks = int(environment(trainer)["NODES"]) * int(environment(trainer)["GPUS_PER_NODE"])
     assert recipe.global_batch % ranks == 0
     assert recipe.run == environment(trainer)["RUN"], "the entry script looks for the markers there"
@@ -100,7 +102,7 @@ def test_the_recipe_in_the_job_loads_and_its_batch_divides(trainer: dict[str, An
 def test_a_save_fits_into_the_shutdown_and_that_into_the_grace_period(
     pod: dict[str, Any], trainer: dict[str, Any]
 ) -> None:
-    recipe = load_recipe(TrainConfig, None, overrides(trainer))
+    recipe = load_recipe(PretrainingConfig, None, overrides(trainer))
     shutdown = int(environment(trainer)["SHUTDOWN_SECONDS"])
     assert recipe.checkpoint.timeout_seconds < shutdown < pod["terminationGracePeriodSeconds"]
 
@@ -121,6 +123,7 @@ def test_ports_are_those_of_the_trainer(trainer: dict[str, Any]) -> None:
     ports = {port["name"]: port["containerPort"] for port in trainer["ports"]}
     assert ports == {port["name"]: port["port"] for port in manifest("service.yaml")["spec"]["ports"]}
     assert ports["metrics"] == LoggingConfig().metrics_port
+    assert load_recipe(PretrainingConfig, None, overrides(trainer)).logging.metrics_address == "0.0.0.0"
     assert ports["rendezvous"] == int(environment(trainer)["MASTER_PORT"])
 
 
@@ -154,6 +157,7 @@ case $BEHAVIOUR in
   wrong) printf '{\\n "rank": 3,\\n "exit_code": 2,\\n "error": ""\\n}' > run/FAILED; exit 1 ;;
   crashes) printf '{\\n "rank": 3,\\n "exit_code": 1,\\n "error": ""\\n}' > run/FAILED; exit 1 ;;
   dies) exit 1 ;;
+  refused) touch "$BEIT_DIST_REFUSED"; exit 1 ;;
   waits)
     trap 'touch run/PREEMPTED; exit 1' TERM
     touch ready
@@ -174,6 +178,7 @@ def entry(tmp_path: Path, trainer: dict[str, Any]) -> tuple[Path, dict[str, str]
         "RUN": "run",
         "JOB_COMPLETION_INDEX": "0",
         "MARKER_SECONDS": "3",
+        "TMPDIR": str(tmp_path),
     }
     return tmp_path, environment(trainer) | settings
 
@@ -194,6 +199,7 @@ def run_entry(entry: tuple[Path, dict[str, str]], behaviour: str, **settings: st
         ("stopped", 75),
         ("stopped-cleanly", 75),  # with 0 the Job would never start this index again
         ("wrong", 2),
+        ("refused", 2),
         ("crashes", 1),
         ("dies", 1),
         ("nothing", 1),
@@ -208,6 +214,11 @@ def test_the_exit_code_tells_how_the_run_ended(
 @pytest.mark.parametrize("marker", ["DONE", "PREEMPTED", "FAILED"])
 def test_a_marker_of_the_last_start_does_not_hide_a_crash(entry: tuple[Path, dict[str, str]], marker: str) -> None:
     (entry[0] / "run" / marker).write_text(json.dumps({"exit_code": 2}))
+    assert run_entry(entry, "dies") == 1
+
+
+def test_a_refused_start_does_not_hide_how_the_next_one_ends(entry: tuple[Path, dict[str, str]]) -> None:
+    assert run_entry(entry, "refused") == 2
     assert run_entry(entry, "dies") == 1
 
 

@@ -75,7 +75,10 @@ def test_one_rank_for_each_task_with_one_rendezvous_and_the_overrides(job: Path)
     assert rendezvous == f"node7:{10000 + 16 * 20}"
     assert arguments[arguments.index("-c") + 1] == "8", "srun does not inherit --cpus-per-task"
     assert "--kill-on-bad-exit=1" in arguments
-    assert arguments[-3:] == ["run=run", "data=shards", "optimizer.lr=1e-3"]
+    *given, metrics, override = arguments[-4:]
+    assert given == ["run=run", "data=shards"]
+    assert metrics == "logging.metrics_address=0.0.0.0", "Prometheus asks from another host"
+    assert override == "optimizer.lr=1e-3"
     assert not (job / "requeued").exists()
 
 

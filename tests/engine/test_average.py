@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from beit_dist.config import TrainConfig, validate
+from beit_dist.checkpoints.layout import Fragment, committed
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.reading import validate
 from beit_dist.engine.average import WeightAverage
-from beit_dist.engine.checkpoint.layout import Fragment, committed
-from beit_dist.engine.checkpoint.weights import load_weights
 from beit_dist.errors import CheckpointError
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.storage.local import LocalPlace
+from beit_dist.weights.stored import load_weights
 
 BF16 = {"bf16": {"enabled": True}}
 
@@ -54,7 +55,7 @@ def test_the_average_is_that_of_every_update_since_the_start(new_run: Callable[.
     code, output = run.finish()
     assert code == 0, output
     saved = sorted(committed(LocalPlace(run.folder / "checkpoints")), key=lambda found: found.step)
-    model = MaskedImageModel(validate(TrainConfig, saved[0].manifest["config"]).model)
+    model = MaskedImageModel(validate(PretrainingConfig, saved[0].manifest["config"]).model)
     model.initialise(0)
     # DeepSpeed makes the masters of the model after casting it to bf16.
     expected = {name: parameter.detach().bfloat16().double() for name, parameter in model.named_parameters()}

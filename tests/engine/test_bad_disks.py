@@ -57,12 +57,13 @@ def test_a_full_disk_fails_saves_and_costs_no_more_than_the_steps_since_the_last
         "add = Recorder.add\n"
         "def filling(self, facts, *rest):\n"
         "    result = add(self, facts, *rest)\n"
-        "    if facts.step == 10: written(9); leave(200_000)\n"
-        "    if facts.step == 14:\n"
+        "    if facts.number == 10: written(9); leave(200_000)\n"
+        "    if facts.number == 14:\n"
         "        written(12)\n"
         "        os.unlink(disk + '/ballast')\n"
-        "    if facts.step == 16: written(15); leave(0)\n"
-        "    if facts.step == 23: print(generate_latest(self._metrics.registry).decode())\n"
+        "    if facts.number == 16: written(15); leave(0)\n"
+        "    if facts.number == 22: written(21)\n"
+        "    if facts.number == 24: print(generate_latest(self._metrics.registry).decode())\n"
         "    return result\n"
         "Recorder.add = filling\n"
         f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
@@ -71,7 +72,7 @@ def test_a_full_disk_fails_saves_and_costs_no_more_than_the_steps_since_the_last
     assert code == 1, output
     assert "checkpoint of step 12 was not saved: rank 0: [Errno 28] No space left on device" in output
     assert "3 checkpoints in a row could not be saved, the last at step 24:" in output
-    assert "No space left on device. Look at the disk, or raise checkpoint.max_failed_saves." in output
+    assert "No space left on device. Check the disk, or raise checkpoint.max_failed_saves." in output
     assert "Traceback" not in output
     assert 'beit_checkpoint_saves_total{result="failed"} 3.0' in output  # steps 12, 18 and 21; 24 is to come
     assert 'beit_checkpoint_saves_total{result="ok"} 4.0' in output

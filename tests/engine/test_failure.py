@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from beit_dist.config import TimeoutsConfig, TrainConfig, load_recipe
-from beit_dist.engine.distributed import Ranks
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.reading import load_recipe
+from beit_dist.config.run import TimeoutsConfig
 from beit_dist.engine.failure import Failure
+from beit_dist.engine.ranks.distributed import Ranks
+from beit_dist.engine.ranks.timeouts import Timeouts
 from beit_dist.engine.run_folder import FAILED, RunFolder
-from beit_dist.engine.timeouts import Timeouts
 from beit_dist.errors import ConfigError, SampleError, TrainingError
 
 TRAIN = Path(__file__).parents[2] / "beit_dist" / "train.py"
@@ -36,7 +38,7 @@ def test_the_first_failure_is_marked_and_said_and_the_next_points_to_it(tmp_path
     assert said == f"error: rank 1 on {socket.gethostname()}: shard x is damaged"
     later = failure(RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer"))
     said = later.report(run, since)
-    assert said == f"rank 0 on {socket.gethostname()} ends: rank 1 on {socket.gethostname()} failed first"
+    assert said == f"rank 0 on {socket.gethostname()} stops: rank 1 on {socket.gethostname()} failed first"
     assert later.exit_code == 1
     assert "Connection closed" in (tmp_path / "ranks" / "rank-00000.error.txt").read_text()
     marker = json.loads((tmp_path / FAILED).read_text())
@@ -105,8 +107,8 @@ def test_details_go_into_the_marker_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "meant"),
     [
-        ("[gloo/unbound_buffer.cc:78] Timed out waiting 3000ms for recv", f"no answer within {LIMIT}"),
-        ("Application timeout caused pair closure", f"no answer within {LIMIT}"),
+        ("[gloo/unbound_buffer.cc:78] Timed out waiting 3000ms for recv", f"did not answer within {LIMIT}"),
+        ("Application timeout caused pair closure", f"did not answer within {LIMIT}"),
         (
             "[gloo/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer",
             "connection to another rank broke",
@@ -118,15 +120,15 @@ def test_details_go_into_the_marker_only(tmp_path: Path) -> None:
         ),
         (
             "The server socket has failed to bind. port: 99, name: EACCES, message: permission denied (gloo)",
-            "is the system's own",
+            "is reserved for the system",
         ),
         ("[gloo/pair.cc:5] Connection closed by peer [::1]:2", "connection to another rank broke"),
         (
             "The client socket has timed out after 4000ms while trying to connect to (a, 1). (gloo)",
             "did not all meet",
         ),
-        ("Timed out after 5 seconds waiting for clients. 1/2 clients joined. (gloo)", "every rank must have been"),
-        ("Ping failed, invalid value returned from server. Expected: 1, Got: 2 (gloo)", "no other program has"),
+        ("Timed out after 5 seconds waiting for clients. 1/2 clients joined. (gloo)", "Every rank must have been"),
+        ("Ping failed, invalid value returned from server. Expected: 1, Got: 2 (gloo)", "no other program uses"),
     ],
 )
 def test_what_collectives_say_is_put_in_words(said: str, meant: str, tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path: Path) -> None:
 def test_time_limits_are_long_then_short_then_long_enough_for_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     monkeypatch.setattr(
-        "beit_dist.engine.timeouts.set_timeouts", lambda limit: seen.append(limit.total_seconds() / 60)
+        "beit_dist.engine.ranks.timeouts.set_timeouts", lambda limit: seen.append(limit.total_seconds() / 60)
     )
     timeouts = Timeouts(TimeoutsConfig(start_minutes=30, step_minutes=11), save_seconds=1800)
     assert timeouts.start.total_seconds() == 1800
@@ -167,7 +169,7 @@ def test_time_limits_are_long_then_short_then_long_enough_for_a_save(monkeypatch
 
 def test_a_step_may_take_as_long_as_its_data() -> None:
     with pytest.raises(ConfigError, match=r"timeouts.step_minutes: got 1.0, expected more than loader.timeout"):
-        load_recipe(TrainConfig, None, ["run=r", "timeouts.step_minutes=1"])
+        load_recipe(PretrainingConfig, None, ["run=r", "timeouts.step_minutes=1"])
 
 
 @pytest.mark.slow
@@ -189,8 +191,8 @@ def test_a_rank_that_stops_answering_ends_the_other_within_the_short_limit(new_r
     assert process.returncode != 0
     failed = json.loads((run.folder / FAILED).read_text())
     assert failed["rank"] == 0
-    assert "another rank gave no answer within timeouts.step_minutes=0.1" in failed["error"]
-    assert f"error: rank 0 on {socket.gethostname()}: another rank gave no answer" in output
+    assert "another rank did not answer within timeouts.step_minutes=0.1" in failed["error"]
+    assert f"error: rank 0 on {socket.gethostname()}: another rank did not answer" in output
     assert "Traceback" not in output
     stacks = (run.folder / "ranks" / "rank-00000.stacks.txt").read_text()
     assert "no step has ended for" in stacks
@@ -263,7 +265,7 @@ def test_a_rank_that_fails_is_named_once_and_takes_the_others_with_it(new_run: C
     assert output.count(f"error: rank 2 on {host}: shard x cannot be read") == 1
     assert output.count("error: rank") == 1
     for rank in (0, 1, 3):  # by themselves, though they were in a collective
-        assert output.count(f"rank {rank} on {host} ends: rank 2 on {host} failed first") == 1, output
+        assert output.count(f"rank {rank} on {host} stops: rank 2 on {host} failed first") == 1, output
     assert len(run.lines()) == 3
     failed = json.loads((run.folder / FAILED).read_text())
     assert (failed["rank"], failed["exit_code"], failed["error"]) == (2, 1, "shard x cannot be read")

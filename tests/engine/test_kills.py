@@ -92,7 +92,7 @@ class Start:
         if kill.moment == "as it starts":
             time.sleep(2 * kill.delay)
         elif kill.moment == "after steps":
-            own = f'"attempt": {self.attempt}}}\n'
+            own = f'"attempt": {self.attempt}, '
             self.until(lambda: self._recorded(own) >= 2 * kill.count, "its steps")
             time.sleep(0.2 * kill.delay)
         else:
@@ -139,14 +139,13 @@ class Family:
     """The processes of a start, found before the moment to strike: looking takes longer than a save may."""
 
     start: Start
-    nodes: list[psutil.Process]
     ranks: list[psutil.Process]
     all: list[psutil.Process]
 
     def strike(self, kill: Kill) -> bool:
         """Kill, and wait for the end of the launcher; whether a save was cut short."""
         process = self.start.process
-        victims = {"a rank": [self.ranks[kill.rank]], "the launcher": [], "all": [*self.ranks, *self.nodes]}
+        victims = {"a rank": [self.ranks[kill.rank]], "the launcher": [], "all": self.ranks}
         if kill.target == "the launcher":  # its ranks hang, as on a host that does; later they go on
             for rank in self.ranks:
                 signal_to(rank, signal.SIGSTOP)
@@ -161,13 +160,11 @@ class Family:
 
 
 def family(start: Start) -> Family:
-    """All processes of a start: its launcher, one child of that for each host, their children the ranks."""
+    """All processes of a start: its launcher, the children of that, which are the ranks, and their children."""
     launcher = psutil.Process(start.process.pid)
-    nodes = launcher.children()
-    ranks = [rank for node in nodes for rank in node.children()]
-    ranks.sort(key=lambda rank: int(rank.environ()["RANK"]))
+    ranks = launcher.children()
     assert len(ranks) == 2
-    return Family(start, nodes, ranks, launcher.children(recursive=True))
+    return Family(start, ranks, launcher.children(recursive=True))
 
 
 def signal_to(process: psutil.Process, number: signal.Signals) -> None:
@@ -182,7 +179,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(new_run: Cal
     code, output = whole.finish(seconds=LIMIT)
     assert code == 0, output
 
-    run = new_run("killed", ranks=2, overrides=settings, deepspeed=True)
+    run = new_run("killed", ranks=2, overrides=settings)
     struck: Counter[str] = Counter()
     processes: list[psutil.Process] = []
     frozen: list[psutil.Process] = []

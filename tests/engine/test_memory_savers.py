@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from beit_dist.config import TrainConfig
+from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.engine.resolve import resolve
 from beit_dist.errors import ConfigError
 
@@ -29,7 +29,7 @@ def test_a_run_that_recomputes_is_the_same_to_the_last_bit(new_run: Callable[...
 
 
 def test_compiling_is_refused_where_it_cannot_help() -> None:
-    config = TrainConfig(run="r", compile=True)
+    config = PretrainingConfig(run="r", compile=True)
     with pytest.raises(ConfigError, match="compile: got True, expected false at ZeRO stage 3"):
         resolve(config, {"zero_optimization": {"stage": 3}}, 1)
     assert resolve(config, {"zero_optimization": {"stage": 2}}, 1).stage == 2

@@ -8,41 +8,25 @@ import socket
 import subprocess
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from support.records import a_recorder, sums_of, tables, taken
 
-from beit_dist.config import LoggingConfig
-from beit_dist.data import counts
-from beit_dist.engine.metrics import METRICS, TOKENIZER_METRICS, Metric, Metrics
-from beit_dist.engine.record import Recorder, StepFacts
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.run import LoggingConfig
+from beit_dist.engine.endpoint import check_address
+from beit_dist.engine.metrics import Metrics
+from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.resume import progress_of
 from beit_dist.engine.run_folder import DONE, FAILED, RunFolder
-from beit_dist.engine.step_log import LogSettings
+from beit_dist.engine.start import open_metrics
 from beit_dist.errors import ConfigError
-
-
-def facts(step: int, masked: int = 7, applied: bool = True) -> StepFacts:
-    return StepFacts(
-        step=step,
-        samples=8 * step,
-        epoch=step / 4,
-        lr=0.1,
-        masked=masked,
-        bad=0,
-        applied=applied,
-        wait_seconds=0.0,
-    )
-
-
-def recorder(run: RunFolder, every: int = 2) -> Recorder:
-    run.create()
-    return Recorder(
-        run,
-        Metrics(),
-        LogSettings(every=every, attempt=3, total_steps=10, batch=8, progress=False),
-        flops_per_sample=5,
-    )
+from beit_dist.step_numbers import KnownBaselines
+from beit_dist.stream import counts
+from beit_dist.tasks.pretraining.task import Pretraining
 
 
 def lines(run: RunFolder) -> list[dict[str, object]]:
@@ -51,11 +35,11 @@ def lines(run: RunFolder) -> list[dict[str, object]]:
 
 def test_the_loss_of_every_step_is_written_as_an_exact_float32(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    writer = recorder(run)
+    writer = a_recorder(run)
     sums = torch.tensor([1.1, 2.7, 3.3], dtype=torch.float32)
     for step, loss_sum in enumerate(sums, start=1):
-        writer.add(facts(step), loss_sum, torch.tensor(3.0), 0.5)
-        assert len(lines(run)) == (step // 2) * 2  # fetched at the logging interval only
+        writer.add(taken(step), sums_of(float(loss_sum)), None, 0.5)
+        assert len(lines(run)) == (1, 1, 3)[step - 1]  # fetched after the first step, then at the logging interval
     writer.flush()
     writer.close()
     got = [np.float32(line["loss"]) for line in lines(run)]
@@ -66,8 +50,8 @@ def test_the_loss_of_every_step_is_written_as_an_exact_float32(tmp_path: Path) -
 
 def test_numbers_that_are_not_finite_become_null_not_invalid_json(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    writer = recorder(run, every=1)
-    writer.add(facts(1, applied=False), torch.tensor(float("nan")), torch.tensor(0.0), float("inf"))
+    writer = a_recorder(run, every=1)
+    writer.add(taken(1, applied=False), sums_of(float("nan")), None, float("inf"))
     writer.close()
     assert "NaN" not in run.metrics.read_text()
     line = lines(run)[0]
@@ -102,13 +86,40 @@ def scrape(port: int) -> str:
         return answer.read().decode()
 
 
+GAUGES = [metric for metric in tables()["pretraining"] if metric.kind == "gauge"]
+
+
+def test_what_is_not_known_yet_is_absent_and_not_zero() -> None:
+    metrics = Metrics(tables()["pretraining"])
+
+    def exported() -> set[str]:
+        return {sample.name for family in metrics.registry.collect() for sample in family.samples}
+
+    assert exported().isdisjoint(metric.name for metric in GAUGES)
+    assert "beit_train_steps_total" in exported()  # nothing was counted is something known
+    metrics.set({"beit_train_loss": 0.0})
+    assert "beit_train_loss" in exported()
+    assert "beit_validation_loss" not in exported()
+
+
+def test_a_new_run_exports_no_number_that_was_not_measured_yet() -> None:
+    task = Pretraining(PretrainingConfig(run="r", model={"size": "tiny"}))
+    resolved, store = Resolved(1, 1, 1, 0, "fp32", "fp32", {}), SimpleNamespace(passed_over=0)
+    metrics = open_metrics(task, resolved, store, progress_of(task, None), 10, KnownBaselines())  # type: ignore[arg-type]
+    exported = {sample.name for family in metrics.registry.collect() for sample in family.samples}
+    told = {"beit_train_target_steps", "beit_train_world_size"}
+    assert exported & {metric.name for metric in GAUGES} == told
+
+
 @pytest.fixture
 def scraped() -> str:
     """What the endpoint answers when every metric has a value."""
-    metrics = Metrics()
+    metrics = Metrics(tables()["pretraining"])
     port = metrics.serve(LoggingConfig(metrics_port=0, metrics_address="127.0.0.1"))
     assert port is not None
     metrics.describe(run="r", torch="2")
+    metrics.set({metric.name: 1.0 for metric in GAUGES if not metric.labels})
+    metrics.set_labelled("beit_train_baseline", 4.1, number="loss", baseline="frequency", data="training")
     metrics.add("beit_train_steps", 5)
     metrics.add("beit_checkpoint_saves", result="ok")
     metrics.add("beit_storage_retries", cause="cut")
@@ -123,7 +134,7 @@ def scraped() -> str:
 def test_the_endpoint_serves_every_metric_of_the_table(scraped: str) -> None:
     text = scraped
     suffix = {"counter": "_total", "info": "_info", "histogram": "_count", "gauge": ""}
-    for metric in METRICS:
+    for metric in tables()["pretraining"]:
         assert f"{metric.name}{suffix[metric.kind]}" in text
     assert "beit_train_steps_total 5.0" in text
     assert 'beit_checkpoint_saves_total{result="ok"} 1.0' in text
@@ -134,10 +145,10 @@ def test_what_reading_took_is_exported_with_the_steps(tmp_path: Path) -> None:
     counts.take()
     counts.give({"beit_data_read_bytes": {"store": 500}, "beit_storage_retries": {"cut": 2}})
     counts.bytes_read.add("store", 20)
-    writer = recorder(RunFolder(tmp_path), every=1)
+    writer = a_recorder(RunFolder(tmp_path), every=1)
     metrics = writer._metrics
     assert metrics is not None
-    writer.add(facts(1), torch.tensor(1.0), torch.tensor(1.0), 0.5)
+    writer.add(taken(1), sums_of(1.0), None, 0.5)
     writer.close()
     value = metrics.registry.get_sample_value
     assert value("beit_data_read_bytes_total", {"source": "store"}) == 520
@@ -157,18 +168,37 @@ def test_prometheus_finds_nothing_to_complain_about_in_what_is_served(scraped: s
         assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
 
-def test_a_port_in_use_does_not_stop_a_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_port_in_use_does_not_stop_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         metrics = Metrics()
-        got = metrics.serve(LoggingConfig(metrics_port=port, metrics_address="127.0.0.1"))
+        got = metrics.serve(LoggingConfig(metrics_port=port))
         metrics.close()
     assert got not in (None, port)
-    assert f"metrics port {port} is in use" in caplog.text
+    assert capsys.readouterr().out == f"metrics: port {port} is in use, so they are served at port {got}\n"
 
 
-def test_an_address_of_another_host_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"metrics_address: got '192\.0\.2\.1', expected an address of rank 0"):
+def test_only_this_host_can_ask_unless_told_otherwise() -> None:
+    metrics = Metrics()
+    port = metrics.serve(LoggingConfig(metrics_port=0))
+    assert port is not None
+    try:
+        assert "beit_train_steps_total" in scrape(port)
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.2", port), timeout=10)  # as good as another address of this host
+    finally:
+        metrics.close()
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "no such host", "a" * 70])
+def test_an_address_of_another_host_is_named(address: str) -> None:
+    said = rf"metrics_address: got '{address}', expected an address of this host.*0\.0\.0\.0 for the whole network"
+    with pytest.raises(ConfigError, match=said):
+        check_address("logging.metrics_address", address)
+
+
+def test_an_address_that_was_this_hosts_is_named_too() -> None:
+    with pytest.raises(ConfigError, match=r"metrics_address: got '192\.0\.2\.1', expected an address of this"):
         Metrics().serve(LoggingConfig(metrics_port=0, metrics_address="192.0.2.1"))
 
 
@@ -176,8 +206,9 @@ def test_the_endpoint_can_be_turned_off() -> None:
     assert Metrics().serve(LoggingConfig(metrics_port=None)) is None
 
 
-@pytest.mark.parametrize("table", [METRICS, TOKENIZER_METRICS], ids=["pre-training", "tokenizer"])
-def test_names_follow_prometheus_conventions(table: tuple[Metric, ...]) -> None:
+@pytest.mark.parametrize("kind", tables())
+def test_names_follow_prometheus_conventions(kind: str) -> None:
+    table = tables()[kind]
     for metric in table:
         assert metric.name.startswith("beit_")
         assert not metric.name.endswith(("_total", "_info"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from beit_dist.config import TrainConfig, load_recipe
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.reading import load_recipe
 from beit_dist.engine import precision
-from beit_dist.engine.distributed import Agreement, Ranks
 from beit_dist.engine.precision import choose, decide, settle_alone
+from beit_dist.engine.ranks.distributed import Agreement, Ranks
 from beit_dist.engine.resolve import Resolved, read_ds_config, resolve
-from beit_dist.engine.resume import saved_precision
+from beit_dist.engine.resume import newest_saved
 from beit_dist.errors import ConfigError
 
 DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"
@@ -29,7 +31,7 @@ NEW_GPU = {"bf16": 16.0, "fp16": 16.0}
 
 
 def resolved(precision: str, ds: Mapping[str, Any] | str = "zero1.json", *overrides: str) -> Resolved:
-    recipe = load_recipe(TrainConfig, None, ["run=r", f"precision={precision}", *overrides])
+    recipe = load_recipe(PretrainingConfig, None, ["run=r", f"precision={precision}", *overrides])
     return resolve(recipe, read_ds_config(DEEPSPEED / ds) if isinstance(ds, str) else ds, 1)
 
 
@@ -126,7 +128,6 @@ def test_a_resumed_run_keeps_its_precision_unless_one_is_named_and_says_what_is_
     decision = decide(asked, "from the recipe", saved, Agreement(Ranks(), timedelta(seconds=60)), joined)
     printed = capsys.readouterr()
     assert decision.precision == taken
-    assert f"precision: {taken} (" in printed.out
     assert said in printed.out + printed.err
     assert ("warning:" in printed.err) is ("faster" in said or "slower" in said)
     assert ("changed on resume" in printed.out) is (saved not in (None, taken))
@@ -163,8 +164,7 @@ def test_dry_run_says_what_a_run_would_take_and_what_is_slow(
     assert new.deepspeed["bf16"]["enabled"] is False
     assert "precision=fp32 would be faster" in settle_alone(resolved("bf16"), None).why
     assert "precision=fp32 would be faster" in settle_alone(resolved("auto"), "bf16").why
-    run = load_recipe(TrainConfig, None, [f"run={tmp_path / 'none'}"])
-    assert saved_precision(run) is None
+    assert newest_saved(str(tmp_path / "none")) is None
 
 
 def test_an_accumulation_of_auto_is_the_precisions_and_nothing_that_deepspeed_sees() -> None:
@@ -196,14 +196,16 @@ def test_two_ranks_decide_alike_and_run_json_says_what_and_why(
     new_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
-    run = new_run("run", ranks=2, overrides=["precision=auto", "steps=6"])
+    run = new_run("run", ranks=2, overrides=["precision=auto", "steps=6"], forked=False)
     code, output = run.finish()
     assert code == 0, output
-    assert output.count("precision: fp32 (auto: bf16 is ") == 1
+    assert len(re.findall(r"^precision +fp32 \(auto: bf16 is ", output, re.MULTILINE)) == 1
     facts = run.facts()
     assert facts["precision"] == "fp32"
     assert facts["precision_why"].startswith("auto: bf16 is ")
-    assert saved_precision(load_recipe(TrainConfig, None, [f"run={run.folder}"])) == "fp32"
+    saved = newest_saved(str(run.folder))
+    assert saved is not None
+    assert saved.manifest["precision"] == "fp32"
 
     code, output = run.finish("precision=bf16", "steps=7")  # the only step in bf16: emulated, it takes long
     assert code == 0, output

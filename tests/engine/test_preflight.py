@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,16 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from beit_dist.config import TrainConfig
-from beit_dist.data import shared_memory
-from beit_dist.data.shards import load_manifest
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.reading import load_recipe
 from beit_dist.engine import preflight
-from beit_dist.engine.dataset import build_plan
-from beit_dist.engine.distributed import Agreement, Ranks
-from beit_dist.engine.preflight import Needs, free_host_memory, memory_faults, needs, raise_faults, trial
+from beit_dist.engine.preflight import free_host_memory, memory_faults, raise_faults, trial
+from beit_dist.engine.ranks.distributed import Agreement, Ranks
 from beit_dist.engine.resolve import Resolved
+from beit_dist.engine.task import Needs
 from beit_dist.errors import PreflightError
-from beit_dist.settings import load_recipe
+from beit_dist.shards.manifest import load_manifest
+from beit_dist.stream import shared_memory
+from beit_dist.tasks.pretraining.dataset import build_plan
+from beit_dist.tasks.pretraining.task import Pretraining
 
 TRAIN = Path(__file__).parents[2] / "beit_dist" / "train.py"
 CPU = torch.device("cpu")
@@ -52,8 +53,8 @@ def test_ranks_share_their_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert (
         "1.00 GiB free memory of the host for each of 8 ranks, expected at least 2.00 GiB for the copy" in second
     )
-    (fault,) = memory_faults(Needs(model=0, shared=0, blocks=3 * GIB), gpu, neighbours=5)
-    assert "and 3.00 GiB of blocks fetched ahead" in fault
+    (fault,) = memory_faults(Needs(blocks=3 * GIB, blocks_setting="loader.memory_gib"), gpu, neighbours=5)
+    assert "and 3.00 GiB of data fetched ahead" in fault
     assert "lower loader.memory_gib" in fault
     (fault,) = memory_faults(Needs(model=0, shared=GIB // 4), CPU, neighbours=5)
     assert "0.20 GiB of /dev/shm for each of 5 ranks, expected at least 0.25 GiB" in fault
@@ -63,10 +64,11 @@ def test_ranks_share_their_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_blocks_that_are_fetched_ahead_from_a_url_count(small_data: Path, new_run: Callable[..., Any]) -> None:
     def blocks(*settings: str) -> int:
-        config = load_recipe(TrainConfig, new_run("run").recipe, ["run=r", *settings])
-        manifest = load_manifest(small_data)
-        resolved = Resolved(2, 4, 2, 1, "bf16", "fp32", {})
-        return needs(config, resolved, manifest, build_plan(config, manifest)).blocks
+        config = load_recipe(PretrainingConfig, new_run("run").recipe, ["run=r", *settings])
+        task = Pretraining(config)
+        task.manifest = load_manifest(small_data)
+        task.plan = build_plan(config, task.manifest)
+        return task.needs(Resolved(2, 4, 2, 1, "bf16", "fp32", {})).blocks
 
     assert blocks(f"data={small_data}") == 0
     # 2 of 4 lanes, 2 blocks of 2 samples of 6,144 bytes each
@@ -113,9 +115,10 @@ def test_a_rank_without_memory_stops_all_with_one_message(new_run: Callable[...,
     )
     code, output = run.finish()
     assert code == 2, output
-    assert output.count("error: rank") == 1
+    assert output.count("error:") == 1
     assert output.count("0.00 GiB free memory of the host for each of 2 ranks") == 1
-    assert "rank 1 on " in json.loads((run.folder / "FAILED").read_text())["error"]
+    assert "error: rank 1 on " in output
+    assert not run.folder.exists()
     run.entry = entry
     code, output = run.finish()
     assert code == 0, output

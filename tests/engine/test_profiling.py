@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_dist.config import ProfileConfig
+from beit_dist.config.run import ProfileConfig
 from beit_dist.engine.profiling import Profiler
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from beit_dist.config import TrainConfig, load_recipe
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.reading import load_recipe
 from beit_dist.engine.resolve import batch_arithmetic, read_ds_config, resolve
 from beit_dist.errors import ConfigError
 
@@ -16,8 +17,8 @@ DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"
 BF16 = {"bf16": {"enabled": True}}
 
 
-def recipe(*overrides: str) -> TrainConfig:
-    return load_recipe(TrainConfig, None, ["run=r", "global_batch=96", "micro_batch=32", *overrides])
+def recipe(*overrides: str) -> PretrainingConfig:
+    return load_recipe(PretrainingConfig, None, ["run=r", "global_batch=96", "micro_batch=32", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_shipped_files_accumulate_in_fp32() -> None:
         ({"fp16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "zero_optimization.stage to 1"),
         ({"fp16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}, "fp32 or fp16"),
         ({**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, "zero_optimization.stage to 1"),
-        ({"bf16": {"enabled": False}, "data_types": {"grad_accum_dtype": "bf16"}}, "fp32 or fp32, the precision"),
+        ({"bf16": {"enabled": False}, "data_types": {"grad_accum_dtype": "bf16"}}, "fp32, the precision"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "fp32 state"),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "gradients that are not finite"),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "gradients that are not finite"),
@@ -84,7 +85,7 @@ def test_shipped_files_accumulate_in_fp32() -> None:
         ({"bf16": {"enabled": 1}}, 'bf16.enabled: got 1, expected true, false or "auto"'),
         ({"fp16": {"enabled": True, "loss_scale": "big"}}, "fp16.loss_scale: got 'big'"),
         ({"zero_optimization": {"stag": 1}}, "Did you mean zero_optimization.stage?"),
-        ({"data_types": {"grad_acum_dtype": "fp32"}}, "grad_accum_dtype alone"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "no setting but grad_accum_dtype"),
     ],
 )
 def test_conflicts_and_what_cannot_be_run_are_refused(setting: dict[str, Any], said: str) -> None:

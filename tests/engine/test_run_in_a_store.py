@@ -22,12 +22,12 @@ import torch
 from support.fault_proxy import Fault, FaultProxy
 from support.object_store import ObjectStore
 
-from beit_dist.engine.checkpoint.layout import committed
-from beit_dist.engine.checkpoint.weights import load_weights
+from beit_dist.checkpoints.layout import committed
 from beit_dist.errors import AccessError
 from beit_dist.storage.opening import open_place
 from beit_dist.storage.place import Place
 from beit_dist.train import main
+from beit_dist.weights.stored import load_weights
 
 pytestmark = pytest.mark.slow
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from beit_dist.config import TrainConfig, load_recipe
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.reading import load_recipe
 from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.errors import ConfigError
 
 
-def recipe(*overrides: str) -> TrainConfig:
+def recipe(*overrides: str) -> PretrainingConfig:
     settings = ["run=r", "global_batch=10", "epochs=4", "optimizer.lr=1.0", "optimizer.min_lr=0.1", *overrides]
-    return load_recipe(TrainConfig, None, settings)
+    return load_recipe(PretrainingConfig, None, settings)
 
 
 def original(base: float, final: float, total: int, warmup: int) -> list[float]:
@@ -88,7 +89,7 @@ def test_the_last_epochs_mean_rate_is_that_of_the_authors_log() -> None:
     """1.0015e-5, base on ImageNet-1k for 300 epochs (microsoft/unilm issue 383); that log has means of epochs."""
     images, batch = 1_281_167, 2048
     base = Path(__file__).parents[2] / "configs" / "beit_base.yaml"
-    config = load_recipe(TrainConfig, base, ["epochs=300"])
+    config = load_recipe(PretrainingConfig, base, ["epochs=300"])
     schedule = schedule_of(config, images, batch)
     assert schedule.warmup == pytest.approx(10 * 625.6, rel=1e-4)
     end, epoch = steps_of(config, images), images // batch

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from support.records import a_recorder, sums_of, taken
 
-from beit_dist.config import TrainConfig
-from beit_dist.engine.metrics import Metrics
-from beit_dist.engine.record import Recorder, StepFacts
+from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.engine.run_folder import RunFolder
 from beit_dist.engine.sinks import Sinks, TensorBoardSink, check_packages, open_sinks
-from beit_dist.engine.step_log import LogSettings
 from beit_dist.errors import ConfigError
+from beit_dist.step_numbers import Baseline, KnownBaselines
 
 
 class Kept:
@@ -65,23 +63,17 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_recorder_feeds_its_sinks_every_step(tmp_path: Path) -> None:
     run, kept = RunFolder(tmp_path), Kept()
-    run.create()
-    recorder = Recorder(
-        run,
-        Metrics(),
-        LogSettings(every=2, attempt=1, total_steps=9, batch=8, progress=False),
-        flops_per_sample=1,
-        sinks=Sinks([kept]),
-    )
+    known = KnownBaselines({"loss": [Baseline("frequency", 1.5)]})
+    recorder = a_recorder(run, every=2, sinks=Sinks([kept]), baselines=known)
     for step in (1, 2):
-        facts = StepFacts(
-            step=step, samples=8 * step, epoch=step / 4, lr=0.1, masked=7, bad=0, applied=True, wait_seconds=0.0
-        )
-        loss = torch.tensor(14.0 if step == 1 else float("nan"))
-        recorder.add(facts, loss, torch.tensor(3.0), 0.5)
+        loss = 14.0 if step == 1 else float("nan")
+        recorder.add(taken(step), sums_of(loss), None, 0.5)
+    recorder.flush()
     recorder.close()
     losses = [(step, numbers.get("train/loss")) for step, numbers in kept.lines if "train/lr" in numbers]
     assert losses == [(1, 2.0), (2, None)]
+    name = "train/loss (frequency)"
+    assert [(step, numbers[name]) for step, numbers in kept.lines if name in numbers] == [(1, 1.5), (2, 1.5)]
     assert any("speed/samples_per_second" in numbers for _, numbers in kept.lines)
     assert kept.closed
 
@@ -92,12 +84,12 @@ def test_a_sink_that_fails_is_given_up_and_the_others_go_on(caplog: pytest.LogCa
     sinks.write(1, {"train/loss": 1.0})
     sinks.write(2, {"train/loss": 0.5})
     assert [step for step, _ in kept.lines] == [1, 2]
-    assert caplog.text.count("Kept is given up: no route to host") == 1
+    assert caplog.text.count("Kept failed and is no longer used: no route to host") == 1
 
 
 def test_wandb_gets_the_same_run_again_and_no_place_of_a_file(wandb: Any, tmp_path: Path) -> None:
     secret = "s3://a-secret-bucket/shards"
-    config = TrainConfig(
+    config = PretrainingConfig(
         run=str(tmp_path), data=secret, init_from=secret, logging={"wandb": "offline"}, model={"size": "tiny"}
     )
     for _ in range(2):
@@ -120,10 +112,10 @@ def test_wandb_that_cannot_be_reached_at_the_start_does_not_stop_a_run(
         raise RuntimeError("no API key configured")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
-    open_sinks(TrainConfig(run=str(tmp_path), logging={"wandb": "online"}), tmp_path, 0).write(
+    open_sinks(PretrainingConfig(run=str(tmp_path), logging={"wandb": "online"}), tmp_path, 0).write(
         1, {"train/loss": 1.0}
     )
-    assert "logging.wandb: this start goes without: no API key configured" in caplog.text
+    assert "logging.wandb could not be opened and is not used: no API key configured" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -137,9 +129,9 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(
     setting: dict[str, Any], module: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    check_packages(TrainConfig(run="r"))
+    check_packages(PretrainingConfig(run="r"))
     with pytest.raises(ConfigError, match=extra):
-        check_packages(TrainConfig(run="r", logging=setting))
+        check_packages(PretrainingConfig(run="r", logging=setting))
 
 
 def test_tensorboard_that_cannot_be_written_at_the_start_does_not_stop_a_run(
@@ -147,9 +139,9 @@ def test_tensorboard_that_cannot_be_written_at_the_start_does_not_stop_a_run(
 ) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").touch()
-    config = TrainConfig(run=str(tmp_path), logging={"tensorboard": True})
+    config = PretrainingConfig(run=str(tmp_path), logging={"tensorboard": True})
     open_sinks(config, tmp_path, 0).close()
-    assert "logging.tensorboard: this start goes without" in caplog.text
+    assert "logging.tensorboard could not be opened and is not used" in caplog.text
 
 
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:
@@ -171,12 +163,11 @@ _STARTS = """\
 import sys
 from pathlib import Path
 import psutil
-from beit_dist.config import TrainConfig
-from beit_dist.engine.step_log import LogSettings
+from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.engine.sinks import open_sinks
 
 run = Path(sys.argv[1])
-config = TrainConfig(run=str(run), logging={"wandb": "offline", "tensorboard": True})
+config = PretrainingConfig(run=str(run), logging={"wandb": "offline", "tensorboard": True})
 for first, killed in ((1, False), (3, False), (5, True)):
     sinks = open_sinks(config, run, first - 1)
     for step in range(first, first + 3):
@@ -212,7 +203,7 @@ def test_the_real_packages_write_files_and_call_nobody(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "went on" in done.stdout
-        assert "WandbSink is given up" in done.stderr
+        assert "WandbSink failed and is no longer used" in done.stderr
         proxy.setblocking(False)
         with pytest.raises(BlockingIOError):  # nothing wanted to go out
             proxy.accept()
@@ -255,5 +246,5 @@ def _wandb_losses(path: Path) -> dict[int, float]:
 
 
 def test_by_default_there_are_none(tmp_path: Path) -> None:
-    open_sinks(TrainConfig(run="r"), tmp_path, 0).close()
+    open_sinks(PretrainingConfig(run="r"), tmp_path, 0).close()
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The engine's state at every stage, precision and accumulation type: saved, restored, and trained on the same.
+"""The engine's state at every stage and precision, of every optimizer: saved, restored, and trained on the same.
 
 One rank in this process; several ranks, other stages and the whole program are in ``test_training.py``.
 """
@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from beit_dist.config import TrainConfig
-from beit_dist.engine.build import build_engine
+from beit_dist.config.optimizer import OptimizerConfig
+from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.store import CheckpointStore
-from beit_dist.engine.distributed import Agreement, Ranks
+from beit_dist.engine.optimizers.table import OPTIMIZERS, check_optimizer
+from beit_dist.engine.ranks.distributed import Agreement, Ranks
 from beit_dist.engine.resolve import resolve
+from beit_dist.engine.wrapped import build_engine
+from beit_dist.errors import ConfigError
 from beit_dist.storage.local import LocalPlace
+from beit_dist.tasks.pretraining.task import Pretraining
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +40,30 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     },
 }
 IMPOSSIBLE = {(0, "bf16, sums in fp32"), (0, "fp16, sums in fp32")}  # refused early: test_resolve.py
-CELLS = [(stage, name) for stage in (0, 1, 2, 3) for name in PRECISIONS if (stage, name) not in IMPOSSIBLE]
+
+
+def works(optimizer: str, stage: int) -> bool:
+    """Whether a start with this optimizer is not refused at this stage, in fp32."""
+    try:
+        check_optimizer(OptimizerConfig(name=optimizer), stage, "fp32")
+    except ConfigError:
+        return False
+    return True
+
+
+CELLS = [
+    *(("adamw", stage, name) for stage in (0, 1, 2, 3) for name in PRECISIONS if (stage, name) not in IMPOSSIBLE),
+    *(
+        (name, stage, "fp32")
+        for name in OPTIMIZERS
+        for stage in (0, 1, 2, 3)
+        if name != "adamw" and works(name, stage)
+    ),
+    ("lion", 0, "bf16"),
+    ("lion", 1, "bf16, sums in fp32"),
+    ("lion", 2, "fp16"),
+    ("lion", 3, "bf16"),
+]
 
 
 @pytest.fixture
@@ -54,7 +81,7 @@ class Training:
     """An engine, its state, and a few steps on seeded random batches, in two micro-batches each."""
 
     def __init__(self, device: torch.device, folder: Path, stage: int, precision: str, **recipe: Any) -> None:
-        config = TrainConfig(
+        config = PretrainingConfig(
             run=str(folder),
             **{"model": MODEL, **recipe},
             masking={"min_block": 4},  # type: ignore[arg-type]
@@ -62,13 +89,13 @@ class Training:
             micro_batch=MICRO,
         )
         settings = {"zero_optimization": {"stage": stage}, **PRECISIONS[precision]}
-        self.engine = build_engine(config, resolve(config, settings, 1), device)
+        self.engine = build_engine(Pretraining(config), resolve(config, settings, 1), device)
         self.state = EngineState(self.engine, Ranks())
         self.store = CheckpointStore(LocalPlace(folder), config.checkpoint, Agreement(Ranks(), LIMIT))
         self.store.begin_attempt()
 
-    def train(self, *numbers: int) -> list[tuple[float, bool]]:
-        """Train these steps: loss, and whether the update was applied, of each."""
+    def train(self, *numbers: int, factor: float = 1.0) -> list[tuple[float, bool]]:
+        """Train these steps, with ``factor`` times the loss: loss, and whether the update was applied, of each."""
         done = []
         for number in numbers:
             generator = torch.Generator().manual_seed(number)
@@ -76,10 +103,10 @@ class Training:
                 group["lr"] = 0.01
             loss = 0.0
             for _ in range(2):
-                output = self.engine(*_batch(generator))
-                self.engine.backward(output.loss_sum / (2 * MICRO * MASKED), scale_wrt_gas=False)
+                loss_sum = self.engine(*_batch(generator))[0]
+                self.engine.backward(factor * loss_sum / (2 * MICRO * MASKED), scale_wrt_gas=False)
                 self.engine.step()
-                loss += output.loss_sum.item() / (2 * MICRO * MASKED)
+                loss += loss_sum.item() / (2 * MICRO * MASKED)
             done.append((loss, bool(self.engine.was_step_applied())))
         return done
 
@@ -113,11 +140,11 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize(("stage", "precision"), CELLS)
+@pytest.mark.parametrize(("optimizer", "stage", "precision"), CELLS)
 def test_training_goes_on_to_the_last_bit(
-    device: torch.device, tmp_path: Path, stage: int, precision: str
+    device: torch.device, tmp_path: Path, optimizer: str, stage: int, precision: str
 ) -> None:
-    whole = Training(device, tmp_path, stage, precision)
+    whole = Training(device, tmp_path, stage, precision, optimizer={"name": optimizer})
     steps = whole.train(1, 2, 3)
     whole.save(3)
     before = whole.values()
@@ -127,13 +154,28 @@ def test_training_goes_on_to_the_last_bit(
     if "fp16" in precision:
         assert whole.state.loss_scale["cur_scale"] != 2**18  # it moves: it is part of the state
 
-    other = Training(device, tmp_path, stage, precision)
+    other = Training(device, tmp_path, stage, precision, optimizer={"name": optimizer})
     other.restore()
     assert equal(other.values(), before)
     assert other.train(4, 5, 6) == expected
     assert equal(other.values(), whole.values())
     assert other.state.loss_scale == whole.state.loss_scale
-    assert other.state.updates == whole.state.updates == sum(applied for _, applied in steps + expected)
+    applied = sum(applied for _, applied in steps + expected)
+    counts = OPTIMIZERS[optimizer].kept("norm.bias", (1,)).counts
+    assert other.state.updates == whole.state.updates == (applied if counts else 0)
+
+
+@pytest.mark.parametrize(("optimizer", "stage"), [(name, stage) for name, stage, kind in CELLS if kind == "fp32"])
+def test_gradients_that_are_not_finite_change_nothing(
+    device: torch.device, tmp_path: Path, optimizer: str, stage: int
+) -> None:
+    training = Training(device, tmp_path, stage, "fp32", optimizer={"name": optimizer})
+    training.train(1)
+    before = training.values()
+    assert [applied for _, applied in training.train(2, factor=float("nan"))] == [False]
+    assert equal(training.values(), before)
+    assert [applied for _, applied in training.train(3)] == [True]
+    assert not equal(training.values(), before)
 
 
 def test_compiled_blocks_train_resume_and_agree_with_those_that_are_not(

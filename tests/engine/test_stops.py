@@ -16,7 +16,7 @@ import psutil
 import pytest
 from support.processes import members
 
-from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.ranks.preemption import StopRequest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -24,38 +24,39 @@ TRAIN = Path(__file__).parents[2] / "beit_dist" / "train.py"
 # The second measurement of the held-out loss, after step 20, waits until the ranks have been asked to stop.
 EVALUATING = f"""\
 import os, pathlib, runpy, time
-from beit_dist.engine.validation import Validation
+from beit_dist.tasks.pretraining.validation import Validation
 measure, calls = Validation.measure, []
-def measuring(self, model, stop, *rest):
+def measuring(self, model):
     calls.append(None)
+    stop = self._around.stop
     def waiting(*inputs):
         pathlib.Path("evaluating-" + os.environ["RANK"]).touch()
         while len(calls) == 2 and not stop.known: time.sleep(0.01)
         return model(*inputs)
-    return measure(self, waiting, stop, *rest)
+    return measure(self, waiting)
 Validation.measure = measuring
 runpy.run_path({str(TRAIN)!r}, run_name='__main__')
 """
 # Step 30 waits until rank 0 has been told to stop, and rank 0 writes no checkpoint after it.
 SAVING = f"""\
 import os, pathlib, runpy, time
-from beit_dist.engine.checkpoint import store
-from beit_dist.engine.preemption import StopRequest
+from beit_dist.engine.checkpoint import writing as saves
+from beit_dist.engine.ranks.preemption import StopRequest
 from beit_dist.engine.record import Recorder
-add, write, note = Recorder.add, store.write_fragments, StopRequest._note
+add, write, note = Recorder.add, saves.write_fragments, StopRequest._note
 def noting(self, *signal):
     note(self, *signal)
     pathlib.Path("told").touch()
 def waiting(self, facts, *rest):
-    if facts.step == 30: pathlib.Path("at-30").touch()
-    while facts.step == 30 and not pathlib.Path("told").exists(): time.sleep(0.01)
+    if facts.number == 30: pathlib.Path("at-30").touch()
+    while facts.number == 30 and not pathlib.Path("told").exists(): time.sleep(0.01)
     return add(self, facts, *rest)
 def writing(folder, rank, fragments):
     if rank == 0 and folder.name > "step-00000030":
         pathlib.Path("saving").touch()
         time.sleep(600)
     write(folder, rank, fragments)
-Recorder.add, store.write_fragments, StopRequest._note = waiting, writing, noting
+Recorder.add, saves.write_fragments, StopRequest._note = waiting, writing, noting
 runpy.run_path({str(TRAIN)!r}, run_name='__main__')
 """
 
@@ -91,7 +92,7 @@ def test_a_run_stopped_in_every_way_ends_as_if_nothing_had_happened(
     _interrupted_while_evaluating(run)
     _told_twice_while_saving(run)
 
-    run.entry = TRAIN
+    run.entry, run.deepspeed = TRAIN, False
     code, output = run.signal_at(34, signal.SIGTERM, rank=1)
     assert code == 0, output
     assert "resumed from step-00000028.a0002" in output

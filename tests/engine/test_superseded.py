@@ -19,7 +19,7 @@ SETTINGS = ["loader.workers=0", "steps=20", "checkpoint.every_steps=2"]
 # Rank 0 of attempt 1 is stopped, as on a host that hangs, between its last look at the attempts and the commit of
 # step 6. Attempt 2 trains, but does not end before a third has begun beside it.
 ENTRY = f"""\
-import os, pathlib, runpy, signal, time
+import pathlib, runpy, signal, threading, time
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.record import Recorder
 commit, check, add = CheckpointStore.commit, CheckpointStore.refuse_if_superseded, Recorder.add
@@ -30,9 +30,10 @@ def checking(self):
     check(self)
     if getattr(self, "stops", False):
         self.stops = False
-        os.kill(os.getpid(), signal.SIGSTOP)
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # stops here, not a little later
 def waiting(self, facts, *rest):
-    while self._attempt == 2 and facts.step == 10 and not pathlib.Path("run/checkpoints/attempts/000003").exists():
+    third = pathlib.Path("run/checkpoints/attempts/000003")
+    while self._scope.attempt == 2 and facts.number == 10 and not third.exists():
         time.sleep(0.02)
     return add(self, facts, *rest)
 CheckpointStore.commit, CheckpointStore.refuse_if_superseded, Recorder.add = committing, checking, waiting

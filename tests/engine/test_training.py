@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from beit_dist.engine.run_folder import FAILED, MARKERS
+from beit_dist.engine.run_folder import DONE, MARKERS
 from beit_dist.errors import ConfigError, UserError
 from beit_dist.storage.opening import open_place
 from beit_dist.train import main
@@ -34,6 +34,7 @@ def test_the_whole_program_resumes_bit_for_bit(new_run: Callable[..., Any], stag
     whole = new_run("whole", STAGES[stage], overrides=["loader.workers=0", "steps=16"])
     code, output = whole.finish()
     assert code == 0, output
+    assert_it_tells_its_story(output, whole.folder)
 
     cut = new_run("cut", STAGES[stage], overrides=["loader.workers=0", "steps=16"])
     shutil.copytree(whole.folder, cut.folder)
@@ -44,6 +45,20 @@ def test_the_whole_program_resumes_bit_for_bit(new_run: Callable[..., Any], stag
     assert "resumed from step-00000014" in output
     assert cut.numbers() == whole.numbers()
     assert cut.final_files() == whole.final_files()
+
+
+def assert_it_tells_its_story(output: str, folder: Path) -> None:
+    """What is trained, on what, for how long; a line after the first step; what came of it; what to do next."""
+    lines = output.splitlines()
+    subjects = [line.partition("  ")[0] for line in lines]
+    first = subjects.index("step 1/16")
+    told = {"run", "model", "data", "held out", "baselines", "steps", "parameters", "batch", "precision", "ranks"}
+    assert told <= set(subjects[:first])
+    assert f"{folder}, a new run" in lines[subjects.index("run")]
+    assert "uniform 4.1589" in lines[subjects.index("baselines")]
+    end = next(at for at, line in enumerate(lines) if line.startswith("done: step 16 of 16 in "))
+    assert first < end
+    assert lines[-3:] == ["next:", f"  beit pictures {folder}", f"  beit export {folder} --to hf --out exported/"]
 
 
 def test_fp16_resumes_with_its_loss_scale(new_run: Callable[..., Any]) -> None:
@@ -197,7 +212,7 @@ def test_another_model_or_data_set_cannot_continue_a_run(
     code, output = run.finish("model.depth=3")
     assert code == 2
     assert "model.depth was 2, now 3" in output
-    assert [name for name in MARKERS if (run.folder / name).exists()] == [FAILED]
+    assert [name for name in MARKERS if (run.folder / name).exists()] == [DONE]
     code, output = run.finish("seed=1")
     assert code == 2
     assert "seed was 0, now 1" in output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beit_dist.config import ModelConfig
+from beit_dist.config.model import ModelConfig
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.models.vit import BeitBackbone, attend, relative_position_index
 

@@ -1,4 +1,4 @@
-"""What a place promises, whether it is a folder, memory, or an object store behind a network that fails."""
+"""What a place promises, whether it is a folder, memory, a store that was added, or one behind a bad network."""
 
 from __future__ import annotations
 
@@ -10,40 +10,44 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fsspec.registry import known_implementations
 from support.fault_proxy import Fault, FaultProxy
 from support.http_files import HttpFiles
 from support.object_store import ObjectStore
+from support.shelf import ShelfPlace
 
+from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.config.reading import load_recipe
 from beit_dist.errors import AccessError, ConfigError, StorageError
 from beit_dist.storage.access import Access
 from beit_dist.storage.local import LocalPlace
-from beit_dist.storage.opening import open_place
+from beit_dist.storage.opening import STORES, open_place
 from beit_dist.storage.place import Place, is_url
 from beit_dist.storage.retries import counts, retrying
 
 CONTENT = bytes(range(256)) * 80_000  # 20 MB: an upload in parts
 
 
-@pytest.fixture(params=["local", "memory", "store"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+@pytest.fixture(params=["local", "memory", "store", "added"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """An empty place of each kind."""
     if request.param == "local":
         yield open_place(tmp_path / "place")
     elif request.param == "memory":
         yield open_place(f"memory://{uuid.uuid4()}/place")
+    elif request.param == "added":
+        monkeypatch.setitem(STORES, "shelf", ShelfPlace)
+        yield open_place(f"shelf://{uuid.uuid4()}/place")
     else:
         store: ObjectStore = request.getfixturevalue("object_store")
         yield open_place(f"s3://{store.new_bucket()}/some/place", store_access(store))
 
 
 @pytest.fixture
-def behind(request: pytest.FixtureRequest, object_store: ObjectStore) -> Iterator[tuple[Place, FaultProxy]]:
-    """A place in the store, and the proxy through which it is reached; its parameter is what reads ranges."""
+def behind(object_store: ObjectStore) -> Iterator[tuple[Place, FaultProxy]]:
+    """A place in the store, and the proxy through which it is reached."""
     with FaultProxy(object_store.endpoint_url, whole=object_store.whole) as proxy:
         access = store_access(object_store, proxy.url, retry_seconds=20.0)
-        if getattr(request, "param", "s3fs") == "obstore":
-            pytest.importorskip("obstore")
-            access = replace(access, s3_reader="obstore")
         counts.take()
         yield open_place(f"s3://{object_store.new_bucket()}/place", access), proxy
 
@@ -169,7 +173,7 @@ def test_the_first_creates_a_file_and_nobody_after_it(place: Place) -> None:
     assert place.read("once") == b"mine"
 
 
-@pytest.mark.parametrize("place", ["local", "memory"], indirect=True)  # Swift's check comes before its write
+@pytest.mark.parametrize("place", ["local", "memory", "added"], indirect=True)  # Swift checks, then writes
 def test_one_of_many_creates_a_file(place: Place) -> None:
     place.make()
     answers: dict[int, bool] = {}
@@ -207,7 +211,6 @@ def test_a_place_travels_to_another_process(place: Place) -> None:
     assert pickle.loads(pickle.dumps(place)).read("name") == b"content"
 
 
-@pytest.mark.parametrize("behind", ["s3fs", "obstore"], indirect=True)
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
@@ -236,26 +239,6 @@ def test_requests_that_fail_are_tried_again_and_counted(
     assert found.get(cause, 0) >= 1, found
     # aiohttp sends a request again by itself when the connection it kept turns out to be closed.
     assert sum(found.values()) == times or fault.kind == "reset", found
-
-
-def test_obstore_reads_ranges_and_says_what_is_wrong_as_s3fs_does(object_store: ObjectStore) -> None:
-    pytest.importorskip("obstore")
-    url = f"s3://{object_store.new_bucket()}/some/place"
-    place = open_place(url, replace(store_access(object_store), s3_reader="obstore"))
-    write(place, "large", CONTENT)
-    assert bytes(place.read_range("large", 12_345, 1000)) == CONTENT[12_345:13_345]
-    assert b"".join(place.chunks("large")) == CONTENT
-    for offset in (len(CONTENT) - 10, len(CONTENT) + 10):
-        with pytest.raises(
-            EOFError, match=f"large: byte {offset}: expected 20 bytes, the file has {len(CONTENT)}"
-        ):
-            place.read_range("large", offset, 20)
-    with pytest.raises(FileNotFoundError):
-        place.read_range("other", 0, 20)
-    wrong = replace(store_access(object_store, secret="not-the-secret"), s3_reader="obstore")
-    with pytest.raises(AccessError, match="Check the credentials in the environment") as raised:
-        open_place(url, wrong).read_range("large", 0, 20)
-    assert "not-the-secret" not in str(raised.value)
 
 
 def test_an_upload_in_parts_survives_failing_requests(behind: tuple[Place, FaultProxy]) -> None:
@@ -288,7 +271,7 @@ def test_a_store_that_fails_for_good_is_named_with_the_limit(
     place, proxy = behind
     proxy.inject(Fault("slow_down"))
     patient = open_place(str(place), store_access(object_store, proxy.url, retry_seconds=1.0))
-    with pytest.raises(StorageError, match=r"place/file.*storage\.retry_seconds is the limit"):
+    with pytest.raises(StorageError, match=r"place/file.*Raise storage\.retry_seconds"):
         patient.read("file")
 
 
@@ -319,12 +302,39 @@ def test_urls_with_credentials_or_commands_are_refused_without_repeating_them(ur
     assert not any(secret in str(raised.value) for secret in ("key:secret", "token="))
 
 
-def test_an_unknown_protocol_is_named() -> None:
-    with pytest.raises(ConfigError, match="nosuch"):
-        open_place("nosuch://host/folder").list()
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s4://bucket/folder", r"data: got 's4://bucket/folder', expected .*s3://, .*https://, or another scheme"),
+        (
+            "s3:/bucket",
+            r"data: got 's3:/bucket', expected s3:// with two slashes\. For a local .* \./s3:/bucket\.",
+        ),
+        ("s3:bucket", r"data: got 's3:bucket', expected s3://"),
+        (
+            "absent://host/folder",
+            r"data: got 'absent://host/folder', expected .*package.* absent://\. Install absent-fs",
+        ),
+    ],
+)
+def test_a_scheme_that_nothing_reaches_is_refused_in_one_line_before_any_request(
+    url: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"class": "no_such_package.FileSystem", "err": "Install absent-fs to access it"}
+    monkeypatch.setitem(known_implementations, "absent", entry)
+    with pytest.raises(ConfigError, match=said) as raised:
+        load_recipe(PretrainingConfig, None, [f"data={url}", "run=somewhere"])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_setting_of_a_store_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"storage\.options\.filecache: got {}, expected .*target_protocol"):
+        open_place("filecache://folder").list()
 
 
 def test_paths_and_urls_are_told_apart() -> None:
     assert all(map(is_url, ("s3://b/k", "http://h/k", "memory://k", "gs://b")))
     assert not any(map(is_url, ("folder", "/folder/a:b", "file:///folder", "./s3:/b")))
     assert open_place("file:///some/folder") == LocalPlace(Path("/some/folder"))
+    assert open_place("./s3:/b") == LocalPlace(Path("s3:/b"))
+    assert open_place("S3://bucket/Key") == open_place("s3://bucket/Key")

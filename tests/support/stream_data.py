@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_dist.config import LoaderConfig, MaskingConfig
-from beit_dist.data import stream
-from beit_dist.data.draws import Purpose, uniforms, words
-from beit_dist.data.masking import MaskGenerator
-from beit_dist.data.plan import Plan
-from beit_dist.data.shards import Manifest
-from beit_dist.data.stream import RankBatches
+from beit_dist.config.masking import MaskingConfig
+from beit_dist.config.pretraining import LoaderConfig
+from beit_dist.draws import Purpose, uniforms, words
+from beit_dist.shards.manifest import Manifest
 from beit_dist.storage.access import Access
+from beit_dist.stream import batches as stream
+from beit_dist.stream.batches import RankBatches
+from beit_dist.stream.masking.modes import masks_of
+from beit_dist.stream.plan import Plan
 
 RATES = (0.0, 0.3, 0.6)
 FIELDS = ("patches", "tokens", "positions", "keeps", "sample_ids", "epochs")
@@ -30,7 +31,7 @@ class DataSet:
         self.root, self.manifest, self.where = root, manifest, str(root)
         self.shards = [shard.samples for shard in manifest.view_shards(0)]
         self.plan = Plan(**{"shard_samples": self.shards, "views": manifest.views, "seed": 5, "lanes": 4, **plan})
-        self.masks = MaskGenerator(4, MaskingConfig(mode="original", masked_patches=6, min_block=3), 5)
+        self.masks = masks_of(MaskingConfig(mode="original", masked_patches=6, min_block=3), 4, 5)
 
     def at(self, url: str) -> DataSet:
         """The same data set, read from a URL."""

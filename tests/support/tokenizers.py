@@ -11,24 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from beit_dist.data.image_files import find_images
-from beit_dist.engine.checkpoint.layout import committed
-from beit_dist.engine.distributed import Agreement, Ranks
-from beit_dist.engine.preemption import StopRequest
+from beit_dist.checkpoints.layout import committed
+from beit_dist.config.reading import validate
+from beit_dist.config.tokenizer import TokenizerConfig
+from beit_dist.engine.launch import train
 from beit_dist.engine.process import Process
-from beit_dist.engine.timeouts import Timeouts
-from beit_dist.engine.tokenizer.build import resolve
-from beit_dist.engine.tokenizer.launch import Job, train
-from beit_dist.engine.watchdog import Watchdog
-from beit_dist.settings import validate
+from beit_dist.engine.ranks.distributed import Agreement, Ranks
+from beit_dist.engine.ranks.preemption import StopRequest
+from beit_dist.engine.ranks.timeouts import Timeouts
+from beit_dist.engine.ranks.watchdog import Watchdog
+from beit_dist.engine.resolve import resolve
+from beit_dist.engine.run_folder import RunFolder
 from beit_dist.storage.local import LocalPlace
-from beit_dist.tokenizer_config import TokenizerRecipe
+from beit_dist.tasks.tokenizer.task import TokenizerTraining
 
 TINY: dict[str, Any] = {
     "model": {"vocabulary": 16, "hidden": 8, "blocks_per_group": 1, "decoder_input": 8},
     "view_size": 32,
     "image_size": 16,
-    "batch": 4,
+    "global_batch": 4,
     "steps": 6,
     "held_out": 3,
     "usage_weight": 10.0,
@@ -72,34 +73,49 @@ class Training:
         """The run folder."""
         return self.out.with_suffix(".run")
 
-    def recipe(self, **changes: Any) -> TokenizerRecipe:
-        """The recipe, with its run folder."""
-        return validate(TokenizerRecipe, TINY | self.settings | changes | {"run": str(self.run)})
+    def config(self, **changes: Any) -> TokenizerConfig:
+        """The recipe, with its run folder and images."""
+        places = {"run": str(self.run), "data": str(self.images)}
+        return validate(TokenizerConfig, TINY | self.settings | changes | places)
 
     def start(self, stop: StopRequest | None = None, ds: Mapping[str, Any] | None = None, **changes: Any) -> str:
         """Start it once; the marker it leaves."""
         if not {"bf16", "fp16"} & set(ds or ()):
             changes.setdefault("precision", "fp32")  # fast on every machine
-        recipe = self.recipe(**changes)
-        job = Job(str(self.images), self.out, recipe, resolve(recipe, ds, 1), ds is None)
-        timeouts = Timeouts(recipe.timeouts, recipe.checkpoint.timeout_seconds)
-        watchdog = Watchdog(recipe.watchdog, self.run / "ranks", 0)
-        agreement = Agreement(Ranks(), timeouts.start)
-        files = find_images(str(self.images))
+        config = self.config(**changes)
+        task = TokenizerTraining(config, self.out, built_in=ds is None)
+        timeouts = Timeouts(config.timeouts, config.checkpoint.timeout_seconds)
+        watchdog = Watchdog(config.watchdog, self.run / "ranks", 0)
+        process = Process(
+            Agreement(Ranks(), timeouts.start), self.device, stop or StopRequest(), watchdog, timeouts
+        )
         try:
-            return train(job, files, Process(agreement, self.device, stop or StopRequest(), watchdog, timeouts))
+            task.check(Ranks())
+            return train(task, resolve(config, ds, 1), RunFolder(self.run), process)
         finally:
             watchdog.close()
 
     def lines(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """What was recorded, without the number of the start."""
+        """What was recorded, without what belongs to the start that did."""
         text = (self.run / name).read_text()
-        return [{k: v for k, v in json.loads(line).items() if k != "attempt"} for line in text.splitlines()]
+        return [
+            {
+                k: v
+                for k, v in json.loads(line).items()
+                if k not in ("attempt", "seconds", "time", "images_per_second")
+            }
+            for line in text.splitlines()
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """run.json."""
+        found: dict[str, Any] = json.loads((self.run / "run.json").read_text())
+        return found
 
     def state(self) -> tuple[int, dict[str, str], dict[str, Any]]:
         """Of the newest checkpoint: step, digests of weights, moments and average, and the codebook's counts."""
         saved = committed(LocalPlace(self.run / "checkpoints"))[0]
-        return saved.step, saved.manifest["state_digests"], saved.manifest["codebook"]
+        return saved.step, saved.manifest["state_digests"], saved.manifest["position"]["codebook"]
 
 
 def picture(number: int, side: int = 40) -> np.ndarray:

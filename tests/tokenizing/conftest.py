@@ -18,6 +18,7 @@ from beit_dist.storage.opening import open_place
 from beit_dist.tokenizing.finish import finish
 from beit_dist.tokenizing.freeze import freeze
 from beit_dist.tokenizing.job import Job, record_job
+from beit_dist.tokenizing.parts import parts_of
 from beit_dist.tokenizing.sources import SourceList
 from beit_dist.tokenizing.worker import Worker, WorkerReport
 
@@ -45,7 +46,8 @@ class Bench:
         source = changes.pop("source", self.source)
         seed = changes.get("seed", 0)
         place = open_place(out)
-        freeze([source], place, seed)
+        held_out = changes.pop("held_out", None)
+        freeze([source] if isinstance(source, str) else source, place, seed, held_out=held_out)
         job = Job("", "a" * 64, VOCABULARY, 32, 8, 2, 4, seed, "random", 3, "fp32", "cpu", "2.0", "11.0", "1.26")
         job = replace(job, **changes)
         sources = SourceList(place, job.shard_samples)
@@ -69,17 +71,20 @@ class Bench:
             self.seen_shapes.add(images.shape)
             return self.encoder(images)
 
-        worker = Worker(
-            open_place(out),
-            job,
-            sources,
-            encode,
-            index=index,
-            count=count,
-            decoders=decoders,
-            max_rejected=max_rejected,
-        )
-        return worker.run()
+        report = WorkerReport(0, 0, 0, ())
+        for part in parts_of(open_place(out), job, sources):
+            record_job(part.out, part.job)
+            worker = Worker(
+                part,
+                encode,
+                index=index,
+                count=count,
+                decoders=decoders,
+                max_rejected=max_rejected,
+                rejected=report.rejected,
+            )
+            report = report.plus(worker.run())
+        return report
 
     def finish(
         self,

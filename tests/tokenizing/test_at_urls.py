@@ -16,18 +16,20 @@ from support.fault_proxy import Fault, FaultProxy
 from support.http_files import HttpFiles
 from support.object_store import ObjectStore
 
-from beit_dist.data import image_tars
-from beit_dist.data.gathering import ImageEntry
-from beit_dist.data.listing import expand_sources, list_images
 from beit_dist.errors import ConfigError, DataError, StorageError, UserError
+from beit_dist.images import file_bytes
+from beit_dist.images.gathering import Entry
+from beit_dist.images.listing import expand_sources, list_images
 from beit_dist.storage import listings
+from beit_dist.storage.access import Access
 from beit_dist.storage.local import LocalPlace
 from beit_dist.storage.opening import open_place
 from beit_dist.storage.place import Place
 from beit_dist.storage.remote import RemotePlace
 from beit_dist.tokenizing.commits import read_commit
 from beit_dist.tokenizing.freeze import freeze
-from beit_dist.tokenizing.sources import SourceList, read_source
+from beit_dist.tokenizing.parts import Part
+from beit_dist.tokenizing.sources import SourceList, read_listed
 from beit_dist.tokenizing.worker import Worker
 
 FAULTS = [
@@ -139,7 +141,7 @@ def test_a_commit_whose_file_is_gone_or_shorter_is_made_again(bench: Any, memory
     bench.finish(str(out))
     assert out.read("v01/shard-000001.tar") == before
     (out / "v01").write("shard-000009.tar", b"x")
-    with pytest.raises(DataError, match=r"shards of no list: v01/shard-000009\.tar"):
+    with pytest.raises(DataError, match=r"shards that are on no list: v01/shard-000009\.tar"):
         bench.finish(str(out))
 
 
@@ -151,7 +153,7 @@ def test_an_image_that_changed_or_went_since_the_freeze_is_named(bench: Any, mem
     entry = SourceList(out, 99).read(0)[3]
     (memory / "photos").write(entry.name, b"other")
     with pytest.raises(DataError, match=r"changed since the list was frozen.*got 5 bytes"):
-        read_source(entry)
+        read_listed(entry)
     (memory / "photos").remove(entry.name)
     with pytest.raises(DataError, match="gone since"):
         bench.work(str(out))
@@ -180,7 +182,7 @@ def test_a_remote_tar_is_scanned_without_fetching_its_images(
     entries = listed(f"{memory}/large.tar")
     assert entries == listed(str(tmp_path / "large.tar"))
     assert len(entries) == 5
-    assert fetched < 9 * image_tars._WINDOW < len(raw) / 4
+    assert fetched < 9 * file_bytes._WINDOW < len(raw) / 4
 
 
 def test_damaged_remote_tars_are_refused(tmp_path: Path, bench: Any, memory: Place, pack_tar: Any) -> None:
@@ -190,8 +192,8 @@ def test_damaged_remote_tars_are_refused(tmp_path: Path, bench: Any, memory: Pla
         middle = tar.getmembers()[5].offset
     for content, message in (
         (raw[:middle], "no closing block"),
-        (raw + raw, "other data behind its end"),
-        (b"\x1f\x8b" + raw, "compressed by gzip"),
+        (raw + raw, "data after its end"),
+        (b"\x1f\x8b" + raw, "compressed with gzip"),
         (b"no tar at all" * 99, "this file is none"),
     ):
         memory.write("x.tar", content)
@@ -252,7 +254,7 @@ def test_keys_of_any_kind_are_read_as_they_are_listed(bucket: Place, tmp_path: P
     for number, image in enumerate(names):
         system.call_s3("put_object", Bucket=name, Key=f"{key}/{image}", Body=bytes([number]))
     freeze([str(bucket)], LocalPlace(tmp_path), 0)
-    read = {source.name: read_source(source) for source in SourceList(LocalPlace(tmp_path), 99).read(0)}
+    read = {listed.name: read_listed(listed) for listed in SourceList(LocalPlace(tmp_path), 99).read(0)}
     assert read == {image: bytes([number]) for number, image in enumerate(names)}
 
 
@@ -264,7 +266,7 @@ def test_files_without_a_usual_suffix_are_read_at_urls_only_with_sniff(
         memory.write(name, content)
     out = LocalPlace(tmp_path)
     assert freeze([str(memory)], out, 0).entries == 2
-    assert "2 files without a usual suffix left out (a): --sniff reads" in capsys.readouterr().out
+    assert "2 files without a usual suffix left out (a): --sniff recognises" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"--sniff.*start over in another --out"):
         freeze([str(memory)], out, 0, sniff=True)
     assert freeze([str(memory)], out / "sniffed", 0, sniff=True).entries == 3
@@ -281,9 +283,15 @@ def test_a_store_that_is_down_is_no_fault_of_the_images(
     out = bench.root / "out"
     job, sources = bench.job(out)
     fault_proxy.inject(Fault("slow_down"))
-    access = type(bucket._access)(retry_seconds=0.5)  # type: ignore[attr-defined]
+    access = Access(retry_seconds=0.5)
     worker = Worker(
-        LocalPlace(out), job, sources, bench.encoder, index=0, count=1, decoders=1, max_rejected=99, access=access
+        Part("", LocalPlace(out), job, sources),
+        bench.encoder,
+        index=0,
+        count=1,
+        decoders=1,
+        max_rejected=99,
+        access=access,
     )
     with pytest.raises(StorageError, match=r"photos/class-.*storage\.retry_seconds") as raised:
         worker.run()
@@ -291,7 +299,7 @@ def test_a_store_that_is_down_is_no_fault_of_the_images(
     assert read_commit(LocalPlace(out), 0) is None
 
 
-def listed(source: str) -> list[ImageEntry]:
+def listed(source: str) -> list[Entry]:
     return sorted(list_images(expand_sources([source])))
 
 

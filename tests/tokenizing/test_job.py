@@ -31,5 +31,5 @@ def test_a_job_whose_worker_died_while_it_wrote_it_is_named(
 ) -> None:
     (tmp_path / "job.json").touch()
     monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
-    with pytest.raises(DataError, match=r"job\.json: got 0 bytes without an end.* Remove it, and run"):
+    with pytest.raises(DataError, match=r"job\.json: got 0 bytes, cut short.* Remove it, and run"):
         record_job(LocalPlace(tmp_path), JOB)

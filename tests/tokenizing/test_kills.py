@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from beit_dist.data.verification import verify
-from beit_dist.durable import TEMPORARY
+from beit_dist.shards.verification import verify
+from beit_dist.storage.durable import TEMPORARY
 
 WORKERS = 5
 ROUNDS = 4

@@ -19,6 +19,7 @@ from beit_dist.tokenizing import metrics as metrics_module
 from beit_dist.tokenizing import progress as progress_module
 from beit_dist.tokenizing import worker as worker_module
 from beit_dist.tokenizing.metrics import STAGES, Exporter, Metrics
+from beit_dist.tokenizing.parts import Part
 from beit_dist.tokenizing.rejected import Rejected, summary
 from beit_dist.tokenizing.sources import SourceList
 from beit_dist.tokenizing.worker import Worker
@@ -47,7 +48,7 @@ def test_a_workers_numbers_are_those_of_its_work(bench: Any, tmp_path: Path) -> 
     def work(decoders: int) -> Values:
         with Exporter(metrics, None, file):
             options: dict[str, Any] = {"index": 1, "count": 2, "decoders": decoders, "max_rejected": 9}
-            Worker(LocalPlace(out), job, sources, bench.encoder, metrics=metrics, **options).run()
+            Worker(Part("", LocalPlace(out), job, sources), bench.encoder, metrics=metrics, **options).run()
         return parsed(file.read_text())
 
     found = work(decoders=1)
@@ -81,9 +82,7 @@ def test_retries_of_the_last_commit_count(bench: Any, tmp_path: Path, monkeypatc
     monkeypatch.setattr(worker_module, "write_commit", slowed)
     counts.take()
     Worker(
-        LocalPlace(tmp_path),
-        job,
-        sources,
+        Part("", LocalPlace(tmp_path), job, sources),
         bench.encoder,
         index=0,
         count=1,
@@ -95,7 +94,7 @@ def test_retries_of_the_last_commit_count(bench: Any, tmp_path: Path, monkeypatc
     assert metrics.registry.get_sample_value("beit_storage_retries_total", labels) == sources.shards
 
 
-def test_the_endpoint_serves_and_a_port_in_use_does_not_stop_the_job() -> None:
+def test_the_endpoint_serves_and_a_port_in_use_does_not_stop_the_job(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -105,6 +104,18 @@ def test_the_endpoint_serves_and_a_port_in_use_does_not_stop_the_job() -> None:
             with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics", timeout=10) as answer:
                 found = parsed(answer.read().decode())
     assert found["beit_tokenize_stage_seconds_total", "encode"] == 0
+    assert f"port {wanted} is in use, so they are served at port {exporter.port}" in capsys.readouterr().out
+
+
+def test_only_this_host_can_ask_unless_told_otherwise() -> None:
+    with Exporter(Metrics(1), 0, None) as exporter, pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.2", exporter.port), timeout=10)
+    with Exporter(Metrics(1), 0, None, "0.0.0.0") as exporter:
+        socket.create_connection(("127.0.0.2", exporter.port), timeout=10).close()
+    with pytest.raises(
+        ConfigError, match=r"--metrics-address: got '192\.0\.2\.1', expected an address of this host"
+    ):
+        Exporter(Metrics(1), 0, None, "192.0.2.1")
 
 
 def test_a_file_that_cannot_be_written_any_more_does_not_stop_the_job(

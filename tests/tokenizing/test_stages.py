@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from beit_dist.data import images
 from beit_dist.errors import SampleError
+from beit_dist.images import decoding as images
 from beit_dist.storage.local import LocalPlace
 from beit_dist.tokenizing.ahead import ahead
 from beit_dist.tokenizing.commits import read_commit
-from beit_dist.tokenizing.decoding import Decoders, Recipe, decode_source
+from beit_dist.tokenizing.decoding import Decoders, Recipe, decode_listed
 from beit_dist.tokenizing.shard_files import ShardFiles
 from beit_dist.tokenizing.sources import SourceList
 
@@ -173,5 +173,5 @@ def test_too_little_memory_is_no_fault_of_the_image(
     bench.job(tmp_path / "out")
     source = SourceList(LocalPlace(tmp_path / "out"), 99).read(0)[0]
     monkeypatch.setattr(images, "to_rgb", no_memory)
-    with pytest.raises(SampleError, match=r"\.png: no memory to decode it"):
-        decode_source(RECIPE, source, Path(source.place).read_bytes())
+    with pytest.raises(SampleError, match=r"\.png: not enough memory to decode it"):
+        decode_listed(RECIPE, source, Path(source.place).read_bytes())

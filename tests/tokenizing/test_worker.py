@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beit_dist import durable
-from beit_dist.data.shards import load_manifest, parse_key
-from beit_dist.durable import TEMPORARY
 from beit_dist.errors import ConfigError, DataError, SampleError, SpaceError
+from beit_dist.shards.manifest import load_manifest
+from beit_dist.shards.sample import parse_key
+from beit_dist.storage import durable
+from beit_dist.storage.durable import TEMPORARY
 from beit_dist.storage.local import LocalPlace
 from beit_dist.tokenizing import worker as worker_module
 from beit_dist.tokenizing.commits import read_commit
@@ -249,7 +250,7 @@ def spoil(bench: Any, out: Path, *rows: int) -> None:
     bench.job(out)
     for entry in SourceList(LocalPlace(out), 99).read(0):
         if entry.sample_id in rows:
-            Path(entry.place).write_bytes(b"?" * entry.size)
+            Path(entry.place).write_bytes(b"?" * entry.entry.size)
 
 
 def test_a_rejected_image_is_missing_in_all_views_and_leaves_a_gap(bench: Any, tmp_path: Path) -> None:
@@ -336,4 +337,4 @@ def test_decoded_images_keep_their_order(bench: Any, tmp_path: Path) -> None:
     sources = SourceList(LocalPlace(tmp_path / "out"), 99).read(0) * 5
     with Decoders(Recipe(1, 16, 16, 8, "random", 0), 2) as decoders:
         decoded = list(decoders.decode(sources))
-    assert [one.source for one in decoded] == sources
+    assert [one.listed for one in decoded] == sources

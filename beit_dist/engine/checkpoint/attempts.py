@@ -12,7 +12,7 @@ import os
 import socket
 import uuid
 
-from beit_dist.engine.checkpoint.layout import GIVEN_UP, MANIFEST, parse_folder_name, sealed
+from beit_dist.checkpoints.layout import GIVEN_UP, MANIFEST, parse_folder_name, sealed
 from beit_dist.errors import CheckpointError, ConfigError
 from beit_dist.storage.place import Place
 
@@ -35,10 +35,14 @@ class Attempts:
         self._checkpoints, self.place = checkpoints, checkpoints / "attempts"
         self._mark = b""  # what this attempt's file says, unlike any other's
 
-    def begin(self) -> None:
+    def begin(self, seen: int | None = None) -> None:
         """Take the next number; on rank 0 alone, the others are told.
 
+        Args:
+            seen: the newest number when this start looked at the run folder.
+
         Raises:
+            SupersededError: another start has taken a number since.
             ConfigError: the store would give a number to two.
         """
         self.place.make()
@@ -46,31 +50,38 @@ class Attempts:
         self._mark = json.dumps(mark).encode()
         # Folders count too: where a copy of a run lacks the attempts, its newest checkpoint must stay the newest.
         folders = (parse_folder_name(entry) for entry in self._checkpoints.list())
-        number = max([self._newest(), *(name[1] for name in folders if name)])
+        newest = self.newest()
+        number = max([newest, *(name[1] for name in folders if name)])
         while not self.number:
             number += 1
+            if seen is not None and newest > seen:
+                raise SupersededError(
+                    f"superseded by attempt {newest}, which began in the meantime: this start stops"
+                )
             if self.place.create(f"{number:06d}", self._mark):
                 self.number = number
+            else:
+                newest = number
         if not self.place.is_local and self.place.create(f"{self.number:06d}", b"another"):
             raise ConfigError(
                 "run",
                 str(self._checkpoints.parent),
-                "a store that refuses to create what exists (If-None-Match: *), but it did so",
+                "a store that refuses to create what exists (If-None-Match: *), but this one did create it",
                 "Without that, two starts of a run could both believe to be the only one.",
             )
         self._give_up_unfinished()
 
     def refuse_if_superseded(self) -> None:
         """Raise SupersededError when a newer attempt has begun."""
-        newest = self._newest()
+        newest = self.newest()
         if newest > self.number:
             raise SupersededError(f"superseded by attempt {newest}: this run (attempt {self.number}) stops")
         # Not every store's conditional PUT lets only one of two succeed: the last one's content stays.
         if self._mark and not self.place.is_local and self.place.read(f"{newest:06d}") != self._mark:
-            raise SupersededError(f"superseded by another start that took number {newest} too: this run stops")
+            raise SupersededError(f"superseded by another start that also took number {newest}: this run stops")
 
     def _give_up_unfinished(self) -> None:
-        """What older attempts have not committed by now they never will: this attempt goes on without it.
+        """What older attempts have not committed by now they never will: this attempt continues without it.
 
         An older rank may be about to do it, having seen no newer attempt. A manifest is created only once, so
         either it was there before, and is found, or it never will be.
@@ -84,5 +95,6 @@ class Attempts:
                     if not folder.create(MANIFEST, given_up) and not folder.size(MANIFEST):
                         folder.write(MANIFEST, given_up)  # of a writer that ended or hangs before its content
 
-    def _newest(self) -> int:
+    def newest(self) -> int:
+        """The newest number; 0 where there is none."""
         return max((int(name) for name in self.place.list() if name.isdigit()), default=0)

@@ -1,6 +1,6 @@
 """The engine's fp32 state as flat fragments keyed by parameter name, whatever DeepSpeed optimizer holds it.
 
-A fragment is a run of one parameter's flattened fp32 master weight, or of one of its AdamW moments. Stages 1
+A fragment is a run of one parameter's flattened fp32 master weight, or of one of its optimizer moments. Stages 1
 and 2 partition a group's concatenated parameters over the ranks, so a rank owns pieces of parameters; stage 3
 partitions each parameter; at stage 0 every rank holds everything, and each saves its share. Loading is interval
 arithmetic on names, so neither the stage nor the number of ranks need be the same.
@@ -19,8 +19,11 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from beit_dist.engine.checkpoint.layout import MOMENTS, WEIGHT, Fragment
-from beit_dist.engine.distributed import Ranks
+from beit_dist.checkpoints.layout import BUFFER, WEIGHT, Fragment
+from beit_dist.engine.optimizers.kind import Kept
+from beit_dist.engine.optimizers.table import kind_of
+from beit_dist.engine.ranks.distributed import Ranks
+from beit_dist.models.buffers import kept_buffers
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class _Piece:
     parameter: str
     start: int
     weight: Tensor
-    owner: Tensor  # the tensor that the wrapped AdamW steps; key of its state
+    owner: Tensor  # the tensor that the wrapped optimizer steps; key of its state
     offset: int  # where the piece begins in the flattened owner
 
     def fragment(self) -> Fragment:
@@ -43,22 +46,32 @@ _SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresi
 
 
 class EngineState:
-    """Reads and writes the fp32 weights, moments, update count and loss scale of a DeepSpeed engine."""
+    """Reads and writes the fp32 weights, buffers, moments, update count and loss scale of a DeepSpeed engine."""
 
     def __init__(self, engine: Any, ranks: Ranks) -> None:
         self._optimizer = engine.optimizer
         self._ranks = ranks
         self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
         self._wrapped: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        kept = kind_of(self._wrapped).kept
+        # At stage 3 a parameter itself is empty; DeepSpeed keeps its shape beside it.
+        self._kept = {name: kept(name, getattr(p, "ds_shape", p.shape)) for p, name in self._names.items()}
         self._replicated = not isinstance(self._optimizer, _PARTITIONED)
         self._pieces = list(self._find_pieces())
+        self._buffers = [
+            Fragment(name, BUFFER, 0, buffer.view(-1)) for name, buffer in kept_buffers(engine.module).items()
+        ]
         self._attached: list[Fragment] = []
         # FP16_UnfusedOptimizer steps once on zero gradients to create its state: forget that step.
         self._wrapped.state.clear()
 
     def saved_fragments(self) -> list[Fragment]:
-        """What this rank writes: its partition, or at stage 0 its 1/world share of every parameter."""
-        return [*self._own_share(self._engine_fragments()), *self._attached]
+        """What this rank writes: its partition, or at stage 0 its 1/world share of every parameter.
+
+        Buffers, of which all ranks have the same, are rank 0's.
+        """
+        shared = [*self._buffers] if self._ranks.rank == 0 else []
+        return [*self._own_share(self._engine_fragments()), *shared, *self._attached]
 
     def owned_weights(self) -> list[Fragment]:
         """The part of the master weights that this rank saves, as views."""
@@ -81,22 +94,23 @@ class EngineState:
 
     def held_fragments(self) -> list[Fragment]:
         """Everything that this rank holds, as views; what must be filled to restore it."""
-        return [*self._engine_fragments(), *self._attached]
+        return [*self._engine_fragments(), *self._buffers, *self._attached]
 
     def _engine_fragments(self) -> list[Fragment]:
         found = []
         for piece in self._pieces:
             length = piece.weight.numel()
             found.append(piece.fragment())
-            state = self._state_of(piece.owner)
-            for role in MOMENTS:
+            kept = self._kept[piece.parameter]
+            state = self._state_of(piece.owner, kept)
+            for role in kept.roles:
                 view = state[role].view(-1)[piece.offset : piece.offset + length]
                 found.append(Fragment(piece.parameter, role, piece.start, view))
         return found
 
     @property
     def updates(self) -> int:
-        """Updates that AdamW has applied; its bias correction depends on them."""
+        """Updates that the optimizer has counted, for its bias correction; 0 where it counts none."""
         steps = {int(state["step"]) for state in self._wrapped.state.values() if "step" in state}
         if len(steps) > 1:
             raise RuntimeError(f"parameters with different numbers of updates: {sorted(steps)}")
@@ -127,7 +141,9 @@ class EngineState:
         Collective: at stages 1 and 2 every rank's part is gathered.
         """
         for piece in self._pieces:
-            self._state_of(piece.owner)["step"].fill_(float(updates))
+            kept = self._kept[piece.parameter]
+            if kept.counts:
+                self._state_of(piece.owner, kept)["step"].fill_(float(updates))
         if isinstance(self._optimizer, FP16_UnfusedOptimizer):
             for low, high in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True):
                 for parameter, master in zip(low, high, strict=True):
@@ -148,13 +164,14 @@ class EngineState:
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
-    def _state_of(self, owner: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of ``owner``, created as AdamW itself would at its first step."""
+    def _state_of(self, owner: Tensor, kept: Kept) -> dict[str, Tensor]:
+        """The optimizer's state of ``owner``, created as the optimizer itself would at its first step."""
         state: dict[str, Tensor] = self._wrapped.state[owner]
         if not state:
-            fused = self._wrapped.defaults.get("fused")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device if fused else "cpu")
-            for role in MOMENTS:
+            if kept.counts:
+                fused = self._wrapped.defaults.get("fused")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device if fused else "cpu")
+            for role in kept.roles:
                 state[role] = torch.zeros_like(owner, memory_format=torch.preserve_format)
         return state
 

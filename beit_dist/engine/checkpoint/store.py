@@ -9,49 +9,43 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
-import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from beit_dist.config import CheckpointConfig
-from beit_dist.durable import leftovers, sync_folder
-from beit_dist.engine.checkpoint.attempts import Attempts, SupersededError
-from beit_dist.engine.checkpoint.files import file_fault, write_copy, write_fragments
-from beit_dist.engine.checkpoint.fragments import EngineState
-from beit_dist.engine.checkpoint.image import FileImage
-from beit_dist.engine.checkpoint.layout import (
+from beit_dist.checkpoints.files import file_fault, write_copy
+from beit_dist.checkpoints.image import FileImage
+from beit_dist.checkpoints.layout import (
     AVERAGE,
-    BAD,
     FORMAT_VERSION,
-    GIVEN_UP,
     MANIFEST,
     Saved,
     committed,
     folder_name,
-    parse_folder_name,
     rank_records,
-    read_manifest,
     role_digests,
     sealed,
     summed,
 )
-from beit_dist.engine.checkpoint.ranges import FragmentReader
-from beit_dist.engine.distributed import Agreement
+from beit_dist.checkpoints.ranges import FragmentReader
+from beit_dist.config.run import CheckpointConfig
+from beit_dist.engine.checkpoint.attempts import Attempts, SupersededError
+from beit_dist.engine.checkpoint.fragments import EngineState
+from beit_dist.engine.checkpoint.keeping import remove, remove_old, set_aside
+from beit_dist.engine.checkpoint.writing import FAILED, Writing
+from beit_dist.engine.ranks.distributed import Agreement
 from beit_dist.errors import CheckpointError
+from beit_dist.storage.durable import leftovers, sync_folder
 from beit_dist.storage.place import Place
 
 _log = logging.getLogger(__name__)
-FAILED = ".failed"
-_NICE = 10  # a tenth of the training's share of a core that both want: a save gets on, and is hardly felt
 _LONGEST_POLL = 1.0
 _POLL = 0.02  # seconds between looks for the other ranks' files; the first looks only, later ones are rarer
 
@@ -91,7 +85,7 @@ class CheckpointStore:
         self.passed_over = 0  # damaged checkpoints met while looking for a whole one
         self._image: FileImage | None = None  # memory for the copies, kept between saves
         self._preparing: threading.Thread | None = None
-        self._writing: _Writing | None = None
+        self._writing: Writing | None = None
         self._whole_step: int | None = None  # the last step of this run that is known to be whole
         self._resumed_from: str | None = None
 
@@ -101,24 +95,32 @@ class CheckpointStore:
         return self._rank
 
     @property
-    def timeout_seconds(self) -> float:
-        """How long rank 0 waits for the others' files."""
-        return self._settings.timeout_seconds
-
-    @property
     def attempt(self) -> int:
         """The number of this start of the run; 0 before ``begin_attempt``."""
         return self._attempts.number
 
-    def begin_attempt(self) -> int:
-        """Take the next attempt number by exclusive creation; the same number on every rank."""
+    def begin_attempt(self, seen: int | None = None) -> int:
+        """Take the next attempt number by exclusive creation; the same number on every rank.
+
+        Args:
+            seen: the newest number when this start looked at the run folder.
+
+        Raises:
+            SupersededError: another start has taken a number since.
+        """
+        superseded = ""
         if self._rank == 0:
-            self._attempts.begin()
+            try:
+                self._attempts.begin(seen)
+            except SupersededError as error:
+                superseded = str(error)
             if self.folder.is_local:
                 folder = self.folder.path
                 places = (folder, self._attempts.place.path, folder.parent)
                 self._stale = [file for place in places for file in leftovers(place)]
-        self._attempts.number = self._agreement.from_rank_0(self.attempt)
+        self._attempts.number, superseded = self._agreement.from_rank_0((self.attempt, superseded))
+        if superseded:
+            raise SupersededError(superseded)
         return self.attempt
 
     def newest_whole(self) -> Saved | None:
@@ -132,7 +134,7 @@ class CheckpointStore:
                 return None
             saved: Saved = candidates[0]
             files = saved.manifest.get("files", [])
-            faults = [] if files else ["its manifest is damaged, or was not written to its end"]
+            faults = [] if files else ["its manifest is damaged, or was cut short"]
             for record in files[self._rank :: self._world]:
                 fault = file_fault(saved.folder, record["file"], record["bytes"], record["sha256"])
                 faults += [fault] if fault else []
@@ -141,9 +143,13 @@ class CheckpointStore:
                 return saved
             self.passed_over += 1
             if self._rank == 0:
-                instead = "using the one before" if len(candidates) > 1 else "none is left, the run begins anew"
+                instead = (
+                    "using the one before"
+                    if len(candidates) > 1
+                    else "none is left, so the run starts from the beginning"
+                )
                 _log.warning("checkpoint %s is damaged (%s); %s", saved.folder.name, faults[0], instead)
-                _set_aside(saved.folder)
+                set_aside(saved.folder)
 
     def restore(self, saved: Saved, state: EngineState) -> None:
         """Fill the engine's state from a whole checkpoint, bit for bit, and publish it to the model.
@@ -196,14 +202,14 @@ class CheckpointStore:
         *,
         urgent: bool = False,
     ) -> None:
-        """Copy the state to host memory and write it in a thread; training goes on meanwhile.
+        """Copy the state to host memory and write it in a thread, beside the training.
 
         Args:
             step: optimizer steps attempted so far; a step that is already whole is not saved again.
             state: the engine's state.
             facts: what the manifest shall say besides: position, plan, configuration, versions.
             copies: local files that rank 0 saves with the state, by their name in the checkpoint.
-            urgent: nothing goes on meanwhile, so the writing need not give way to anything.
+            urgent: nothing is trained meanwhile, so the writing need not give way to anything.
 
         Raises:
             RuntimeError: the save before was not waited for.
@@ -230,7 +236,13 @@ class CheckpointStore:
             self._image = FileImage(fragments)
         self._image.take(fragments)
         folder = self.folder / folder_name(step, self.attempt)
-        self._writing = _Writing(self, folder, step, self._image, manifest, copies or {}, urgent)
+        deadline = time.monotonic() + self._settings.timeout_seconds
+
+        def commit() -> None:
+            self._wait_for_others(folder, deadline)
+            self.commit(folder, manifest, copies or {})
+
+        self._writing = Writing(folder, step, self._rank, self._image, commit, urgent=urgent)
         self._writing.start()
 
     @property
@@ -257,16 +269,46 @@ class CheckpointStore:
         superseded = self._agreement.from_rank_0(writing.superseded)
         if superseded:
             if self._rank == 0 and not writing.folder.exists(MANIFEST):
-                self._remove(writing.folder.name)  # the newer attempt may have tidied up already
+                remove(self.folder, writing.folder.name)  # the newer attempt may have tidied up already
             raise SupersededError(superseded)
         if faults and self._rank == 0:
             _log.error("checkpoint of step %d was not saved: %s", writing.step, faults[-1])
-            self._remove(writing.folder.name)
+            remove(self.folder, writing.folder.name)
         if not faults:
             self._whole_step = writing.step
         seconds = self._agreement.from_rank_0(writing.seconds)
         # Rank 0's own fault is mostly that it missed a rank's file: what that rank says is the cause.
         return SaveResult(writing.step, faults[-1] if faults else "", seconds)
+
+    def _wait_for_others(self, folder: Place, deadline: float) -> None:
+        """Rank 0: wait until every rank has written into ``folder``.
+
+        Raises:
+            OSError: a rank has given up, or has written nothing by the deadline.
+            SupersededError: a newer attempt has begun.
+        """
+        pause = _POLL
+        while missing := self.missing(folder):
+            if time.monotonic() > deadline:
+                limit = self._settings.timeout_seconds
+                raise TimeoutError(
+                    f"ranks {missing[:8]} wrote nothing within checkpoint.timeout_seconds={limit:g}"
+                )
+            if pause >= _LONGEST_POLL:  # a newer attempt may have removed what they wrote, while this host hung
+                self.refuse_if_superseded()
+            time.sleep(pause)
+            pause = min(_LONGEST_POLL, pause * 1.5)
+
+    def missing(self, folder: Place) -> list[int]:
+        """Ranks that have not finished writing into ``folder``.
+
+        Raises:
+            OSError: one has given up.
+        """
+        names = set(folder.list())
+        if failed := sorted(name for name in names if name.endswith(FAILED)):
+            raise OSError(f"{failed[0].removesuffix(FAILED)} could not write")
+        return [rank for rank in range(self._world) if f"rank-{rank:05d}.json" not in names]
 
     def commit(self, folder: Place, manifest: dict[str, Any], copies: Mapping[str, Path]) -> None:
         """Rank 0: make the folder a checkpoint, unless a newer attempt has begun.
@@ -302,20 +344,9 @@ class CheckpointStore:
             self.folder.write("latest", f"{folder.name}\n".encode())
             for name, path in copies.items():  # for people; a resume takes them from the checkpoint
                 _copied(self.folder.parent, name, path)
-            self._tidy()
+            self._clean_up()
         except OSError as error:  # the checkpoint is whole: what is left to do here must not lose it
             _log.warning("checkpoint %s is whole, but older ones could not be tidied up: %s", folder.name, error)
-
-    def missing(self, folder: Place) -> list[int]:
-        """Ranks that have not finished writing into ``folder``.
-
-        Raises:
-            OSError: one has given up.
-        """
-        names = set(folder.list())
-        if failed := sorted(name for name in names if name.endswith(FAILED)):
-            raise OSError(f"{failed[0].removesuffix(FAILED)} could not write")
-        return [rank for rank in range(self._world) if f"rank-{rank:05d}.json" not in names]
 
     @contextlib.contextmanager
     def unless_superseded(self) -> Iterator[None]:
@@ -337,121 +368,13 @@ class CheckpointStore:
         """Raise SupersededError when a newer attempt has begun."""
         self._attempts.refuse_if_superseded()
 
-    def _tidy(self) -> None:
+    def _clean_up(self) -> None:
         """Remove what need not be kept, and what older attempts left unfinished."""
         while self._stale:
             self._stale.pop().unlink(missing_ok=True)
-        found = committed(self.folder)
-        for_good = kept_for_good(found, self._settings)
-        for saved in found[self._settings.keep :]:
-            if saved not in for_good:
-                # Without its manifest a checkpoint does not exist: a removal cut short leaves no half one.
-                saved.folder.remove(MANIFEST)
-                self._remove(saved.folder.name)
-        whole = {saved.folder.name for saved in found}
-        for entry in self.folder.list():
-            name = parse_folder_name(entry)
-            if name and name[1] < self.attempt and entry not in whole and not self._is_damaged(entry):
-                self._remove(entry)
-
-    def _is_damaged(self, entry: str) -> bool:
-        """Whether a checkpoint was committed but cannot be used; it stays, for somebody to look at."""
-        folder = self.folder / entry
-        return folder.exists(MANIFEST) and GIVEN_UP not in read_manifest(folder)
-
-    def _remove(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            self.folder.remove_folder(name)
-
-
-def kept_for_good(found: Sequence[Saved], settings: CheckpointConfig) -> list[Saved]:
-    """Checkpoints that stay however many newer ones there are: every n steps, and every n hours."""
-    steps, hours = settings.keep_every_steps, settings.keep_every_hours
-    kept = [saved for saved in found if steps and saved.step % steps == 0]
-    since = None
-    for saved in sorted(found, key=lambda saved: saved.step):
-        at = saved.manifest.get("saved_at")
-        # In either direction: after a clock that was years ahead for a while they must not be years apart.
-        if hours and at is not None and (since is None or abs(at - since) >= 3600 * hours):
-            kept.append(saved)
-            since = at
-    return kept
+        remove_old(self.folder, self._settings, self.attempt)
 
 
 def _copied(folder: Place, name: str, path: Path) -> dict[str, Any]:
     with path.open("rb") as source:
         return write_copy(folder, name, source)
-
-
-def _set_aside(folder: Place) -> None:
-    """Keep a damaged checkpoint out of the way, for somebody to look at."""
-    if folder.is_local:
-        names = (f"{folder.name}.bad{number or ''}" for number in itertools.count())
-        folder.path.rename(next(path for path in map(folder.path.with_name, names) if not path.exists()))
-    else:
-        folder.write(BAD, b"")
-
-
-def _yield_to_others() -> None:
-    """Let this thread, and those that it starts, run when the training does not want the core (Linux only)."""
-    thread = threading.get_native_id()
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICE))
-
-
-class _Writing(threading.Thread):
-    """One rank's part of a save; on rank 0 also the wait for the others, and the commit.
-
-    There is no collective in here: ranks see each other's files, so a thread never meets the training's
-    collectives in another order than a peer's does.
-    """
-
-    def __init__(
-        self,
-        store: CheckpointStore,
-        folder: Place,
-        step: int,
-        image: FileImage,
-        manifest: dict[str, Any],
-        copies: Mapping[str, Path],
-        urgent: bool,
-    ) -> None:
-        super().__init__(name=f"checkpoint-{step}", daemon=True)
-        self.folder, self.step = folder, step
-        self.fault = ""
-        self.superseded = ""
-        self.seconds = 0.0
-        self._store, self._image, self._manifest, self._copies = store, image, manifest, copies
-        self._urgent = urgent
-        self._began = time.monotonic()
-
-    def run(self) -> None:
-        """Write, then on rank 0 commit; whatever goes wrong is kept for ``finish_save``."""
-        store = self._store
-        try:
-            if not self._urgent:
-                _yield_to_others()
-            self.folder.make()
-            write_fragments(self.folder, store.rank, self._image)
-            if store.rank == 0:
-                self._wait_for_others()
-                store.commit(self.folder, self._manifest, self._copies)
-        except SupersededError as error:
-            self.superseded = str(error)
-        except Exception as error:
-            self.fault = f"rank {store.rank}: {error}"
-            with contextlib.suppress(OSError):  # so that rank 0 need not wait for its time limit
-                self.folder.write(f"rank-{store.rank:05d}{FAILED}", b"")
-        self.seconds = time.monotonic() - self._began
-
-    def _wait_for_others(self) -> None:
-        limit, pause = self._store.timeout_seconds, _POLL
-        while missing := self._store.missing(self.folder):
-            if time.monotonic() - self._began > limit:
-                raise TimeoutError(
-                    f"ranks {missing[:8]} wrote nothing within checkpoint.timeout_seconds={limit:g}"
-                )
-            if pause >= _LONGEST_POLL:  # a newer attempt may have removed what they wrote, while this host hung
-                self._store.refuse_if_superseded()
-            time.sleep(pause)
-            pause = min(_LONGEST_POLL, pause * 1.5)

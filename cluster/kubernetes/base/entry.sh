@@ -25,6 +25,10 @@ for ((tries = 0; tries < ${DNS_SECONDS:-300}; tries++)); do
   sleep 1
 done
 
+# Ranks that refuse the start leave this and no marker; torchrun hides their exit code.
+export BEIT_DIST_REFUSED=${TMPDIR:-/tmp}/beit-refused
+rm -f "$BEIT_DIST_REFUSED"
+
 "$python" -m torch.distributed.run --nnodes "$NODES" --node-rank "$rank_of_node" \
   --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "$SHUTDOWN_SECONDS" \
@@ -37,6 +41,8 @@ while kill -0 "$launcher" 2>/dev/null; do # a signal ends `wait` early
   wait "$launcher"
   code=$?
 done
+
+[[ -e $BEIT_DIST_REFUSED ]] && exit 2
 
 # Rank 0 may leave its marker, on a file system of its own pace, after the ranks here have ended.
 for ((tries = 0; code == 0 && tries < ${MARKER_SECONDS:-60}; tries++)); do

@@ -17,16 +17,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from beit_dist import durable
-from beit_dist.config import CheckpointConfig
+from beit_dist.checkpoints.files import write_fragments
+from beit_dist.checkpoints.image import FileImage
+from beit_dist.checkpoints.layout import Fragment, Saved, committed, rank_records
+from beit_dist.checkpoints.ranges import FragmentReader
+from beit_dist.config.run import CheckpointConfig
 from beit_dist.engine.checkpoint.attempts import SupersededError
-from beit_dist.engine.checkpoint.files import write_fragments
-from beit_dist.engine.checkpoint.image import FileImage
-from beit_dist.engine.checkpoint.layout import Fragment, Saved, committed, rank_records
-from beit_dist.engine.checkpoint.ranges import FragmentReader
 from beit_dist.engine.checkpoint.store import CheckpointStore
-from beit_dist.engine.distributed import Agreement, Ranks
+from beit_dist.engine.ranks.distributed import Agreement, Ranks
 from beit_dist.errors import CheckpointError
+from beit_dist.storage import durable
 from beit_dist.storage.local import LocalPlace
 
 
@@ -158,7 +158,11 @@ def test_where_no_checkpoint_is_whole_that_is_said_and_the_run_begins_anew(
         DAMAGE["a truncated file"](folder)
     assert store(three).newest_whole() is None
     said = [record.getMessage().rpartition("; ")[2] for record in caplog.records]
-    assert said == ["using the one before", "using the one before", "none is left, the run begins anew"]
+    assert said == [
+        "using the one before",
+        "using the one before",
+        "none is left, so the run starts from the beginning",
+    ]
 
 
 def test_a_checkpoint_that_is_damaged_again_after_it_was_put_back_is_set_aside_again(three: Path) -> None:
@@ -387,7 +391,7 @@ def test_a_save_that_cannot_be_written_fails_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     writer = store(three)
-    monkeypatch.setattr("beit_dist.engine.checkpoint.store.write_fragments", no_space)
+    monkeypatch.setattr("beit_dist.engine.checkpoint.writing.write_fragments", no_space)
     assert not save(writer, 4, State(4))
     assert "No space left on device" in caplog.text
     assert [saved.step for saved in committed(LocalPlace(three))] == [3, 2, 1]
@@ -397,7 +401,7 @@ def test_a_save_that_cannot_be_written_fails_and_leaves_nothing(
 def test_chunk_checksums_cover_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import zlib
 
-    monkeypatch.setattr("beit_dist.engine.checkpoint.files.CHUNK", 1000)
+    monkeypatch.setattr("beit_dist.checkpoints.files.CHUNK", 1000)
     write_fragments(LocalPlace(tmp_path), 0, FileImage.of([Fragment("p", "weight", 0, torch.arange(777.0))]))
     record = json.loads((tmp_path / "rank-00000.json").read_bytes())
     content = (tmp_path / "rank-00000.safetensors").read_bytes()
@@ -461,7 +465,7 @@ def test_writing_gives_way_to_training_unless_nothing_goes_on_beside(
         seen.append(nice())
         write(*arguments)
 
-    monkeypatch.setattr("beit_dist.engine.checkpoint.store.write_fragments", watched)
+    monkeypatch.setattr("beit_dist.engine.checkpoint.writing.write_fragments", watched)
     before, writer = nice(), store(tmp_path)
     writer.begin_save(1, State(1), {}, urgent=urgent)  # type: ignore[arg-type]
     writer.finish_save()

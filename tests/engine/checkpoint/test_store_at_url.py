@@ -10,22 +10,25 @@ from typing import Any
 import pytest
 import torch
 from engine.checkpoint.test_store import State, save
+from support.shelf import ShelfPlace
 
-from beit_dist.config import CheckpointConfig
+from beit_dist.checkpoints.layout import Fragment, Saved, committed, rank_records
+from beit_dist.checkpoints.ranges import FragmentReader
+from beit_dist.config.run import CheckpointConfig
 from beit_dist.engine.checkpoint.attempts import SupersededError
-from beit_dist.engine.checkpoint.layout import Fragment, Saved, committed, rank_records
-from beit_dist.engine.checkpoint.ranges import FragmentReader
-from beit_dist.engine.checkpoint.store import CheckpointStore, kept_for_good
-from beit_dist.engine.distributed import Agreement, Ranks
+from beit_dist.engine.checkpoint.keeping import kept_for_good
+from beit_dist.engine.checkpoint.store import CheckpointStore
+from beit_dist.engine.ranks.distributed import Agreement, Ranks
 from beit_dist.errors import CheckpointError
-from beit_dist.storage.opening import open_place
+from beit_dist.storage.opening import STORES, open_place
 from beit_dist.storage.place import Place
 
 
-@pytest.fixture
-def place() -> Place:
-    """An empty folder of checkpoints in memory."""
-    return open_place(f"memory://{uuid.uuid4()}/run/checkpoints")
+@pytest.fixture(params=["memory", "shelf"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """An empty folder of checkpoints in a store of fsspec, and in one that was added."""
+    monkeypatch.setitem(STORES, "shelf", ShelfPlace)
+    return open_place(f"{request.param}://{uuid.uuid4()}/run/checkpoints")
 
 
 def store(place: Place, **settings: Any) -> CheckpointStore:
@@ -78,7 +81,7 @@ def test_of_two_starts_with_one_number_the_first_stops_before_it_commits(place: 
     first = store(place)
     place.write("attempts/000001", b"of another start")
     first.begin_save(1, State(1.0), {})
-    with pytest.raises(SupersededError, match="took number 1 too"):
+    with pytest.raises(SupersededError, match="also took number 1"):
         first.finish_save()
     assert committed(place) == []
 

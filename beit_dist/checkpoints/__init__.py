@@ -1,0 +1,1 @@
+"""The format of a checkpoint's files, and how they are read."""

@@ -1,0 +1,86 @@
+"""``beit bench``: our parts beside a yardstick in one run, as ratios that a noisy machine cannot fake."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from beit_dist.commands.options import add_json, write_json
+from beit_dist.commands.parsing import CommandParser
+
+if TYPE_CHECKING:
+    from beit_dist.benches.measuring import Row
+
+SENTENCE = "Measure how fast each part is on this machine."
+
+BENCHES = ("loader", "plan", "masks", "step", "checkpoint", "tokenize")
+
+EXAMPLES = """\
+  beit bench plan masks
+  beit bench loader --json loader.json
+  beit bench step --quick        # a few seconds, for a look
+"""
+
+MORE = """\
+Ours runs beside a yardstick, in turn and several times; the median is the value, the range is shown beside it.
+docs/performance.md holds figures and what they mean.
+"""
+
+
+def parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser("bench", SENTENCE, EXAMPLES, MORE)
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("bench", nargs="+", choices=[*BENCHES, "all"], help="one or several")
+    what.add_argument("--quick", action="store_true", help="small cases and few repetitions")
+    add_json(parser.add_argument_group("what to write"))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the chosen benchmarks, print a table, and write JSON if asked to."""
+    args = parser().parse(argv)
+    rows: list[Row] = []
+    for name in BENCHES if "all" in args.bench else args.bench:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        rows += importlib.import_module(f"beit_dist.benches.{name}").measure(quick=args.quick)
+    about = machine()
+    if args.json != "-":
+        print("  ".join(f"{key}: {value}" for key, value in about.items()))
+        show(rows)
+    if args.json:
+        write_json(args.json, {"machine": about, "rows": [vars(row) for row in rows]})
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    import torch
+
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def show(rows: list[Row]) -> None:
+    """The rows as a table."""
+    print(f"{'bench':<11}{'case':<34}{'who':<20}{'value':>12} {'unit':<14}range")
+    for row in rows:
+        value, extent = f"{row.value:,.4g}", f"{row.low:,.4g} to {row.high:,.4g}"
+        print(f"{row.bench:<11}{row.case:<34}{row.who:<20}{value:>12} {row.unit:<14}{extent}")

@@ -1,1 +1,0 @@
-"""Shards, the order of samples, masks, and the stream that feeds the trainer."""

@@ -1,1 +1,0 @@
-"""Training of the tokenizer: its own loop, made of the parts that pre-training is made of."""

@@ -1,0 +1,1 @@
+"""From a source of images to pixels: listing, decoding, what is damaged, crops."""

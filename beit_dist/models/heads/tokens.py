@@ -1,0 +1,81 @@
+"""The head of BEiT: which visual token a masked patch is (arXiv 2106.08254, section 2.3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit_dist.config.model import ModelConfig
+from beit_dist.models.guessing import guesses
+from beit_dist.models.heads.base import LOSS, Counts, Head
+from beit_dist.step_numbers import Baseline, Baselines, Number
+
+PADDING = -100
+"""Target of positions that are padding; ``nll_loss`` gives it loss and gradient 0."""
+_FEW = 5
+
+
+class TokensHead(Head):
+    """Cross-entropy over the vocabulary of visual tokens."""
+
+    name = "lm_head"  # unilm's
+    numbers = (
+        LOSS,
+        Number(
+            name="accuracy",
+            help="Share of the masked patches whose token was predicted right.",
+            metric="beit_train_accuracy_ratio",
+            held_out="beit_validation_accuracy_ratio",
+            text="accuracy {:.1%}",
+            better="higher",
+        ),
+        Number(
+            name="top5_accuracy",
+            help="Share of the masked patches whose token is among the five most likely ones.",
+            metric="beit_train_top5_accuracy_ratio",
+            held_out="beit_validation_top5_accuracy_ratio",
+            better="higher",
+        ),
+    )
+    settings = frozenset({"vocabulary"})
+    shared_with_shards = (*Head.shared_with_shards, "vocabulary")
+    exports = frozenset({"hf", "unilm"})
+
+    @classmethod
+    def outputs(cls, config: ModelConfig) -> int:
+        """A logit for each token."""
+        return config.vocabulary
+
+    @classmethod
+    def describe(cls, config: ModelConfig) -> str:
+        """A choice among so many."""
+        return f"which of {config.vocabulary} visual tokens a masked patch is; cross-entropy"
+
+    @classmethod
+    def baselines(cls, config: ModelConfig, known: Counts | None, scored: Counts | None = None) -> Baselines:
+        """See :func:`beit_dist.models.guessing.guesses`."""
+        if known is None:
+            return {"loss": [Baseline("uniform", math.log(config.vocabulary))]}
+        return guesses(known.tokens, None if scored is None else scored.tokens, "token", "tokens")
+
+    def score(self, predicted: Tensor, patches: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Cross-entropy in nats, right guesses, and right ones among the five most likely.
+
+        A token is among these if fewer than five are more likely. So of tokens that are equally likely all count,
+        which ``topk`` leaves to chance; and where a logit is not a number, none.
+        """
+        wanted = tokens.long().gather(1, positions.long().clamp(min=0))
+        targets = torch.where(positions < 0, PADDING, wanted).flatten()
+        log_likelihoods = F.log_softmax(predicted.flatten(0, 1), dim=-1, dtype=torch.float32)
+        loss = F.nll_loss(log_likelihoods, targets, ignore_index=PADDING, reduction="sum")
+        with torch.no_grad():
+            guesses = log_likelihoods.max(dim=-1).indices  # argmax is three times as slow on the CPU
+            correct = (guesses == targets).sum(dtype=torch.float32)
+            own = log_likelihoods.gather(1, targets.clamp(min=0).unsqueeze(1))
+            # Sums of int32: those of the default, int64, take eight times as long on the CPU.
+            no_likelier = (log_likelihoods <= own).sum(-1, dtype=torch.int32)
+            among = (no_likelier > max(0, self.out_features - _FEW)) & (targets != PADDING)
+        return loss, correct, among.sum(dtype=torch.float32)

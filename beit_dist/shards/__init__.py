@@ -1,0 +1,1 @@
+"""The shard format: a sample, the writer, the manifest, verification."""

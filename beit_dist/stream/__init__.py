@@ -1,0 +1,1 @@
+"""The order of samples, their masks, and the stream that feeds the trainer."""

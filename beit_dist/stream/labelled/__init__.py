@@ -1,0 +1,1 @@
+"""Batches of labelled images: their order, the processes that make them, and held-out ones."""

@@ -1,0 +1,1 @@
+"""Masked image modelling: predict what is in the masked patches of an image."""

@@ -1,0 +1,1 @@
+"""The tokenizer: a dVAE that turns images into grids of visual tokens."""

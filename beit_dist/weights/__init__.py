@@ -1,0 +1,1 @@
+"""Every form in which weights come in and go out."""

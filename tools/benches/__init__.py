@@ -1,1 +1,0 @@
-"""One module for each benchmark of ``tools/bench.py``; each has ``measure(quick) -> list[Row]``."""
