@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit_dist.config.model import BackboneConfig
+from beit_dist.models.attention import Attention
 from beit_dist.models.normalisation import Normalisation
+from beit_dist.models.positions import RelativePositionBias, relative_position_index, relative_position_rows
 
 NORM_EPS = 1e-6
 """LayerNorm's epsilon everywhere (unilm)."""
@@ -46,66 +47,6 @@ class PatchEmbedding(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """(B, P, D) uint8 to (B, P, C)."""
         return _tensor(self.proj(self.normalise(patches).to(self.proj.weight.dtype)))
-
-
-class RelativePositionBias(nn.Module):
-    """A learned bias of every attention logit, by the offset of query and key on the grid; shared by all blocks.
-
-    The table has a row for each of (2 · grid − 1)² offsets and three more: the class token looking at a patch,
-    a patch looking at the class token, and the class token looking at itself.
-    """
-
-    relative_position_index: Tensor
-
-    def __init__(self, grid: int, heads: int) -> None:
-        super().__init__()
-        self.grid = grid
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(relative_position_rows(grid), heads))
-        self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
-
-    def reset_constants(self) -> None:
-        """Compute the buffer anew, for a module that was built on the meta device."""
-        self.relative_position_index.copy_(relative_position_index(self.grid))
-
-    def forward(self) -> Tensor:
-        """The bias as (1, H, N, N), in the dtype of the table."""
-        return position_bias(self.relative_position_bias_table, self.relative_position_index)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with a bias for queries and values, but none for keys (softmax cancels it).
-
-    Args:
-        width: C.
-        heads: H.
-        table_rows: of a relative position table of its own; None where it has none.
-    """
-
-    def __init__(self, width: int, heads: int, table_rows: int | None = None) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = _Projection(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
-        self.relative_position_bias_table = None
-        if table_rows is not None:
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows, heads))
-
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, N, C) to (B, N, C).
-
-        ``bias`` (1, H, N, N) is added to the logits. With a table of its own it is the index, int64 (N, N), into
-        that instead.
-        """
-        batch, length, width = x.shape
-        if self.relative_position_bias_table is not None and bias is not None:
-            bias = position_bias(self.relative_position_bias_table, bias)
-        qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = self.qkv(x, qkv_bias).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
-        mixed = attend(query, key, value, bias)
-        return _tensor(self.proj(mixed.transpose(1, 2).reshape(batch, length, width)))
 
 
 class MLP(nn.Module):
@@ -251,59 +192,6 @@ class BeitBackbone(nn.Module):
         """(depth, 1): by how much each block scales a branch that stochastic depth keeps."""
         gains = [[1 / (1 - rate)] for rate in self.config.drop_path_rates]
         return torch.tensor(gains, dtype=torch.float32)
-
-
-def position_bias(table: Tensor, index: Tensor) -> Tensor:
-    """Rows (R, H) of a table by an index (N, N), as a bias (1, H, N, N) in the dtype of the table."""
-    # Looked up in fp32, since a row's gradient is a sum over up to P pairs that bf16 would round at every term.
-    # And by embedding, whose backward adds in a fixed order on CUDA too.
-    bias = F.embedding(index, table.float())
-    return bias.to(table.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
-
-
-def relative_position_rows(grid: int) -> int:
-    """Rows of a relative position table."""
-    return (2 * grid - 1) ** 2 + 3
-
-
-def relative_position_index(grid: int) -> Tensor:
-    """The table's row for every (query, key) pair: int64 (N, N), N = 1 + grid², the class token first.
-
-    Rows are numbered as in unilm, so that its tables load unchanged: row-major in (query − key) offsets, then
-    class token to patch, patch to class token, class token to itself.
-    """
-    side = 2 * grid - 1
-    y, x = np.divmod(np.arange(grid * grid), grid)
-    index = np.empty((1 + grid * grid, 1 + grid * grid), np.int64)
-    index[1:, 1:] = (y[:, None] - y + grid - 1) * side + (x[:, None] - x + grid - 1)
-    index[0, :] = side * side
-    index[:, 0] = side * side + 1
-    index[0, 0] = side * side + 2
-    return torch.from_numpy(index)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of (B, H, N, C/H) tensors, ``bias`` (1, H, N, N) added to the scaled logits.
-
-    PyTorch's fused kernels run on accelerators. On the CPU, with a bias that needs a gradient, its function
-    takes a path that computes bf16 in fp32: spelt out, attention is 2.2 to 2.5 times as fast there.
-    """
-    if bias is not None:
-        bias = bias.to(query.dtype)
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    logits = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1))
-    if bias is not None:
-        logits = logits + bias
-    return torch.matmul(logits.softmax(-1), value)
-
-
-class _Projection(nn.Linear):
-    """A linear layer whose bias belongs to its caller: ``forward`` stays the one place that reads the weight,
-    which ZeRO-3 gathers when this module runs."""
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, self.weight, bias)
 
 
 def _add_branch(x: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:

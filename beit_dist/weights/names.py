@@ -17,7 +17,7 @@ from torch import Tensor
 from beit_dist.config.model import BackboneConfig, ModelConfig
 from beit_dist.errors import WeightsError
 from beit_dist.models.heads.targets import HEADS, head_of
-from beit_dist.models.vit import relative_position_index
+from beit_dist.models.positions import relative_position_index
 from beit_dist.weights.resampling import resample_positions, resample_table
 
 Weights = dict[str, Tensor]

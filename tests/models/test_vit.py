@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from beit_dist.config.model import ModelConfig
+from beit_dist.models.attention import attend
 from beit_dist.models.mim import MaskedImageModel
-from beit_dist.models.vit import BeitBackbone, attend, relative_position_index
+from beit_dist.models.positions import relative_position_index
+from beit_dist.models.vit import BeitBackbone
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8, "vocabulary": 64}
 
@@ -109,7 +111,9 @@ def test_attention_spelt_out_equals_pytorchs_function(dtype: torch.dtype, biased
         query.double(), key.double(), value.double(), attn_mask=None if bias is None else bias.double()
     )
     tolerance = 1e-5 if dtype is torch.float32 else 0.03
-    torch.testing.assert_close(attend(query, key, value, bias).double(), expected, rtol=0, atol=tolerance)
+    qkv = torch.stack((query, key, value)).permute(1, 3, 0, 2, 4)
+    mixed = attend(qkv, bias).view(2, 17, 3, 8).transpose(1, 2)
+    torch.testing.assert_close(mixed.double(), expected, rtol=0, atol=tolerance)
 
 
 def test_pixels_are_normalised_by_channel_in_fp32_whatever_the_weights_dtype() -> None:
