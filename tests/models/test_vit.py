@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from beit_dist.config.model import ModelConfig
-from beit_dist.models.attention import attend
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.models.positions import relative_position_index
 from beit_dist.models.vit import BeitBackbone
@@ -99,21 +98,6 @@ def test_every_row_of_the_relative_table_gets_a_gradient() -> None:
     gradient = model.rel_pos_bias.relative_position_bias_table.grad
     assert gradient is not None
     assert (gradient != 0).all()
-
-
-@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_spelt_out_equals_pytorchs_function(dtype: torch.dtype, biased: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 17, 8, generator=generator).to(dtype) for _ in range(3))
-    bias = torch.randn(1, 3, 17, 17, generator=generator) if biased else None
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), attn_mask=None if bias is None else bias.double()
-    )
-    tolerance = 1e-5 if dtype is torch.float32 else 0.03
-    qkv = torch.stack((query, key, value)).permute(1, 3, 0, 2, 4)
-    mixed = attend(qkv, bias).view(2, 17, 3, 8).transpose(1, 2)
-    torch.testing.assert_close(mixed.double(), expected, rtol=0, atol=tolerance)
 
 
 def test_pixels_are_normalised_by_channel_in_fp32_whatever_the_weights_dtype() -> None:
