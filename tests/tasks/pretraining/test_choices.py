@@ -120,7 +120,10 @@ def test_the_dry_run_says_what_is_predicted() -> None:
 
 
 def test_parameters_work_and_memory_are_those_of_the_head() -> None:
-    """The head of tokens has (768 + 1) · 8192 parameters, that of pixels (768 + 1) · 768."""
+    """The head of tokens has (768 + 1) · 8192 parameters, that of pixels (768 + 1) · 768.
+
+    Of fp32, tokens keep their logits and then the gradient of these; pixels keep predictions and twice as much.
+    """
     pixels = told("model.target=pixels")
     assert f"parameters  {91_965_776 - 769 * (8192 - 768):,}\n" in pixels
     work = (17.56e9 + 75 * 768 * 768) * 6 / 1e9
@@ -131,7 +134,7 @@ def test_parameters_work_and_memory_are_those_of_the_head() -> None:
             PretrainingConfig, BASE, ["precision=fp32", "micro_batch=1", f"model.target={target}"]
         )
         kept.append(Pretraining(config).activation_bytes(resolve(config, {}, 2048)))
-    assert kept[0] - kept[1] == 75 * (8192 - 768) * 12
+    assert kept[0] - kept[1] == 75 * (8192 * 8 - 768 * 12)
 
 
 def test_shards_of_another_vocabulary_do_for_pixels(tmp_path: Path, make_shards: Callable[..., Manifest]) -> None:
