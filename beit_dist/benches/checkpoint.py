@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import torch
 
+from beit_dist.benches.inputs import MASKED, inputs
 from beit_dist.benches.measuring import Row, row, seconds
-from beit_dist.benches.step import MASKED, inputs
 from beit_dist.checkpoints.image import FileImage
 from beit_dist.checkpoints.layout import Fragment
 from beit_dist.config.pretraining import PretrainingConfig
