@@ -62,25 +62,29 @@ class _CrossEntropy(torch.autograd.Function):
         gain = _FP16_GAIN if logits.dtype is torch.float16 else 1.0
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         chunk = max(1, (_CPU_CHUNK if logits.device.type == "cpu" else _CHUNK) // (4 * classes))
+        in_place = gradient is not None and logits.dtype is torch.float32
+        memory = gradient if in_place else logits.new_empty(min(rows, chunk), classes, dtype=torch.float32)
+        assert memory is not None  # for the type checker
         for first in range(0, rows, chunk):
             part, wanted = logits[first : first + chunk].float(), targets[first : first + chunk]
+            shares = memory[first : first + chunk] if in_place else memory[: len(part)]
             counted = wanted >= 0
             column = wanted.clamp(min=0).unsqueeze(1)
             own = part.gather(1, column)
-            largest, guesses = part.max(dim=-1)  # argmax is three times as slow on the CPU
+            largest, guesses = part.max(dim=-1, keepdim=True)  # argmax is three times as slow on the CPU
             # Sums of int32: those of the default, int64, take eight times as long on the CPU.
             no_larger = (part <= own).sum(-1, dtype=torch.int32)
-            powers = torch.sub(part, largest.unsqueeze(1)).exp_()
-            totals = powers.sum(-1)
-            losses = totals.log() + largest - own.squeeze(1)
+            torch.softmax(part, -1, out=shares)
+            # By the largest share, which is 1/V at least: that of the target may be too small for a logarithm.
+            losses = (largest - own - shares.gather(1, guesses).log()).squeeze(1)
             sums[0] += torch.where(counted, losses, 0).sum()
             numbers = ~losses.isnan()
-            sums[1] += (numbers & (guesses == wanted)).sum()
+            sums[1] += (numbers & (guesses.squeeze(1) == wanted)).sum()
             sums[2] += (numbers & counted & (no_larger > max(0, classes - few))).sum()
             if gradient is not None:
-                share = torch.where(counted, gain / totals, 0).unsqueeze(1)
-                powers.mul_(share).scatter_add_(1, column, counted.unsqueeze(1) * -gain)
-                gradient[first : first + chunk] = powers
+                shares.mul_(counted.unsqueeze(1) * gain).scatter_add_(1, column, counted.unsqueeze(1) * -gain)
+                if not in_place:
+                    gradient[first : first + chunk] = shares
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.gain = gain
