@@ -17,7 +17,7 @@ from types import TracebackType
 
 import torch
 
-from beit_dist.benches.contenders import CONTENDERS, UnavailableError
+from beit_dist.benches.contenders import CONTENDERS, UPDATED, UnavailableError
 from beit_dist.config.model import ModelConfig
 
 _WARM_UP = 3
@@ -28,18 +28,22 @@ class Contender:
     """A contender that waits in its process until it is asked to run.
 
     Args:
-        name: one of :data:`CONTENDERS`.
+        name: one of :data:`CONTENDERS` or :data:`UPDATED`.
         size: of the model.
         batch: images of a step.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         original: folder of the original code.
+        clock: ``wall``, or ``own``: on a CPU with one thread the processor's time, which hardly changes with what
+            other programs do at the same time.
 
     Raises:
         UnavailableError: it is not to be had here, or failed.
     """
 
-    def __init__(self, name: str, size: str, batch: int, precision: str, original: str | None) -> None:
-        arguments = [name, size, str(batch), precision, original or ""]
+    def __init__(
+        self, name: str, size: str, batch: int, precision: str, original: str | None, clock: str = "own"
+    ) -> None:
+        arguments = [name, size, str(batch), precision, original or "", clock]
         self._errors = tempfile.TemporaryFile(mode="w+")  # what it prints there matters only if it fails  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "beit_dist.benches.contender", *arguments],
@@ -94,14 +98,24 @@ class Contender:
         self._errors.close()
 
 
-def main(name: str, size: str, batch: int, precision: str, original: Path | None) -> None:
+def main(name: str, size: str, batch: int, precision: str, original: Path | None, clock: str) -> None:
     """Build the contender and do what standard input says."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    own = clock == "own" and device.type == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if own else time.perf_counter
+
+    def timed(work: Callable[[], object]) -> float:
+        began = now()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return now() - began
+
     more = {"folder": original} if name.startswith("original") else {}
     try:
-        step = CONTENDERS[name](ModelConfig(size=size), batch, device, kind, **more)
-        first = _seconds(step, device)
+        step = (CONTENDERS | UPDATED)[name](ModelConfig(size=size), batch, device, kind, **more)
+        first = timed(step)
         for _ in range(_WARM_UP if device.type == "cuda" else 0):
             step()
     except UnavailableError as error:
@@ -114,7 +128,7 @@ def main(name: str, size: str, batch: int, precision: str, original: Path | None
     work: dict[str, Callable[[], object]] = {"step": step, "product": lambda: left @ right}
     for line in sys.stdin:
         what, number = line.split()
-        _say([_seconds(work[what], device) for _ in range(int(number))])
+        _say([timed(work[what]) for _ in range(int(number))])
     return None
 
 
@@ -123,20 +137,10 @@ def largest_product(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 2048
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    # One thread is the processor's time: what other programs do at the same time hardly changes it.
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    began = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - began
-
-
 def _say(answer: object) -> None:
     print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    main(given[0], given[1], int(given[2]), given[3], Path(given[4]) if given[4] else None)
+    main(given[0], given[1], int(given[2]), given[3], Path(given[4]) if given[4] else None, given[5])

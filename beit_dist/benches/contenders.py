@@ -26,7 +26,7 @@ from beit_dist.models.dvae import DVAE
 from beit_dist.models.mim import MaskedImageModel, masked_patches
 
 Step = Callable[[], Tensor]
-"""Takes a training step, without an update of the weights, and returns the loss."""
+"""Takes a training step, without an update of the weights if nothing else is said, and returns the loss."""
 
 
 class UnavailableError(Exception):
@@ -44,6 +44,32 @@ def ours(config: ModelConfig, batch: int, device: torch.device, kind: torch.dtyp
             model.compile_score()
     given = inputs(config, batch, device)
     return partial(_step, model, lambda: model(*given)[0] / (batch * MASKED))
+
+
+def updated(config: ModelConfig, batch: int, device: torch.device, kind: torch.dtype, *, compiled: bool) -> Step:
+    """Ours with an update in plain PyTorch: clipping, fused AdamW on fp32 master weights; without DeepSpeed."""
+    model = MaskedImageModel(config).to(device)
+    model.initialise(0)
+    masters = [parameter.detach().clone() for parameter in model.parameters()]
+    model.to(kind)
+    if compiled:
+        compile_blocks(model)
+        if device.type == "cuda":
+            model.compile_score()
+    given, optimizer = inputs(config, batch, device), torch.optim.AdamW(masters, fused=True)
+
+    def step() -> Tensor:
+        loss = _step(model, lambda: model(*given)[0] / (batch * MASKED))
+        for master, parameter in zip(masters, model.parameters(), strict=True):
+            assert parameter.grad is not None  # for the type checker
+            master.grad, parameter.grad = parameter.grad.float(), None
+        nn.utils.clip_grad_norm_(masters, 3.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), masters)
+        return loss
+
+    return step
 
 
 def hugging_face(
@@ -132,6 +158,12 @@ CONTENDERS: dict[str, Callable[..., Step]] = {
     "original, tokenises": partial(original, tokenises=True),
 }
 """By name; those whose name begins alike are ways to run the same."""
+
+UPDATED: dict[str, Callable[..., Step]] = {
+    "ours, updated": partial(updated, compiled=False),
+    "ours, compiled, updated": partial(updated, compiled=True),
+}
+"""What the trainer is compared with."""
 
 
 def _step(model: nn.Module, loss: Step) -> Tensor:

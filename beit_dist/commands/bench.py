@@ -18,12 +18,26 @@ if TYPE_CHECKING:
 
 SENTENCE = "Measure how fast each part is on this machine."
 
-BENCHES = ("loader", "plan", "masks", "step", "checkpoint", "tokenize")
+BENCHES = (
+    "ceilings",
+    "step",
+    "trainer",
+    "loader",
+    "plan",
+    "masks",
+    "tokenize",
+    "checkpoint",
+    "startup",
+    "resumed",
+)
+_NOT_IN_ALL = ("gpu",)
 
 EXAMPLES = """\
   beit bench plan masks
   beit bench loader --json loader.json
-  beit bench step --quick        # a few seconds, for a look
+  beit bench step --quick                     # a minute, for a look
+  beit bench step --original unilm/beit       # the released code beside the others
+  beit bench gpu --json gpu.json              # a GPU machine in eight minutes, the most important first
 """
 
 MORE = """\
@@ -36,8 +50,11 @@ def parser() -> CommandParser:
     """The command line."""
     parser = CommandParser("bench", SENTENCE, EXAMPLES, MORE)
     what = parser.add_argument_group("what to measure")
-    what.add_argument("bench", nargs="+", choices=[*BENCHES, "all"], help="one or several")
+    what.add_argument("bench", nargs="+", choices=[*BENCHES, *_NOT_IN_ALL, "all"], help="one or several")
     what.add_argument("--quick", action="store_true", help="small cases and few repetitions")
+    what.add_argument(
+        "--original", metavar="DIR", help="folder of the released code (microsoft/unilm, beit), for step and gpu"
+    )
     add_json(parser.add_argument_group("what to write"))
     return parser
 
@@ -45,14 +62,18 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen benchmarks, print a table, and write JSON if asked to."""
     args = parser().parse(argv)
+    about = machine()
+    printed = args.json != "-"
+    if printed:
+        print("  ".join(f"{key}: {value}" for key, value in about.items()), flush=True)
     rows: list[Row] = []
     for name in BENCHES if "all" in args.bench else args.bench:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        rows += importlib.import_module(f"beit_dist.benches.{name}").measure(quick=args.quick)
-    about = machine()
-    if args.json != "-":
-        print("  ".join(f"{key}: {value}" for key, value in about.items()))
-        show(rows)
+        more = {"original": args.original} if name in ("step", "gpu") else {}
+        for row in importlib.import_module(f"beit_dist.benches.{name}").measure(quick=args.quick, **more):
+            rows.append(row)
+            if printed:
+                print(line(row), flush=True)
     if args.json:
         write_json(args.json, {"machine": about, "rows": [vars(row) for row in rows]})
     return 0
@@ -78,9 +99,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(rows: list[Row]) -> None:
-    """The rows as a table."""
-    print(f"{'bench':<11}{'case':<34}{'who':<20}{'value':>12} {'unit':<14}range")
-    for row in rows:
-        value, extent = f"{row.value:,.4g}", f"{row.low:,.4g} to {row.high:,.4g}"
-        print(f"{row.bench:<11}{row.case:<34}{row.who:<20}{value:>12} {row.unit:<14}{extent}")
+def line(row: Row) -> str:
+    """A row of the table, which grows while it is measured."""
+    extent = f"{row.low:,.4g} to {row.high:,.4g}" if row.low != row.high else ""
+    return f"{row.bench:<11}{row.case:<34} {row.who:<30}{row.value:>10,.4g} {row.unit:<16}{extent}".rstrip()

@@ -53,10 +53,12 @@ class Timing:
     Args:
         seconds: of a step, one for each timing.
         steps: of each timing.
+        waited: the share of all of them in which rank 0 waited for data.
     """
 
     seconds: tuple[float, ...]
     steps: tuple[int, ...]
+    waited: float
 
     @property
     def median(self) -> float:
@@ -75,7 +77,7 @@ class Timing:
         yield (
             "measured",
             f"{self.median:.3g} s a step ({low:.3g} to {high:.3g} in {len(self.seconds)} timings of "
-            f"{sum(self.steps)} steps), {batch / self.median:.3g} images/s",
+            f"{sum(self.steps)} steps), {batch / self.median:.3g} images/s, data wait {self.waited:.1%}",
         )
         rest = f"; about {duration(left * self.median)} for the {left:,} that are left" if left < total else ""
         yield (
@@ -134,12 +136,12 @@ def _time(trainer: Trainer, process: Process) -> Timing:
     steps = trainer.steps()
     _take(steps, LEFT_OUT)
     wait()
-    began, size = time.perf_counter(), 1
+    began, size, waited = time.perf_counter(), 1, 0.0
     seconds: list[float] = []
     sizes: list[int] = []
     while size:
         since = time.perf_counter()
-        _take(steps, size)
+        waited += _take(steps, size)
         wait()
         now = time.perf_counter()
         seconds.append((now - since) / size)
@@ -147,12 +149,11 @@ def _time(trainer: Trainer, process: Process) -> Timing:
         enough = len(seconds) >= _LEAST and now - began >= _SECONDS
         size = process.agreement.from_rank_0(0 if enough else max(1, round(_TIMING / seconds[-1])))
     process.agreement.result()  # of a batch that is not trained on any more
-    return Timing(tuple(seconds), tuple(sizes))
+    return Timing(tuple(seconds), tuple(sizes), waited / (now - began))
 
 
-def _take(steps: Iterator[None], number: int) -> None:
-    for _ in range(number):
-        next(steps)
+def _take(steps: Iterator[float], number: int) -> float:
+    return sum(next(steps) for _ in range(number))
 
 
 @contextlib.contextmanager

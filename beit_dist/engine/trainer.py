@@ -122,8 +122,10 @@ class Trainer:
         self._save_and_wait()
         return DONE
 
-    def steps(self) -> Iterator[None]:
+    def steps(self) -> Iterator[float]:
         """Steps as :meth:`run` takes them, one each time it is asked for, without saves and held-out measurements.
+
+        Of each, the seconds that this rank waited for its data.
 
         There is no last one: data and schedules go past the end of the run. Collective.
         """
@@ -131,8 +133,9 @@ class Trainer:
         fetched: Fetched | None = self._fetch(following=False)
         while fetched is not None:
             _, _, _, _, *summed = self.process.agreement.result()
+            waited = fetched.wait_seconds
             fetched = self._train_step(fetched, summed)
-            yield
+            yield waited
 
     def _at_a_stop(self) -> str:
         """What a stop request leads to that comes now. Whether the ranks know of it at the end of the step under

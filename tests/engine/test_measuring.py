@@ -63,9 +63,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_measurement_says_how_long_the_run_takes_by_its_median() -> None:
-    timing = Timing((2.0, 1.0, 4.0), (1, 3, 2))
+    timing = Timing((2.0, 1.0, 4.0), (1, 3, 2), 0.0312)
     whole = dict(timing.rows(batch=16, total=900, left=900))
-    assert whole["measured"] == "2 s a step (1 to 4 in 3 timings of 6 steps), 8 images/s"
+    assert whole["measured"] == "2 s a step (1 to 4 in 3 timings of 6 steps), 8 images/s, data wait 3.1%"
     assert whole["duration"].startswith("about 30 min for all 900 steps, without checkpoints")
     assert (
         "about 30 min for all 900 steps; about 2.0 min for the 60 that are left,"
