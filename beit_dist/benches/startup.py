@@ -1,4 +1,4 @@
-"""From the command to the first step, of a new run and of a resumed one, beside the imports that both begin with."""
+"""From the command to the first step, of a new run and of a resumed one, beside the imports that come first."""
 
 from __future__ import annotations
 
