@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from beit_dist.engine.compiled import spare_compiler
 from beit_dist.engine.optimizers.guarding import guard_updates
 from beit_dist.engine.optimizers.table import build_optimizer
 from beit_dist.engine.resolve import AUTO, Resolved
@@ -27,6 +28,8 @@ def build_engine(task: Task[Any, Any, Any], resolved: Resolved, device: torch.de
     model = task.model()
     if config.compile:
         task.compile(model, device)
+    else:
+        spare_compiler()
     optimizer = build_optimizer(task.parameter_groups(model), config.optimizer)
     return initialize_engine(model, optimizer, resolved)
 
