@@ -44,8 +44,8 @@ def spare_compiler() -> None:
     """Keep AdamW from loading PyTorch's compiler, for a start that compiles nothing.
 
     Its methods load it only to be left out of what is compiled, which takes a third of the CPU time of a start.
-    Those marked as left out already are called as they are (``torch/_compile.py``); ``step`` has a wrapper around it
-    (``_use_grad_for_differentiable``) that turns gradients off and breaks graphs.
+    Those marked as left out already are called as they are (``torch/_compile.py``). ``step`` has a wrapper besides
+    (``_use_grad_for_differentiable``), which turns gradients off and breaks graphs.
     """
     for method in vars(torch.optim.Optimizer).values():
         plain = getattr(method, "__wrapped__", None)
