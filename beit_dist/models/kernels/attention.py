@@ -7,16 +7,16 @@ gradient of the bias is summed over the batch in fp32, in an order that is alway
 What it should take, counted for a layer of BEiT-B at a batch of 256 in bf16 (B·H = 3,072, N = 197, D = 64) on an
 H100; nothing of it was measured:
 
-- Memory, each tensor once: qkv 232 MB, output 77 MB. Forward moves 310 MB; backward 620 MB, and as much again since
+- Memory, each tensor once: qkv 232 MB, output 77 MB. Forward moves 310 MB; backward 620 MB, and as much again as
   keys, values and the bias have kernels of their own: 0.46 ms at 3.35 TB/s.
-- L2 cache: programs of 128 queries read all keys, values and the bias of their rows, those of 128 keys all queries:
-  4.0 GB in all, 0.7 ms at 5.5 TB/s. This is the limit, and why tiles are of 128: with 64 it is 7 GB.
+- L2 cache: programs of 128 queries read all keys, values and the bias of their rows, those of 128 keys read all
+  queries: 3.8 GB in all, 0.7 ms at 5.5 TB/s. This is the limit, and why tiles are of 128: with 64 it is 5.2 GB.
 - Products: 15.3 GFLOP each, 2 forward and 9 backward (three kernels compute the logits and their gradients), and
   half as much again for the tiles: 0.25 ms at 989 TFLOP/s.
 - Exponentials: 4 of each of 119 million logits, and half as much again: 0.2 ms at 16 a cycle and multiprocessor.
 
 One kernel for queries and bias together would save two products and one exponential. Its sums, 64 rows of 256 fp32
-values, fill the registers: in every form tried, Triton's compiler moved 150 to 1,200 bytes of a thread to memory.
+values, fill the registers: Triton's compiler moved 300 to 900 bytes of each thread to memory in the forms tried.
 """
 
 from __future__ import annotations

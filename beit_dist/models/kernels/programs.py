@@ -1,7 +1,7 @@
 """Attention with a trained bias, as Triton programs; :mod:`.attention` launches them.
 
-Shapes: B samples, N tokens, H heads, D values of a head (``WIDE`` is the power of two that holds it). Queries, keys
-and values lie where the projection left them, (B, N, 3, H, D), and have strides. Whatever else has the shape
+Shapes: B samples, N tokens, H heads, D values of a head (``WIDE`` is the power of two that holds it). Queries,
+keys and values lie where the projection left them, (B, N, 3, H, D), and have strides. Whatever else has the shape
 (B, N, H, D) or (B, H, N), and all that is written, lies densely.
 
 A program sees a tile of ``ROWS`` queries and ``COLUMNS`` keys. What lies outside is read as zeros, so only the sum
@@ -64,7 +64,7 @@ def query_gradients(
     bias_head_step, bias_row_step, N, H, edge, scale,
     D: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, and ``delta``, the sum of ``out · grad`` of a query; grid (tiles of queries, B · H)."""
+    """Gradients of the queries, and ``delta``, each one's sum of ``out · grad``; grid (tiles of queries, B · H)."""
     sample, head = tl.program_id(1) // H, tl.program_id(1) % H
     row = tl.program_id(0) * ROWS
     rows = row + tl.arange(0, ROWS)
