@@ -25,6 +25,7 @@ from beit_dist.tasks.finetuning.classification import Classification
 from beit_dist.tasks.pretraining.task import Pretraining
 
 SMALL: dict[str, Any] = {"width": 32, "heads": 2, "depth": 2, "image_size": 32, "patch_size": 8, "vocabulary": 64}
+MASKING = {"min_block": 4}
 BF16 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
 
 
@@ -132,7 +133,7 @@ def test_float8_is_refused_where_the_engine_rules_it_out(
 @pytest.mark.parametrize("attention", ["library", "kernel"])
 def test_the_setting_reaches_every_block(attention: str) -> None:
     pytest.importorskip("triton")
-    config = PretrainingConfig(run="r", model=SMALL, attention=attention)  # type: ignore[arg-type]
+    config = PretrainingConfig(run="r", model=SMALL, masking=MASKING, attention=attention)  # type: ignore[arg-type]
     task = Pretraining(config)
     model = task.model()
     task.paths.apply(model)
@@ -158,7 +159,7 @@ def test_a_start_says_what_computes_the_blocks(kind: type[Any]) -> None:
 
 
 def test_it_is_said_beside_the_precision() -> None:
-    config = PretrainingConfig(run="r", model=SMALL)
+    config = PretrainingConfig(run="r", model=SMALL, masking=MASKING)  # type: ignore[arg-type]
     rows = dict(setup_rows(Pretraining(config), resolve(config, BF16, 1)))
     assert list(rows)[-2:] == ["precision", "attention"]
 
@@ -174,3 +175,22 @@ def test_both_may_change_on_resume_as_compile_may(capsys: pytest.CaptureFixture[
 
 def test_a_model_without_a_backbone_is_left_alone() -> None:
     paths(attention="library").apply(nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_a_run_with_the_kernel_is_refused_on_a_cpu_and_trains_in_the_interpreter(
+    new_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    overrides = ["loader.workers=0", "steps=2", "optimizer.warmup_steps=1"]
+    plain, kernel = new_run("plain", overrides=overrides), new_run("kernel", overrides=overrides, forked=False)
+    code, output = kernel.finish("attention=kernel")
+    assert code == 2
+    assert "attention: got 'kernel', expected library on a cpu: the kernel is written for GPUs" in output
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    code, output = kernel.finish("attention=kernel")
+    assert code == 0, output
+    assert "by the Triton kernel (attention=kernel)" in output
+    assert plain.finish()[0] == 0
+    expected, got = ([line["loss"] for line in run.lines()] for run in (plain, kernel))
+    assert got == pytest.approx(expected, rel=1e-5)

@@ -64,7 +64,7 @@ def query_gradients(
     bias_head_step, bias_row_step, N, H, edge, scale,
     D: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, and ``delta``, each one's sum of ``out · grad``; grid (tiles of queries, B · H)."""
+    """Gradients of queries, and ``delta``, each one's sum of ``out · grad``; grid (tiles of queries, B · H)."""
     sample, head = tl.program_id(1) // H, tl.program_id(1) % H
     row = tl.program_id(0) * ROWS
     rows = row + tl.arange(0, ROWS)

@@ -1,4 +1,4 @@
-"""What the kernel computes, by Triton's interpreter: :mod:`test_attention` runs these tests in a process of their own.
+"""What the kernel computes, by Triton's interpreter, run by :mod:`test_attention` in a process of their own.
 
 Triton reads TRITON_INTERPRET when it is imported, so they cannot run in a process that has imported it.
 """
@@ -15,13 +15,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import OutOfResources, interpreter
 
+from beit_dist.benches import attention as bench
 from beit_dist.config.model import BackboneConfig, ModelConfig
 from beit_dist.engine.compiled import compile_blocks
 from beit_dist.engine.fast_paths import FastPaths
 from beit_dist.models.attention import spelt_out
 from beit_dist.models.kernels import attention
 from beit_dist.models.kernels.attention import fused_attention
-from beit_dist.models.kernels.tiles import Tile, Tiles, tiles_in_place
+from beit_dist.models.kernels.tiles import Tile, Tiles, tiles_in_place, tiles_of
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.models.positions import position_bias, relative_position_index, relative_position_rows
 
@@ -274,3 +275,26 @@ def test_where_shared_memory_is_too_small_fewer_stages_are_tried(monkeypatch: py
     for _ in range(2):
         attention._launch(kernel, (1,), Tile(16, 16, 4, 3), torch.zeros(1), D=16)
     assert tried == [3, 2, 1, 1]
+
+
+def test_the_bench_times_every_way_to_cut_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def few(*_: Any) -> tuple[Tensor, ...]:
+        qkv, bias, grad = case(1, 17, 1, 64, torch.float16)
+        return qkv.requires_grad_(), bias.requires_grad_(), grad
+
+    used: list[Tiles] = []
+    monkeypatch.setattr(bench, "inputs", few)
+    monkeypatch.setattr(attention, "tiles_of", lambda *sizes: used.append(tiles_of(*sizes)) or used[-1])
+    contenders = {"ours": fused_attention, **dict.fromkeys(bench.TILES, fused_attention), "broken": broken}
+    rows = bench._rows("tiny", 1, contenders, repetitions=1)
+    assert [row.who for row in rows] == 2 * ["ours", *bench.TILES]
+    assert {*used} == {tiles_of(64, 2), *bench.TILES.values()}
+    assert used.count(bench.TILES["ours, 64 across"]) == 3 * 3  # forward; forward and backward; thrice each
+    assert "left out: broken, forward: ValueError: cannot" in capsys.readouterr().err
+
+
+def broken(*_: Tensor) -> Tensor:
+    """A contender that this machine lacks."""
+    raise ValueError("cannot")
