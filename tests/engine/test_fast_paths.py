@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -11,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from beit_dist.config.finetuning import FinetuningConfig
 from beit_dist.config.model import BackboneConfig
 from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.engine import task
+from beit_dist.engine.compiled import compile_blocks
 from beit_dist.engine.fast_paths import FastPaths
 from beit_dist.engine.introduction import setup_rows
 from beit_dist.engine.resolve import resolve
 from beit_dist.engine.resume import compare_recipes
+from beit_dist.engine.wrapped import build_engine
 from beit_dist.errors import ConfigError
 from beit_dist.models.attention import Attention, attend
 from beit_dist.tasks.finetuning.classification import Classification
@@ -134,9 +139,9 @@ def test_float8_is_refused_where_the_engine_rules_it_out(
 def test_the_setting_reaches_every_block(attention: str) -> None:
     pytest.importorskip("triton")
     config = PretrainingConfig(run="r", model=SMALL, masking=MASKING, attention=attention)  # type: ignore[arg-type]
-    task = Pretraining(config)
-    model = task.model()
-    task.paths.apply(model)
+    training = Pretraining(config)
+    model = training.model()
+    training.paths.apply(model)
     used = {module.attend for module in model.modules() if isinstance(module, Attention)}
     assert used == ({attend} if attention == "library" else {fused()})
 
@@ -175,6 +180,46 @@ def test_both_may_change_on_resume_as_compile_may(capsys: pytest.CaptureFixture[
 
 def test_a_model_without_a_backbone_is_left_alone() -> None:
     paths(attention="library").apply(nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_float8_trains_under_deepspeeds_engine(
+    joined: torch.device, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    pytest.importorskip("torchao")
+    from beit_dist.models import float8
+
+    monkeypatch.setattr(float8, "use_float8", functools.partial(float8.use_float8, emulate=True))
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(task, "compile_blocks", lambda model: compile_blocks(model, backend))
+    config = PretrainingConfig(
+        run="r",
+        model=SMALL,  # type: ignore[arg-type]
+        masking=MASKING,  # type: ignore[arg-type]
+        global_batch=4,
+        micro_batch=2,
+        compile=True,
+        fp8=True,
+    )
+    engine = build_engine(
+        Pretraining(config), resolve(config, {**BF16, "zero_optimization": {"stage": stage}}, 1), joined
+    )
+    assert list(engine.module.state_dict()) == list(Pretraining(config).model().state_dict())
+    patches = torch.randint(0, 256, (2, 16, 192), generator=torch.Generator().manual_seed(0)).byte()
+    batch = patches, torch.arange(32).view(2, 16) % 4, torch.arange(7).expand(2, -1)
+    losses = []
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.01
+    for _ in range(8):
+        for _ in range(2):
+            losses.append(engine(*batch, torch.ones(2, 2, 2))[0])
+            engine.backward(losses[-1] / 14, scale_wrt_gas=False)
+            engine.step()
+    assert losses[-1] < 0.8 * losses[0]
+    assert backend.frame_count == 1
+    assert not any(block.ran_uncompiled for block in engine.module.blocks)
 
 
 @pytest.mark.slow
