@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -42,16 +42,18 @@ TILES: Mapping[str, Tiles] = {
 """Other ways to cut the kernel's work, for heads of 64 values."""
 
 
-def measure(quick: bool) -> list[Row]:
+def measure(quick: bool) -> Iterator[Row]:
     """Milliseconds of one layer: forward, and forward and backward, of base and large."""
     if torch.cuda.is_available():
         cases = [("base", 256)] if quick else [("base", 256), ("large", 128)]
-        return [found for case in cases for found in _on_gpu(*case, quick)]
+        for case in cases:
+            yield from _on_gpu(*case, quick)
+        return
     _say("not measured here: the kernel, FlexAttention and flash attention, which run on a GPU")
-    return _rows("tiny", 8, {"ours": attend, "spelt out": spelt_out}, 3 if quick else 7)
+    yield from _rows("tiny", 8, {"ours": attend, "spelt out": spelt_out}, 3 if quick else 7)
 
 
-def _on_gpu(size: str, batch: int, quick: bool) -> list[Row]:
+def _on_gpu(size: str, batch: int, quick: bool) -> Iterator[Row]:
     contenders: dict[str, Contender] = {"sdpa": attend, "sdpa, no bias": _without_bias, "flex": _flex()}
     if importlib.util.find_spec("triton") is None:
         _say("not measured here: the kernel, since Triton is not installed")
@@ -63,7 +65,7 @@ def _on_gpu(size: str, batch: int, quick: bool) -> list[Row]:
     return _rows(size, batch, contenders, 3 if quick else 7)
 
 
-def _rows(size: str, batch: int, contenders: Mapping[str, Contender], repetitions: int) -> list[Row]:
+def _rows(size: str, batch: int, contenders: Mapping[str, Contender], repetitions: int) -> Iterator[Row]:
     """Both directions of every contender, in turn; one that fails is left out, and why is said."""
     gpu = torch.cuda.is_available()
     dtype, device = (torch.bfloat16, "cuda") if gpu else (torch.float32, "cpu")
@@ -87,7 +89,7 @@ def _rows(size: str, batch: int, contenders: Mapping[str, Contender], repetition
     def both(function: Contender) -> object:
         return torch.autograd.grad(function(qkv, bias), (qkv, bias), grad, allow_unused=True)
 
-    rows, name_of_type = [], str(dtype).removeprefix("torch.")
+    name_of_type = str(dtype).removeprefix("torch.")
     for name, direction in (("forward", forward), ("both", both)):
         works = {}
         for who in contenders:
@@ -100,8 +102,8 @@ def _rows(size: str, batch: int, contenders: Mapping[str, Contender], repetition
             works[who] = work
         case = f"{size}, batch {batch}, {name_of_type}, {name}"
         taken = in_turn(works, repetitions)
-        rows += [row("attention", case, who, [1e3 * t / calls for t in taken[who]], "ms") for who in works]
-    return rows
+        for who in works:
+            yield row("attention", case, who, [1e3 * t / calls for t in taken[who]], "ms")
 
 
 def inputs(

@@ -66,7 +66,7 @@ def _attention(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     tile = tiles_of(wide, qkv.element_size()).forward
     _launch(
         programs.forward,
-        (triton.cdiv(length, tile.rows), batch * heads),
+        (batch * heads * triton.cdiv(length, tile.rows),),
         tile,
         *(qkv, qkv if bias is None else bias, out, lse),
         *_steps(qkv, bias),
@@ -105,7 +105,7 @@ def _backward(
     tile = tiles.queries
     _launch(
         programs.query_gradients,
-        (triton.cdiv(length, tile.rows), batch * heads),
+        (batch * heads * triton.cdiv(length, tile.rows),),
         tile,
         *(qkv, bias_or_any, out, grad, lse, delta, grad_qkv),
         *steps,
@@ -116,7 +116,7 @@ def _backward(
     tile = tiles.keys
     _launch(
         programs.key_gradients,
-        (triton.cdiv(length, tile.columns), batch * heads),
+        (batch * heads * triton.cdiv(length, tile.columns),),
         tile,
         *(qkv, bias_or_any, grad, lse, delta, grad_qkv),
         *steps,

@@ -28,12 +28,12 @@ def forward(
     N, H, edge, scale,
     D: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The output and each row's log-sum-exp; grid (tiles of queries, B · H).
+    """The output and each row's log-sum-exp; grid (B · H · tiles of queries).
 
     Softmax block by block of keys: what was summed is scaled down whenever a larger logit is found.
     """
-    sample, head = tl.program_id(1) // H, tl.program_id(1) % H
-    row = tl.program_id(0) * ROWS
+    each, row = tl.program_id(0) // tl.cdiv(N, ROWS), tl.program_id(0) % tl.cdiv(N, ROWS) * ROWS
+    sample, head = each // H, each % H
     queries = qkv + tl.cast(sample, tl.int64) * sample_step + head * head_step
     q = _load(queries, row, token_step, N, D, WIDE, ROWS)
     most = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -55,7 +55,7 @@ def forward(
     mixed = mixed / total[:, None]
     _store(out + tl.cast(sample, tl.int64) * N * H * D + head * D, mixed, row, H * D, N, D, WIDE, ROWS)
     rows = row + tl.arange(0, ROWS)
-    tl.store(lse + tl.program_id(1) * N + rows, most * LOG2E + tl.log2(total), mask=rows < N)
+    tl.store(lse + each * N + rows, most * LOG2E + tl.log2(total), mask=rows < N)
 
 
 @triton.jit
@@ -64,18 +64,18 @@ def query_gradients(
     bias_head_step, bias_row_step, N, H, edge, scale,
     D: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, and ``delta``, each one's sum of ``out · grad``; grid (tiles of queries, B · H)."""
-    sample, head = tl.program_id(1) // H, tl.program_id(1) % H
-    row = tl.program_id(0) * ROWS
+    """Gradients of queries, and ``delta``, each one's sum of ``out · grad``; grid (B · H · tiles of queries)."""
+    each, row = tl.program_id(0) // tl.cdiv(N, ROWS), tl.program_id(0) % tl.cdiv(N, ROWS) * ROWS
+    sample, head = each // H, each % H
     rows = row + tl.arange(0, ROWS)
     queries = qkv + tl.cast(sample, tl.int64) * sample_step + head * head_step
     dense = tl.cast(sample, tl.int64) * N * H * D + head * D
     q = _load(queries, row, token_step, N, D, WIDE, ROWS)
     g = _load(grad + dense, row, H * D, N, D, WIDE, ROWS)
     mixed = _load(out + dense, row, H * D, N, D, WIDE, ROWS)
-    level = tl.load(lse + tl.program_id(1) * N + rows, mask=rows < N, other=0.0)
+    level = tl.load(lse + each * N + rows, mask=rows < N, other=0.0)
     shift = tl.sum(g.to(tl.float32) * mixed.to(tl.float32), 1)
-    tl.store(delta + tl.program_id(1) * N + rows, shift, mask=rows < N)
+    tl.store(delta + each * N + rows, shift, mask=rows < N)
     dq = tl.zeros((ROWS, WIDE), tl.float32)
     for first in range(0, N, COLUMNS):
         k = _load(queries + part_step, first, token_step, N, D, WIDE, COLUMNS)
@@ -131,12 +131,12 @@ def key_gradients(
     bias_head_step, bias_row_step, N, H, edge, scale,
     D: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values, after :func:`query_gradients`; grid (tiles of keys, B · H).
+    """Gradients of keys and values, after :func:`query_gradients`; grid (B · H · tiles of keys).
 
     Logits are computed transposed, keys by queries, so that their products with gradients need no transposition.
     """
-    sample, head = tl.program_id(1) // H, tl.program_id(1) % H
-    column = tl.program_id(0) * COLUMNS
+    each, column = tl.program_id(0) // tl.cdiv(N, COLUMNS), tl.program_id(0) % tl.cdiv(N, COLUMNS) * COLUMNS
+    sample, head = each // H, each % H
     queries = qkv + tl.cast(sample, tl.int64) * sample_step + head * head_step
     grads = grad + tl.cast(sample, tl.int64) * N * H * D + head * D
     k = _load(queries + part_step, column, token_step, N, D, WIDE, COLUMNS)
@@ -147,8 +147,8 @@ def key_gradients(
         rows = first + tl.arange(0, ROWS)
         q = _load(queries, first, token_step, N, D, WIDE, ROWS)
         g = _load(grads, first, H * D, N, D, WIDE, ROWS)
-        level = tl.load(lse + tl.program_id(1) * N + rows, mask=rows < N, other=0.0)
-        shift = tl.load(delta + tl.program_id(1) * N + rows, mask=rows < N, other=0.0)
+        level = tl.load(lse + each * N + rows, mask=rows < N, other=0.0)
+        shift = tl.load(delta + each * N + rows, mask=rows < N, other=0.0)
         logits = tl.dot(k, tl.trans(q), input_precision=EXACT) * scale
         if BIASED:
             across, down = tl.arange(0, ROWS), tl.arange(0, COLUMNS)

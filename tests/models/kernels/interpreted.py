@@ -291,7 +291,7 @@ def test_the_bench_times_every_way_to_cut_the_work(
     monkeypatch.setattr(bench, "inputs", few)
     monkeypatch.setattr(attention, "tiles_of", lambda *sizes: used.append(tiles_of(*sizes)) or used[-1])
     contenders = {"ours": fused_attention, **dict.fromkeys(bench.TILES, fused_attention), "broken": broken}
-    rows = bench._rows("tiny", 1, contenders, repetitions=1)
+    rows = list(bench._rows("tiny", 1, contenders, repetitions=1))
     assert [row.who for row in rows] == 2 * ["ours", *bench.TILES]
     assert {*used} == {tiles_of(64, 2), *bench.TILES.values()}
     assert used.count(bench.TILES["ours, 64 across"]) == 3 * 3  # forward; forward and backward; thrice each
