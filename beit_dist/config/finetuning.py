@@ -16,7 +16,7 @@ from beit_dist.config.labelled import (
 from beit_dist.config.model import BackboneConfig
 from beit_dist.config.optimizer import OptimizerConfig
 from beit_dist.config.reading import Section
-from beit_dist.config.run import RunConfig
+from beit_dist.config.vit import ViTRunConfig
 from beit_dist.errors import ConfigError
 
 _WARM_UPS = ("epochs", "steps", "share")
@@ -93,10 +93,10 @@ class SegmentationConfig(Section):
         return self
 
 
-class FinetuningConfig(RunConfig):
+class FinetuningConfig(ViTRunConfig):
     """Fine-tuning on labelled images."""
 
-    of_the_host: ClassVar[frozenset[str]] = RunConfig.of_the_host | {"loader"}
+    of_the_host: ClassVar[frozenset[str]] = ViTRunConfig.of_the_host | {"loader"}
 
     task: Literal["classification", "segmentation"] = "classification"
     """What is learnt: the class of each image, or of each pixel."""

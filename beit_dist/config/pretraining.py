@@ -10,7 +10,8 @@ from beit_dist.config.masking import MaskingConfig
 from beit_dist.config.model import ModelConfig
 from beit_dist.config.probing import ProbeConfig
 from beit_dist.config.reading import Section, near_divisors
-from beit_dist.config.run import RunConfig, ValidationConfig
+from beit_dist.config.run import ValidationConfig
+from beit_dist.config.vit import ViTRunConfig
 from beit_dist.errors import ConfigError
 from beit_dist.storage.place import is_url
 
@@ -58,10 +59,10 @@ class PretrainingValidation(ValidationConfig):
     probe: ProbeConfig = ProbeConfig()
 
 
-class PretrainingConfig(RunConfig):
+class PretrainingConfig(ViTRunConfig):
     """A pre-training recipe."""
 
-    of_the_host: ClassVar[frozenset[str]] = RunConfig.of_the_host | {"tokenizer", "loader"}
+    of_the_host: ClassVar[frozenset[str]] = ViTRunConfig.of_the_host | {"tokenizer", "loader"}
 
     data: str | None = None
     validation: PretrainingValidation = PretrainingValidation()

@@ -213,6 +213,24 @@ class RunConfig(Section):
         """Steps of the warm-up if ``optimizer`` sets none."""
         return 0
 
+    def check_engine(self, stage: int, precision: str) -> None:
+        """Refuse settings that the engine rules out.
+
+        Args:
+            stage: of ZeRO.
+            precision: by name, or ``auto``, which is settled later.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if self.compile and stage == 3:
+            raise ConfigError(
+                "compile",
+                True,
+                "false at ZeRO stage 3, where gathering the weights breaks the graph of a block",
+                "Use stage 1 or 2.",
+            )
+
     def measured_every(self, steps: int) -> int:
         """Steps between measurements on held-out data.
 

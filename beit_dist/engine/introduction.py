@@ -41,7 +41,7 @@ def introduction_rows(
 
 
 def setup_rows(task: Task[Any, Any, Any], resolved: Resolved) -> Described:
-    """Size, batch and precision."""
+    """Size, batch, precision, and how the blocks are computed."""
     yield "parameters", f"{count_parameters(task):,}"
     ranks, of_a_rank = (
         counted(resolved.ranks, "rank"),
@@ -53,6 +53,8 @@ def setup_rows(task: Task[Any, Any, Any], resolved: Resolved) -> Described:
         f"{resolved.precision} ({resolved.why}), gradients summed in {resolved.accumulation_type}, "
         f"ZeRO stage {resolved.stage}",
     )
+    if task.paths is not None:
+        yield from task.paths.rows()
 
 
 def length_rows(task: Task[Any, Any, Any], progress: Progress) -> Described:

@@ -73,6 +73,8 @@ def check_alike(task: Task[Any, Any, Any], resolved: Resolved, ranks: Ranks) -> 
     check_packages(config)
     if config.compile:
         check_compiler(accelerator.device_name())
+    if task.paths is not None:
+        task.paths.check(accelerator.device_name())
     if ranks.world == 1 and accelerator.device_name() != "cpu" and (count := accelerator.device_count()) > 1:
         print(f"1 of the {count} GPUs here is used; --ranks {count} uses all of them", flush=True)
     check_model(config.optimizer, parameter_shapes(task))

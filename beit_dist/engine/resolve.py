@@ -126,13 +126,7 @@ def resolve(config: RunConfig, ds_config: Mapping[str, Any] | None, ranks: int) 
         clip_grad=config.optimizer.clip_grad,
         precision="fp32" if ds_config is None else config.precision,
     )
-    if config.compile and resolved.stage == 3:
-        raise ConfigError(
-            "compile",
-            True,
-            "false at ZeRO stage 3, where gathering the weights breaks the graph of a block",
-            "Use stage 1 or 2.",
-        )
+    config.check_engine(resolved.stage, resolved.precision)
     check_optimizer(config.optimizer, resolved.stage, resolved.precision)
     return resolved
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from beit_dist.config.run import RunConfig
 from beit_dist.engine.compiled import compile_blocks
+from beit_dist.engine.fast_paths import FastPaths
 from beit_dist.engine.metrics import Metric, Metrics
 from beit_dist.engine.precision import settle, settle_alone
 from beit_dist.engine.ranks.distributed import Agreement, Ranks
@@ -219,6 +220,11 @@ class Task(ABC, Generic[ConfigT, BatchT, RowsT]):
     @abstractmethod
     def multiply_adds(self) -> int:
         """Of one sample's forward pass."""
+
+    @property
+    def paths(self) -> FastPaths | None:
+        """How the blocks of a backbone are computed; None for a model without one."""
+        return None
 
     @property
     def copies(self) -> int:

@@ -26,6 +26,8 @@ def build_engine(task: Task[Any, Any, Any], resolved: Resolved, device: torch.de
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     model = task.model()
+    if task.paths is not None:
+        task.paths.apply(model)
     if config.compile:
         task.compile(model, device)
     else:

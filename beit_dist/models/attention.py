@@ -5,6 +5,8 @@ Shapes: B samples, N tokens, C width, H heads, D = C/H.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, table_rows: int | None = None) -> None:
         super().__init__()
         self.heads = heads
+        self.attend: Callable[[Tensor, Tensor | None], Tensor] = attend  # or a kernel that takes its place
         self.qkv = _Projection(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -44,7 +47,7 @@ class Attention(nn.Module):
             bias = position_bias(self.relative_position_bias_table, bias)
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = self.qkv(x, qkv_bias).view(batch, length, 3, self.heads, width // self.heads)
-        mixed: Tensor = self.proj(attend(qkv, bias))
+        mixed: Tensor = self.proj(self.attend(qkv, bias))
         return mixed
 
 

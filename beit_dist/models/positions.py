@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_ALIGNMENT = 16
+
 
 class RelativePositionBias(nn.Module):
     """A learned bias of every attention logit, by the offset of query and key on the grid; shared by all blocks.
@@ -33,11 +35,17 @@ class RelativePositionBias(nn.Module):
 
 
 def position_bias(table: Tensor, index: Tensor) -> Tensor:
-    """Rows (R, H) of a table by an index (N, N), as a bias (1, H, N, N) in the dtype of the table."""
+    """Rows (R, H) of a table by an index (N, N), as a bias (1, H, N, N) in the dtype of the table.
+
+    In memory its rows begin at multiples of 16 elements, as PyTorch's kernels and ours want them: each layer would
+    make such a copy for itself.
+    """
     # Looked up in fp32, since a row's gradient is a sum over up to P pairs that bf16 would round at every term.
     # And by embedding, whose backward adds in a fixed order on CUDA too.
     bias = F.embedding(index, table.float())
-    return bias.to(table.dtype).permute(2, 0, 1).unsqueeze(0).contiguous()
+    length = index.shape[-1]
+    bias = F.pad(bias.to(table.dtype).permute(2, 0, 1), (0, -length % _ALIGNMENT)).contiguous()
+    return bias[..., :length].unsqueeze(0)
 
 
 def relative_position_rows(grid: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from beit_dist.config.finetuning import FinetuningConfig
+from beit_dist.engine.fast_paths import FastPaths
 from beit_dist.engine.memory import state_shapes
 from beit_dist.engine.ranks.distributed import Ranks
 from beit_dist.engine.resolve import Resolved
@@ -123,6 +124,11 @@ class Finetuning(Task[FinetuningConfig, LabelledBatch, RowsT], Generic[Images, R
     def way_to_measure(self) -> str:
         """See :attr:`Task.way_to_measure`."""
         return "give validation.data, labelled images that are not trained on"
+
+    @property
+    def paths(self) -> FastPaths:
+        """Those of the recipe."""
+        return FastPaths.of(self.config, self.config.model)
 
     @property
     def copies(self) -> int:

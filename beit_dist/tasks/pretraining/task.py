@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from beit_dist.config.pretraining import PretrainingConfig
+from beit_dist.engine.fast_paths import FastPaths
 from beit_dist.engine.metrics import Metric, Metrics
 from beit_dist.engine.ranks.distributed import Ranks
 from beit_dist.engine.resolve import Resolved
@@ -150,6 +151,11 @@ class Pretraining(Task[PretrainingConfig, RankBatch, Rows]):
     def multiply_adds(self) -> int:
         """Backbone, and head on the masked patches."""
         return multiply_adds(self.config.model, describing.most_masked(self.config, self.masks))
+
+    @property
+    def paths(self) -> FastPaths:
+        """Those of the recipe."""
+        return FastPaths.of(self.config, self.config.model)
 
     @property
     def copies(self) -> int:
