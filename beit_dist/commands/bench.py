@@ -22,6 +22,7 @@ BENCHES = (
     "ceilings",
     "step",
     "trainer",
+    "attention",
     "loader",
     "plan",
     "masks",
