@@ -93,8 +93,8 @@ class _NoMasks(ExactMasks):
         super().__init__(MaskingConfig(masked_patches=75), 14, 0)
         self._same = super().positions(0, 0)
 
-    def positions(self, epoch: int, sample_id: int) -> Any:
-        return self._same
+    def positions_of(self, epochs: Any, sample_ids: Any) -> Any:
+        return np.broadcast_to(self._same, (len(epochs), len(self._same)))
 
 
 def _pipeline(folder: str, manifest: Manifest, batch: int, masks: Masks) -> Iterator[object]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from beit_dist.draws import Purpose, uniforms, words
+from beit_dist.draws import Integers, Purpose, uniforms, words_of
 from beit_dist.errors import UserError
 from beit_dist.stream import counts, shared_memory
 
@@ -103,11 +103,10 @@ class DropPath:
         self._seed = seed
         self._rates = np.repeat(np.asarray(rates, np.float64), 2).reshape(-1, 2)
 
-    def keeps(self, epochs: Sequence[int], samples: Sequence[int]) -> NDArray[np.bool_]:
-        """``(samples, depth, 2)``."""
-        keys = zip(epochs, samples, strict=True)
-        drawn = [words(self._seed, Purpose.DROP_PATH, key, self._rates.size) for key in keys]
-        kept: NDArray[np.bool_] = uniforms(np.stack(drawn)).reshape(-1, *self._rates.shape) >= self._rates
+    def keeps(self, epochs: Integers, samples: Integers) -> NDArray[np.bool_]:
+        """``(samples, depth, 2)``; epochs and samples are ``(samples,)``."""
+        drawn = words_of(self._seed, Purpose.DROP_PATH, (epochs, samples), self._rates.size)
+        kept: NDArray[np.bool_] = uniforms(drawn).reshape(-1, *self._rates.shape) >= self._rates
         return kept
 
 

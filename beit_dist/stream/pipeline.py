@@ -146,16 +146,16 @@ class PartPipeline(Parts):
     def _mask(self, part: Part) -> Part:
         """Stage 2: the masked positions of each row; none where the sample is damaged."""
         arrays = self.arrays(part)
-        keys = zip(arrays["epochs"].tolist(), arrays["sample_ids"].tolist(), strict=True)
-        for row, (epoch, sample_id) in enumerate(keys):
-            arrays["positions"][row] = self.masks.positions(epoch, sample_id) if sample_id >= 0 else -1
+        whole = arrays["sample_ids"] >= 0
+        arrays["positions"][whole] = self.masks.positions_of(arrays["epochs"][whole], arrays["sample_ids"][whole])
+        arrays["positions"][~whole] = -1
         return part
 
     def _keep(self, part: Part) -> Part:
         """Stage 3: which residual branches of each block are kept for each row."""
         arrays = self.arrays(part)
         if "keeps" in arrays:
-            arrays["keeps"][:] = self.drop_path.keeps(arrays["epochs"].tolist(), arrays["sample_ids"].tolist())
+            arrays["keeps"][:] = self.drop_path.keeps(arrays["epochs"], arrays["sample_ids"])
         return part
 
     def _extent(self, piece: Piece) -> Extent:
