@@ -53,10 +53,11 @@ class Purpose(IntEnum):
 def words(seed: int, purpose: Purpose, key: tuple[int, ...], count: int) -> Words:
     """``count`` uniform 64-bit words for up to three integers of ``key``; each in [0, 2**64)."""
     _check_parts(len(key))
-    drawer = _kept.drawer(seed, purpose)
+    kept = _kept.of(seed, purpose)
     for place in range(1, 4):
-        drawer.counter[place] = key[place - 1] & _MASK64 if place <= len(key) else 0
-    return drawer.draw(count)
+        kept.counter[place] = key[place - 1] & _MASK64 if place <= len(key) else 0
+    kept.philox.state = kept.state
+    return np.asarray(kept.philox.random_raw(count), dtype=np.uint64)
 
 
 def words_of(seed: int, purpose: Purpose, keys: tuple[Integers, ...], count: int) -> Words:
@@ -73,41 +74,36 @@ def words_of(seed: int, purpose: Purpose, keys: tuple[Integers, ...], count: int
     """
     _check_parts(len(keys))
     columns = [column.astype(np.int64).view(np.uint64).tolist() for column in keys]
-    drawer, drawn = _kept.drawer(seed, purpose), []
-    counter, draw = drawer.counter, drawer.draw
     columns += [[0] * len(columns[0])] * (3 - len(columns))
+    kept, drawn = _kept.of(seed, purpose), []
+    philox, state, counter = kept.philox, kept.state, kept.counter
     for counter[1], counter[2], counter[3] in zip(*columns, strict=True):
-        drawn.append(draw(count))
+        philox.state = state
+        drawn.append(philox.random_raw(count))
     return np.concatenate(drawn).reshape(-1, count) if drawn else np.empty((0, count), np.uint64)
 
 
-class _Drawer(threading.local):
-    """This thread's generator. Setting its state is 10× faster than a new generator.
+class _Kept(threading.local):
+    """This thread's generator, and the state to set before a draw: 10× faster than a new generator.
 
     The state has nothing buffered. Its integers are in lists, as each costs more to take out of an array.
     """
 
     def __init__(self) -> None:
-        self._philox = np.random.Philox(0)
+        self.philox = np.random.Philox(0)
         self.counter = [0, 0, 0, 0]
         """The key in the upper three words. The lowest one counts blocks of four words within a draw."""
         self._key = [0, 0]
         numbers = {"counter": self.counter, "key": self._key}
-        state: Any = {**self._philox.state, "state": numbers, "buffer": [0, 0, 0, 0]}
-        self._state = state
+        self.state: Any = {**self.philox.state, "state": numbers, "buffer": [0, 0, 0, 0]}
 
-    def drawer(self, seed: int, purpose: Purpose) -> _Drawer:
-        """This, ready to draw for a seed and purpose."""
+    def of(self, seed: int, purpose: Purpose) -> _Kept:
+        """This, for draws of a seed and purpose."""
         self._key[:] = seed & _MASK64, int(purpose)
         return self
 
-    def draw(self, count: int) -> Words:
-        """The first words for what is in the counter."""
-        self._philox.state = self._state
-        return np.asarray(self._philox.random_raw(count), dtype=np.uint64)
 
-
-_kept = _Drawer()
+_kept = _Kept()
 
 
 def _check_parts(parts: int) -> None:

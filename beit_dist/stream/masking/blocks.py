@@ -24,13 +24,10 @@ from beit_dist.stream.masking.base import Bools, Masks
 
 MIN_ASPECT = 0.3
 """Least ratio of a block's sides; the greatest is its inverse (unilm's default and the paper's Algorithm 1)."""
-TRIES_PER_BLOCK = 10
-"""Tries after which the released code looks for no more blocks (unilm); and how many a round looks at."""
 
 _WORDS_PER_TRY = 4  # area, aspect, top, left
-_TRIES = 32  # drawn for each mask at once; one in fifty needs more at the released settings
+_AHEAD = 5  # tries of a mask that a round looks at; nearly always, one of them is accepted
 _FEW = 18  # masks for which a round takes longer than finishing each of them
-_AHEAD = np.arange(TRIES_PER_BLOCK)[:, None]
 
 
 class BlockMasks(Masks):
@@ -38,15 +35,18 @@ class BlockMasks(Masks):
 
     A try draws an area between ``min_block`` and ``area_total`` less the patches that are masked so far, an aspect
     (:meth:`aspects`) and a place. It is accepted if the block fits, masks at least one more patch, and leaves at
-    most ``most`` masked. A mask is finished when ``enough`` patches are masked or, if ``gives_up``, when ten tries
-    in a row have failed (twenty, thirty, ... while nothing is masked).
+    most ``most`` masked. A mask is finished when ``enough`` patches are masked, or when ``patience`` tries have
+    failed in a row; or twice, thrice, ... as many while nothing is masked.
 
     A subclass sets these numbers and calls :meth:`check_blocks`.
     """
 
     spans_grid: ClassVar[bool]
     """Whether a block may be as high or as wide as the grid."""
-    gives_up: ClassVar[bool]
+    patience: ClassVar[int]
+    """A multiple of five; 0 for one without end."""
+    first_tries: ClassVar[int]
+    """Tries that are drawn at once; those of the rare masks that need more are drawn again."""
     area_total: float
     enough: int
     most: int
@@ -76,28 +76,28 @@ class BlockMasks(Masks):
 
     def _blocks(self, epochs: Integers, sample_ids: Integers) -> Words:
         """(n, words) bits: patch p is bit p mod 64 of word p // 64."""
-        count = len(epochs)
-        tries = self._tries(epochs, sample_ids, _TRIES)
+        count, drawn = len(epochs), self.first_tries
+        tries = self._tries(epochs, sample_ids, drawn)
         masks = np.zeros((count, self._words), np.uint64)
-        sizes, used = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        sizes, used, failed = np.zeros((3, count), np.int64)  # patches; tries; tries since the last block
         unfinished = np.ones(count, np.bool_)
         rows = np.arange(count)
         while len(rows) >= _FEW:
             mask, size, begin = masks[rows], sizes[rows], used[rows]
-            found, tried, gains, blocks = self._round(tries, rows * _TRIES + begin, mask, size)
-            gains *= found
-            size += gains
-            begin += tried
-            masks[rows], sizes[rows], used[rows] = mask | blocks * found[:, None], size, begin
+            found, tried, gains, blocks = self._round(tries, rows * drawn + begin, drawn - begin, mask, size)
+            masks[rows] = mask | blocks * found[:, None]
+            sizes[rows] = size = size + gains * found
+            used[rows] = begin = begin + tried
+            failed[rows] = waited = (failed[rows] + tried) * ~found
             going = size < self.enough
-            if self.gives_up:
-                going &= found | (size == 0)
+            if self.patience:
+                going &= (waited % self.patience > 0) | found | (size == 0)
             unfinished[rows] = going
-            rows = rows[going & (begin <= _TRIES - TRIES_PER_BLOCK)]
+            rows = rows[going & (begin < drawn)]
         for row in np.flatnonzero(unfinished).tolist():
-            begin = used[row]
-            rest = tries[:, row * _TRIES + begin : (row + 1) * _TRIES]
-            masks[row] = self._finished(masks[row], rest, begin, epochs[row : row + 1], sample_ids[row : row + 1])
+            rest = tries[:, row * drawn + used[row] : (row + 1) * drawn]
+            key = epochs[row : row + 1], sample_ids[row : row + 1]
+            masks[row] = self._finished(masks[row], rest, int(used[row]), int(failed[row]), *key)
         return masks
 
     def _tries(self, epochs: Integers, sample_ids: Integers, count: int) -> Words:
@@ -113,22 +113,24 @@ class BlockMasks(Masks):
         return tries
 
     def _round(
-        self, tries: Words, begin: Integers, masks: Words, sizes: Integers
+        self, tries: Words, begin: Integers, left: Integers, masks: Words, sizes: Integers
     ) -> tuple[Bools, Integers, Integers, Words]:
-        """The first accepted of the next ten tries of n masks.
+        """The first accepted of the next few tries of n masks.
 
         Args:
             tries: see :meth:`_tries`.
             begin: (n,) where the next ones of each mask are.
+            left: (n,) how many there are, 1 or more.
             masks: (n, words).
             sizes: (n,) masked patches.
 
         Returns:
             (n,) whether there is one, (n,) how many tries it took, (n,) how many patches it adds, (n, words) its
-            patches. The last two are of some block where there is none.
+            patches. The last two are of any block where there is none.
         """
         count = len(begin)
-        drawn = tries.take(_AHEAD + begin, axis=1)  # (4, 10, n): rows of n are long, so NumPy is fast
+        ahead = np.arange(_AHEAD)[:, None]
+        drawn = tries.take(ahead + begin, axis=1, mode="clip")  # (4, 5, n): rows of n are long, so NumPy is fast
         units, aspects = drawn[:2].view(np.float64)
         areas = (self.area_total - sizes - self.min_block) * units
         areas += self.min_block
@@ -151,16 +153,19 @@ class BlockMasks(Masks):
             gains += ones[..., word]
         accepted &= gains > 0
         accepted &= gains <= self.most - sizes
+        accepted &= ahead < left
         first = accepted.argmax(axis=0)
         best = first * count + np.arange(count)
         found = accepted.reshape(-1).take(best)
-        tried = np.where(found, first + 1, TRIES_PER_BLOCK)
+        tried = np.where(found, first + 1, np.minimum(left, _AHEAD))
         return found, tried, gains.reshape(-1).take(best), blocks.reshape(-1, self._words).take(best, axis=0)
 
-    def _finished(self, mask: Words, tries: Words, begin: int, epoch: Integers, sample_id: Integers) -> Words:
-        """One mask, (words,), after all its tries; ``tries`` are those drawn already, from number ``begin`` on."""
+    def _finished(
+        self, mask: Words, tries: Words, used: int, failed: int, epoch: Integers, sample_id: Integers
+    ) -> Words:
+        """One mask, (words,), after all its tries; ``tries`` are those left of what is drawn."""
         bits = int.from_bytes(mask.astype("<u8", copy=False).tobytes(), "little")
-        size, failed, drawn = bits.bit_count(), 0, begin + tries.shape[1]
+        size, drawn = bits.bit_count(), used + tries.shape[1]
         (rows, columns), sqrt = self._band_numbers, math.sqrt
         height_edges, width_edges = self.height + 1, self.width + 1
         while True:
@@ -181,7 +186,7 @@ class BlockMasks(Masks):
                         continue
                 failed += 1
                 # The released code gives up with nothing masked, too.
-                if self.gives_up and failed % TRIES_PER_BLOCK == 0 and size:
+                if self.patience and failed % self.patience == 0 and size:
                     return self._in_words(bits)
             tries, drawn = self._tries(epoch, sample_id, 4 * drawn)[:, drawn:], 4 * drawn
 

@@ -17,7 +17,8 @@ class PaperMasks(BlockMasks):
     """Blocks until more than ``ratio`` of the patches is masked."""
 
     spans_grid = True  # Algorithm 1 only wants blocks to fit
-    gives_up = False
+    patience = 0
+    first_tries = 12  # one mask in a thousand needs more
 
     def __init__(self, masking: MaskingConfig, grid: int | tuple[int, int], seed: int) -> None:
         super().__init__(masking, grid, seed)

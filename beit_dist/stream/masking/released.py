@@ -21,7 +21,8 @@ class OriginalMasks(BlockMasks):
     """Blocks, while they fit into what is left of the budget."""
 
     spans_grid = False  # the released code wants rectangles strictly inside
-    gives_up = True
+    patience = 10  # tries after which it looks for no more blocks (unilm)
+    first_tries = 24  # one mask in seventy needs more
 
     def __init__(self, masking: MaskingConfig, grid: int | tuple[int, int], seed: int) -> None:
         super().__init__(masking, grid, seed)
