@@ -91,10 +91,10 @@ class _NoMasks(ExactMasks):
 
     def __init__(self) -> None:
         super().__init__(MaskingConfig(masked_patches=75), 14, 0)
-        self._same = super().positions(0, 0)
+        self._same = super().positions_of([0], [0])
 
     def positions_of(self, epochs: Any, sample_ids: Any) -> Any:
-        return np.broadcast_to(self._same, (len(epochs), len(self._same)))
+        return np.broadcast_to(self._same, (len(epochs), self.positions_per_image))
 
 
 def _pipeline(folder: str, manifest: Manifest, batch: int, masks: Masks) -> Iterator[object]:
