@@ -134,6 +134,9 @@ class Parts(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no types
     ) -> None:
         super().__init__(self._work, *map(wds.map, stages))
         self.parts, self.advance, self.consumed, self.slots = list(parts), advance, consumed, slots
+        self._arrays: dict[
+            int, dict[str, NDArray[Any]]
+        ] = {}  # by address, as making them takes longer than many reads
         self.memory: Tensor | None = None
         """Memory for the next part, in place of the slots: used without workers."""
 
@@ -176,7 +179,10 @@ class Parts(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no types
     def arrays(self, part: Part) -> dict[str, NDArray[Any]]:
         """A part's arrays."""
         assert part.memory is not None  # only what is sent away loses it
-        return self.layout(len(part.rows)).arrays(part.memory)
+        address = part.memory.data_ptr()
+        if address not in self._arrays:
+            self._arrays[address] = self.layout(len(part.rows)).arrays(part.memory)
+        return self._arrays[address]
 
     def _work(self) -> Iterator[Part]:
         """Stage 0: this worker's part of one batch after the other."""
