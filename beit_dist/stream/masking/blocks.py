@@ -26,8 +26,9 @@ MIN_ASPECT = 0.3
 """Least ratio of a block's sides; the greatest is its inverse (unilm's default and the paper's Algorithm 1)."""
 
 _WORDS_PER_TRY = 4  # area, aspect, top, left
-_AHEAD = 5  # tries of a mask that a round looks at; nearly always, one of them is accepted
-_FEW = 18  # masks for which a round takes longer than finishing each of them
+_AHEAD = np.arange(5)[:, None]  # the tries of a mask that a round looks at; nearly always, one of them is accepted
+_MANY = 20  # masks for which rounds are faster than each mask by itself
+_FEW = 8  # masks that are left, for which a round takes longer than finishing each of them
 
 
 class BlockMasks(Masks):
@@ -81,7 +82,7 @@ class BlockMasks(Masks):
         masks = np.zeros((count, self._words), np.uint64)
         sizes, used, failed = np.zeros((3, count), np.int64)  # patches; tries; tries since the last block
         unfinished = np.ones(count, np.bool_)
-        rows = np.arange(count)
+        rows = np.arange(count if count >= _MANY else 0)
         while len(rows) >= _FEW:
             mask, size, begin = masks[rows], sizes[rows], used[rows]
             found, tried, gains, blocks = self._round(tries, rows * drawn + begin, drawn - begin, mask, size)
@@ -129,8 +130,7 @@ class BlockMasks(Masks):
             patches. The last two are of any block where there is none.
         """
         count = len(begin)
-        ahead = np.arange(_AHEAD)[:, None]
-        drawn = tries.take(ahead + begin, axis=1, mode="clip")  # (4, 5, n): rows of n are long, so NumPy is fast
+        drawn = tries.take(_AHEAD + begin, axis=1, mode="clip")  # (4, 5, n): rows of n are long, so NumPy is fast
         units, aspects = drawn[:2].view(np.float64)
         areas = (self.area_total - sizes - self.min_block) * units
         areas += self.min_block
@@ -138,8 +138,8 @@ class BlockMasks(Masks):
         np.multiply(areas, aspects, out=sides[0])
         np.divide(areas, aspects, out=sides[1])
         np.rint(np.sqrt(sides, out=sides), out=sides)
-        accepted, fits_too = sides <= self._most_sides
-        accepted &= fits_too
+        fits = sides <= self._most_sides
+        accepted = fits[0] & fits[1]
         whole = sides.astype(np.int64).view(np.uint64)
         bands = below_each(drawn[2:], self._edges - whole)
         whole *= self._edges
@@ -153,11 +153,11 @@ class BlockMasks(Masks):
             gains += ones[..., word]
         accepted &= gains > 0
         accepted &= gains <= self.most - sizes
-        accepted &= ahead < left
+        accepted &= left > _AHEAD
         first = accepted.argmax(axis=0)
         best = first * count + np.arange(count)
         found = accepted.reshape(-1).take(best)
-        tried = np.where(found, first + 1, np.minimum(left, _AHEAD))
+        tried = np.where(found, first + 1, np.minimum(left, len(_AHEAD)))
         return found, tried, gains.reshape(-1).take(best), blocks.reshape(-1, self._words).take(best, axis=0)
 
     def _finished(
@@ -188,7 +188,7 @@ class BlockMasks(Masks):
                 # The released code gives up with nothing masked, too.
                 if self.patience and failed % self.patience == 0 and size:
                     return self._in_words(bits)
-            tries, drawn = self._tries(epoch, sample_id, 4 * drawn)[:, drawn:], 4 * drawn
+            tries, drawn = self._tries(epoch, sample_id, 2 * drawn)[:, drawn:], 2 * drawn
 
     def _in_words(self, bits: int) -> Words:
         return np.frombuffer(bits.to_bytes(8 * self._words, "little"), "<u8")
