@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from beit_dist.draws import Purpose, below, permutation, uniforms, words
+from beit_dist.draws import Purpose, below, below_each, permutation, uniforms, words, words_of
 
 
 def test_the_words_are_pinned() -> None:
@@ -82,6 +82,33 @@ def test_long_draws_of_neighbouring_keys_do_not_overlap() -> None:
 def test_a_key_is_at_most_three_integers() -> None:
     with pytest.raises(ValueError, match="at most 3"):
         words(0, Purpose.MASK, (1, 2, 3, 4), 1)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 7, 200])
+def test_words_of_many_keys_are_those_of_each(parts: int, count: int) -> None:
+    columns = np.random.default_rng(0).integers(-(2**62), 2**62, (parts, 20))
+    drawn = words_of(-7, Purpose.CROP, tuple(columns), count)
+    assert drawn.shape == (20, count)
+    words(1, Purpose.MASK, (1, 2, 3), 5)  # leaves nothing behind
+    for row, key in zip(drawn, columns.T.tolist(), strict=True):
+        assert row.tolist() == words(-7, Purpose.CROP, tuple(key), count).tolist()
+
+
+def test_no_keys_have_no_words_and_columns_are_as_long_as_each_other() -> None:
+    none = np.zeros(0, np.int64)
+    assert words_of(0, Purpose.CROP, (none, none), 4).shape == (0, 4)
+    with pytest.raises(ValueError, match="shorter"):
+        words_of(0, Purpose.CROP, (np.arange(3), np.arange(2)), 4)
+    with pytest.raises(ValueError, match="at most 3"):
+        words_of(0, Purpose.CROP, (none,) * 4, 4)
+
+
+def test_below_each_is_below_of_each() -> None:
+    raw = np.concatenate([words(0, Purpose.MASK, (), 500), np.array([0, 2**64 - 1, 2**32 - 1, 2**32], np.uint64)])
+    for bound in (1, 7, 2**20 + 1, 2**32 - 1):
+        got = below_each(raw, np.full(len(raw), bound, np.uint64))
+        assert got.tolist() == [below(word, bound) for word in raw.tolist()]
 
 
 def test_uniforms_lie_in_the_half_open_unit_interval() -> None:

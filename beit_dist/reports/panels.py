@@ -103,7 +103,9 @@ def reconstruct(
         paint: for the model's target.
     """
     device = next(model.parameters()).device
-    positions = torch.from_numpy(np.stack([masks.positions(0, sample.sample_id) for sample in samples])).long()
+    positions = torch.from_numpy(
+        masks.positions_of([0] * len(samples), [sample.sample_id for sample in samples])
+    ).long()
     patches = torch.from_numpy(np.stack([sample.patches for sample in samples]))
     predicted = model.predict(patches.to(device), positions.to(device)).cpu()
     size, grid = model.config.patch_size, model.config.grid

@@ -19,6 +19,8 @@ JSON_BYTES = 512
 """Size of the json member; what does not fit is cut (see :func:`encode_notes`)."""
 BLOCK = 512
 """Tar pads every header and member to this."""
+JSON_START = BLOCK
+"""Where the json member's data are in a sample."""
 RECORD = 10_240
 """Tar pads the whole file to this."""
 NPY_HEADER = 128
@@ -30,7 +32,8 @@ MAX_SAMPLE_ID = 10**12 - 1
 _KEY = re.compile(r"v(\d{2})-(\d{12})")
 _KEY_BYTES = 16
 _JSON_HEAD = re.compile(rb'\{"crc32":"([0-9a-f]{8})","key":"(v\d{2}-\d{12})",')
-_JSON_HEAD_BYTES = 10 + 8 + 9 + _KEY_BYTES + 2
+_JSON_KEY_START = 10 + 8 + 9
+_JSON_HEAD_BYTES = _JSON_KEY_START + _KEY_BYTES + 2
 
 Bytes = bytes | bytearray | memoryview
 """What the crc is taken of; a C-contiguous array serves as its ``memoryview``."""
@@ -91,7 +94,7 @@ class SampleLayout:
 
     @property
     def json_start(self) -> int:
-        return BLOCK
+        return JSON_START
 
     @cached_property
     def patches_start(self) -> int:
@@ -169,6 +172,56 @@ def decode_json_start(start: memoryview | bytes) -> tuple[int, str]:
     if match is None:
         raise DataError(f'json: got {text!r}, expected {{"crc32":"xxxxxxxx","key":"v02-000000123456",...')
     return int(match[1], 16), match[2].decode("ascii")
+
+
+def checked_sample_id(
+    layout: SampleLayout, head: memoryview, patches: memoryview, between: memoryview, tokens: memoryview, view: int
+) -> int:
+    """The id of a sample of which everything that training depends on is right.
+
+    Args:
+        layout: of the sample.
+        head: its bytes up to the patch array.
+        patches: that array's.
+        between: those up to the token array.
+        tokens: that array's.
+        view: that the sample must be of.
+
+    Raises:
+        DataError: a checksum, key, view, npy header or token is wrong.
+    """
+    start = bytes(head[JSON_START : JSON_START + _JSON_HEAD_BYTES])
+    key = start[_JSON_KEY_START : _JSON_KEY_START + _KEY_BYTES]
+    number = key[4:]
+    if (
+        start == b'{"crc32":"%08x","key":"%b",' % (crc32(tokens, crc32(patches, crc32(key))), key)
+        and key[:4] == b"v%02d-" % view
+        and number.isdigit()
+        and bytes(head[-NPY_HEADER:]) == layout.patches_npy_header
+        and bytes(between[-NPY_HEADER:]) == layout.tokens_npy_header
+        and np.maximum.reduce(np.frombuffer(tokens, np.uint16)) < layout.vocabulary
+    ):
+        return int(number)
+    return _sample_id_in_steps(layout, head, patches, between, tokens, view)
+
+
+def _sample_id_in_steps(
+    layout: SampleLayout, head: memoryview, patches: memoryview, between: memoryview, tokens: memoryview, view: int
+) -> int:
+    """The same, three times as slow, with words for what is wrong."""
+    stored, key = decode_head(layout, head)
+    crc = sample_crc(key, patches, tokens)
+    if crc != stored:
+        raise DataError(f"{key}: got crc32 {crc:08x}, expected {stored:08x}")
+    if between[-NPY_HEADER:] != layout.tokens_npy_header:
+        raise DataError(f"{key}: got another tokens npy header than {layout.tokens_npy_header!r}")
+    highest = int(np.frombuffer(tokens, np.uint16).max())  # as unsigned numbers, negative ones are high too
+    if highest >= layout.vocabulary:
+        raise DataError(f"{key}: got token {highest}, expected tokens below {layout.vocabulary}")
+    key_view, sample_id = parse_key(key)
+    if key_view != view:
+        raise DataError(f"{key}: got a sample of view {key_view}, expected view {view}")
+    return sample_id
 
 
 class SampleNotes(NamedTuple):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from beit_dist.draws import Purpose, uniforms, words
+from beit_dist.draws import Integers, Purpose, uniforms, words_of
 from beit_dist.errors import UserError
 from beit_dist.stream import counts, shared_memory
 
@@ -103,11 +103,10 @@ class DropPath:
         self._seed = seed
         self._rates = np.repeat(np.asarray(rates, np.float64), 2).reshape(-1, 2)
 
-    def keeps(self, epochs: Sequence[int], samples: Sequence[int]) -> NDArray[np.bool_]:
-        """``(samples, depth, 2)``."""
-        keys = zip(epochs, samples, strict=True)
-        drawn = [words(self._seed, Purpose.DROP_PATH, key, self._rates.size) for key in keys]
-        kept: NDArray[np.bool_] = uniforms(np.stack(drawn)).reshape(-1, *self._rates.shape) >= self._rates
+    def keeps(self, epochs: Integers, samples: Integers) -> NDArray[np.bool_]:
+        """``(samples, depth, 2)``; epochs and samples are ``(samples,)``."""
+        drawn = words_of(self._seed, Purpose.DROP_PATH, (epochs, samples), self._rates.size)
+        kept: NDArray[np.bool_] = uniforms(drawn).reshape(-1, *self._rates.shape) >= self._rates
         return kept
 
 
@@ -135,6 +134,9 @@ class Parts(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no types
     ) -> None:
         super().__init__(self._work, *map(wds.map, stages))
         self.parts, self.advance, self.consumed, self.slots = list(parts), advance, consumed, slots
+        self._arrays: dict[
+            int, dict[str, NDArray[Any]]
+        ] = {}  # by address, as making them takes longer than many reads
         self.memory: Tensor | None = None
         """Memory for the next part, in place of the slots: used without workers."""
 
@@ -177,7 +179,10 @@ class Parts(wds.DataPipeline):  # type: ignore[misc]  # webdataset has no types
     def arrays(self, part: Part) -> dict[str, NDArray[Any]]:
         """A part's arrays."""
         assert part.memory is not None  # only what is sent away loses it
-        return self.layout(len(part.rows)).arrays(part.memory)
+        address = part.memory.data_ptr()
+        if address not in self._arrays:
+            self._arrays[address] = self.layout(len(part.rows)).arrays(part.memory)
+        return self._arrays[address]
 
     def _work(self) -> Iterator[Part]:
         """Stage 0: this worker's part of one batch after the other."""

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from beit_dist.errors import DataError, SampleError
 from beit_dist.shards.manifest import Manifest
-from beit_dist.shards.sample import NPY_HEADER, SampleLayout, decode_head, parse_key, sample_crc
+from beit_dist.shards.sample import SampleLayout, checked_sample_id
 from beit_dist.stream import counts
 from beit_dist.stream.fetching import Extent, RemoteReader
 from beit_dist.stream.lookahead import Lookahead, MakeLookahead
@@ -123,39 +121,44 @@ class PartPipeline(Parts):
         arrays = self.arrays(part)
         arrays["epochs"][:] = picks.epochs
         reading, ahead = _Reading(self.reader, self.sample), self._ahead
-        memory, size = arrays["patches"].data.cast("B"), self.sample.patches_nbytes
+        patches, patches_size = arrays["patches"].data.cast("B"), self.sample.patches_nbytes
+        tokens, tokens_size = arrays["tokens"].data.cast("B"), self.sample.tokens_nbytes
         places = zip(picks.views.tolist(), picks.shards.tolist(), picks.rows.tolist(), strict=True)
+        ids = []
         if ahead is not None:
             ahead.begin(part.consumed)
         for row, (view, shard, stored) in enumerate(places):
             if ahead is not None:
                 lane, number = divmod(part.rows[row], self.per_lane)
                 ahead.reach(lane, part.consumed + number)
-            patches, tokens = memory[row * size : (row + 1) * size], arrays["tokens"][row]
+            memory = (
+                patches[row * patches_size : (row + 1) * patches_size],
+                tokens[row * tokens_size : (row + 1) * tokens_size],
+            )
             try:
-                name = self.shard_names[view][shard]
-                arrays["sample_ids"][row] = reading.sample(name, stored, view, patches, tokens)
+                ids.append(reading.sample(self.shard_names[view][shard], stored, view, *memory))
             except DataError as error:
                 if not self.tolerant:
                     raise
                 part.faults.append(str(error))
-                arrays["sample_ids"][row] = -1
-                arrays["patches"][row], tokens[:] = 0, 0
+                ids.append(-1)
+                arrays["patches"][row], arrays["tokens"][row] = 0, 0
+        arrays["sample_ids"][:] = ids
         return part
 
     def _mask(self, part: Part) -> Part:
         """Stage 2: the masked positions of each row; none where the sample is damaged."""
         arrays = self.arrays(part)
-        keys = zip(arrays["epochs"].tolist(), arrays["sample_ids"].tolist(), strict=True)
-        for row, (epoch, sample_id) in enumerate(keys):
-            arrays["positions"][row] = self.masks.positions(epoch, sample_id) if sample_id >= 0 else -1
+        whole = arrays["sample_ids"] >= 0
+        arrays["positions"][whole] = self.masks.positions_of(arrays["epochs"][whole], arrays["sample_ids"][whole])
+        arrays["positions"][~whole] = -1
         return part
 
     def _keep(self, part: Part) -> Part:
         """Stage 3: which residual branches of each block are kept for each row."""
         arrays = self.arrays(part)
         if "keeps" in arrays:
-            arrays["keeps"][:] = self.drop_path.keeps(arrays["epochs"].tolist(), arrays["sample_ids"].tolist())
+            arrays["keeps"][:] = self.drop_path.keeps(arrays["epochs"], arrays["sample_ids"])
         return part
 
     def _extent(self, piece: Piece) -> Extent:
@@ -174,7 +177,7 @@ class _Reading:
         between = layout.tokens_start - layout.patches_start - layout.patches_nbytes
         self.between = memoryview(bytearray(between))
 
-    def sample(self, shard: str, row: int, view: int, patches: memoryview, tokens: NDArray[np.int16]) -> int:
+    def sample(self, shard: str, row: int, view: int, patches: memoryview, tokens: memoryview) -> int:
         """Read a sample into ``patches`` and ``tokens``; its id. A failed read is repeated once.
 
         Raises:
@@ -196,28 +199,8 @@ class _Reading:
         return sample_id
 
     def _attempt(
-        self,
-        shard: str,
-        row: int,
-        view: int,
-        patches: memoryview,
-        tokens: NDArray[np.int16],
-        fresh: bool = False,
+        self, shard: str, row: int, view: int, patches: memoryview, tokens: memoryview, fresh: bool = False
     ) -> int:
-        layout = self.layout
-        token_bytes = tokens.data.cast("B")
-        buffers = (self.head, patches, self.between, token_bytes)
-        self.reader.read_into(shard, row * layout.stride, buffers, fresh=fresh)
-        stored, key = decode_head(layout, self.head)
-        crc = sample_crc(key, patches, token_bytes)
-        if crc != stored:
-            raise DataError(f"{key}: got crc32 {crc:08x}, expected {stored:08x}")
-        if self.between[-NPY_HEADER:] != layout.tokens_npy_header:
-            raise DataError(f"{key}: got another tokens npy header than {layout.tokens_npy_header!r}")
-        highest = int(tokens.view(np.uint16).max())  # as unsigned numbers, negative ones are high too
-        if highest >= layout.vocabulary:
-            raise DataError(f"{key}: got token {highest}, expected tokens below {layout.vocabulary}")
-        key_view, sample_id = parse_key(key)
-        if key_view != view:
-            raise DataError(f"{key}: got a sample of view {key_view}, expected view {view}")
-        return sample_id
+        pieces = (self.head, patches, self.between, tokens)
+        self.reader.read_into(shard, row * self.layout.stride, pieces, fresh=fresh)
+        return checked_sample_id(self.layout, *pieces, view)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 from beit_dist.errors import SampleError
@@ -15,6 +16,7 @@ from beit_dist.stream.counts import bytes_read
 from beit_dist.stream.fetching import RemoteReader
 
 _OPEN_FILES = 64
+_NBYTES = attrgetter("nbytes")
 
 
 class ShardReader(Protocol):
@@ -67,7 +69,7 @@ class LocalReader:
 
     def read_into(self, shard: str, offset: int, buffers: Sequence[memoryview], *, fresh: bool = False) -> None:
         """See :meth:`ShardReader.read_into`; at most 1,024 buffers (IOV_MAX)."""
-        expected = sum(buffer.nbytes for buffer in buffers)
+        expected = sum(map(_NBYTES, buffers))
         got = 0
         try:
             descriptor = self._descriptor(shard)

@@ -22,6 +22,7 @@ from beit_dist.shards.manifest import FORMAT, Manifest, check_shard_files, load_
 from beit_dist.shards.sample import (
     SampleLayout,
     SampleNotes,
+    checked_sample_id,
     decode_head,
     encode_notes,
     parse_key,
@@ -126,6 +127,24 @@ def test_the_head_gives_crc_and_key_and_refuses_anything_else() -> None:
         decode_head(SampleLayout(24, 8, 32), second)
     with pytest.raises(DataError, match="expected 1664"):
         decode_head(TINY, second[:-1])
+
+
+def test_an_id_is_given_only_where_the_key_is_all_digits() -> None:
+    sample = write(TINY, 1)[: TINY.stride]
+    bounds = [0, TINY.patches_start, TINY.patches_start + TINY.patches_nbytes, TINY.tokens_start]
+    ends = [*bounds[1:], TINY.tokens_start + TINY.tokens_nbytes]
+
+    def pieces(raw: bytes) -> list[memoryview]:
+        return [memoryview(raw)[start:end] for start, end in zip(bounds, ends, strict=True)]
+
+    head, patches, _, tokens = pieces(sample)
+    crc, key = decode_head(TINY, head)
+    assert checked_sample_id(TINY, *pieces(sample), 0) == parse_key(key)[1]
+    for wrong in ("v00-0000000_0000", "v00-+00000000003", "v00- 00000000003"):  # int() takes all of them
+        right_crc = sample_crc(wrong, patches, tokens)
+        old, new = f'"{crc:08x}","key":"{key}"', f'"{right_crc:08x}","key":"{wrong}"'
+        with pytest.raises(DataError, match="json: got"):
+            checked_sample_id(TINY, *pieces(sample.replace(old.encode(), new.encode())), 0)
 
 
 def test_keys_round_trip_and_have_no_dots() -> None:

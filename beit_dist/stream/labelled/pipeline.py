@@ -85,7 +85,7 @@ class LabelledPipeline(Parts, Generic[Images]):
         """Stage 2: which residual branches of each block are kept for each row."""
         arrays = self.arrays(part)
         if "keeps" in arrays:
-            arrays["keeps"][:] = self.drop_path.keeps(arrays["epochs"].tolist(), arrays["samples"].tolist())
+            arrays["keeps"][:] = self.drop_path.keeps(arrays["epochs"], arrays["samples"])
         return part
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from beit_dist.config.masking import MaskingConfig
 from beit_dist.config.reading import exact
+from beit_dist.draws import Integers
 from beit_dist.errors import ConfigError
 
+Bools = NDArray[np.bool_]
 Int16s = NDArray[np.int16]
 
 
@@ -36,8 +39,18 @@ class Masks(ABC):
         self.seed = seed
 
     @abstractmethod
-    def masked(self, epoch: int, sample_id: int) -> NDArray[np.integer]:
-        """The masked patches of a sample in an epoch: 1 to K row-major indices, ascending."""
+    def masked(self, epochs: Integers, sample_ids: Integers) -> Bools:
+        """Which patches are masked in each of n samples.
+
+        A sample's mask does not depend on the others that are asked for with it.
+
+        Args:
+            epochs: (n,).
+            sample_ids: (n,).
+
+        Returns:
+            (n, patches), row-major; 1 to K of a row are true.
+        """
 
     @abstractmethod
     def describe(self) -> str:
@@ -48,12 +61,43 @@ class Masks(ABC):
     def uses(cls, masking: MaskingConfig) -> set[str]:
         """Which of the settings in ``masking`` matter to this mode."""
 
+    def positions_of(self, epochs: Integers | Sequence[int], sample_ids: Integers | Sequence[int]) -> Int16s:
+        """:meth:`masked` as indices, ascending: (n, K) int16, padded at the end with -1. No row is empty."""
+        masked = self.masked(np.asarray(epochs), np.asarray(sample_ids))
+        rows = np.full((len(masked), self.positions_per_image), -1, np.int16)
+        filled = np.arange(self.positions_per_image) < numbers_of(masked)[:, None]
+        # On flat arrays, which NumPy takes from six times as fast as from two-dimensional ones.
+        patches = np.broadcast_to(np.arange(self.patches, dtype=np.int16), masked.shape)
+        rows[filled] = np.compress(masked.reshape(-1), patches.reshape(-1))
+        return np.asarray(rows, dtype=np.int16)
+
     def positions(self, epoch: int, sample_id: int) -> Int16s:
-        """:meth:`masked` as (K,) int16, padded at the end with -1. Never empty."""
-        chosen = self.masked(epoch, sample_id)
-        row = np.full(self.positions_per_image, -1, np.int16)
-        row[: len(chosen)] = chosen
+        """Those of one sample: (K,)."""
+        row: Int16s = self.positions_of([epoch], [sample_id])[0]
         return row
+
+
+def numbers_of(masked: Bools) -> Int16s:
+    """How many are true in each row of (n, m)."""
+    return np.asarray(masked.sum(axis=1, dtype=np.int16), dtype=np.int16)
+
+
+def smallest(words: NDArray[np.uint64], numbers: int | Integers) -> Bools:
+    """Where the smallest words of each row are; of equal ones, the first.
+
+    Args:
+        words: (n, m).
+        numbers: how many, 1 to m: for all rows, or (n,).
+
+    Returns:
+        (n, m).
+    """
+    numbers = np.broadcast_to(np.asarray(numbers), len(words))
+    last = np.sort(words, axis=1)[np.arange(len(words)), numbers - 1]
+    chosen = words <= last[:, None]
+    for row in np.flatnonzero(numbers_of(chosen) != numbers):  # equal words: about one row in 10¹⁵
+        chosen[row, np.argsort(words[row], kind="stable")[numbers[row] :]] = False
+    return chosen
 
 
 def budget_of(masking: MaskingConfig, patches: int) -> int:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from beit_dist.config.masking import MaskingConfig
 from beit_dist.config.reading import exact
 from beit_dist.errors import ConfigError
-from beit_dist.stream.masking.blocks import MIN_ASPECT, UNIT, BlockMasks
+from beit_dist.stream.masking.blocks import MIN_ASPECT, BlockMasks
 
 
 class PaperMasks(BlockMasks):
     """Blocks until more than ``ratio`` of the patches is masked."""
 
     spans_grid = True  # Algorithm 1 only wants blocks to fit
+    patience = 0
+    first_tries = 12  # one mask in a thousand needs more
 
     def __init__(self, masking: MaskingConfig, grid: int | tuple[int, int], seed: int) -> None:
         super().__init__(masking, grid, seed)
@@ -24,6 +29,7 @@ class PaperMasks(BlockMasks):
         if self.too_few + 1 >= self.patches:
             expected = f"fewer masked patches than the {self.patches} patches of an image"
             raise ConfigError("masking.ratio", self.too_few + 1, expected)
+        self.area_total, self.enough, self.most = self.threshold, self.too_few + 1, self.patches
         self.check_blocks(self.too_few + 1, self.threshold, self.patches)
         self.positions_per_image = self._bound()
 
@@ -37,19 +43,9 @@ class PaperMasks(BlockMasks):
         numbers = f"{self.too_few + 1} to {self.positions_per_image} of {self.patches} patches"
         return f"{numbers}, blocks of at least {self.min_block}"
 
-    def mask(self, epoch: int, sample_id: int) -> int:
-        """Algorithm 1."""
-        tries = self.tries(epoch, sample_id)
-        mask = count = 0
-        while count <= self.too_few:
-            area_word, aspect_word, top_word, left_word = next(tries)
-            area = self.min_block + (self.threshold - count - self.min_block) * ((area_word >> 11) * UNIT)
-            aspect = MIN_ASPECT + (1 / MIN_ASPECT - MIN_ASPECT) * ((aspect_word >> 11) * UNIT)
-            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if height <= self.most_height and width <= self.most_width:
-                mask |= self.place(height, width, top_word, left_word)
-                count = mask.bit_count()
-        return mask
+    def aspects(self, units: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Uniform."""
+        return MIN_ASPECT + (1 / MIN_ASPECT - MIN_ASPECT) * units
 
     def _bound(self) -> int:
         """The most patches that can be masked.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from beit_dist.config.masking import MaskingConfig
-from beit_dist.draws import Purpose, permutation
-from beit_dist.stream.masking.base import Masks, budget_of, budget_settings
+from beit_dist.draws import Integers, Purpose, words_of
+from beit_dist.stream.masking.base import Bools, Masks, budget_of, budget_settings, smallest
 
 
 class RandomMasks(Masks):
@@ -26,7 +23,7 @@ class RandomMasks(Masks):
         """No blocks."""
         return f"{self.budget} of {self.patches} patches, drawn one by one"
 
-    def masked(self, epoch: int, sample_id: int) -> NDArray[np.integer]:
-        """The first patches of a permutation."""
-        order = permutation(self.seed, Purpose.RANDOM_MASK, (epoch, sample_id), self.patches)
-        return np.sort(order[: self.budget])
+    def masked(self, epochs: Integers, sample_ids: Integers) -> Bools:
+        """The patches with the smallest words."""
+        drawn = words_of(self.seed, Purpose.RANDOM_MASK, (epochs, sample_ids), self.patches)
+        return smallest(drawn, self.budget)

@@ -9,24 +9,26 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from beit_dist.config.masking import MaskingConfig
-from beit_dist.draws import Purpose, words
-from beit_dist.stream.masking.base import budget_of, budget_settings
-from beit_dist.stream.masking.blocks import MIN_ASPECT, UNIT, BlockMasks
-
-TRIES_PER_BLOCK = 10
-"""Draws after which one more block is no longer looked for (unilm)."""
+from beit_dist.draws import Integers, Purpose, words_of
+from beit_dist.stream.masking.base import Bools, budget_of, budget_settings, numbers_of, smallest
+from beit_dist.stream.masking.blocks import MIN_ASPECT, BlockMasks
 
 
 class OriginalMasks(BlockMasks):
     """Blocks, while they fit into what is left of the budget."""
 
     spans_grid = False  # the released code wants rectangles strictly inside
+    patience = 10  # tries after which it looks for no more blocks (unilm)
+    first_tries = 24  # one mask in seventy needs more
 
     def __init__(self, masking: MaskingConfig, grid: int | tuple[int, int], seed: int) -> None:
         super().__init__(masking, grid, seed)
         self.budget = self.positions_per_image = budget_of(masking, self.patches)
+        # As random.uniform does: when less is left than min_block, the bounds of an area are simply reversed.
+        self.area_total = self.enough = self.most = self.budget
         self.check_blocks(self.budget, self.budget, self.budget)
 
     @classmethod
@@ -38,33 +40,14 @@ class OriginalMasks(BlockMasks):
         """The budget is a bound."""
         return f"at most {self.budget} of {self.patches} patches, blocks of at least {self.min_block}"
 
-    def mask(self, epoch: int, sample_id: int) -> int:
-        """The released code's loop."""
-        sqrt, exp, smallest = math.sqrt, math.exp, self.min_block
+    def aspects(self, units: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Uniform in their logarithm.
+
+        NumPy's exponential and the C library's differ in the last bit at times. That moves a side of a block by a
+        patch where the side is within 2⁻⁵⁰ of a half: in about one of 10¹³ masks.
+        """
         log_aspect = math.log(1 / MIN_ASPECT)
-        lowest, spread = -log_aspect, 2 * log_aspect * UNIT
-        mask, left, tries = 0, self.budget, TRIES_PER_BLOCK
-        for area_word, aspect_word, top_word, left_word in self.tries(epoch, sample_id):
-            # As random.uniform does: when less is left than min_block, the bounds are simply reversed.
-            area = smallest + (left - smallest) * ((area_word >> 11) * UNIT)
-            aspect = exp(lowest + spread * (aspect_word >> 11))
-            height, width = round(sqrt(area * aspect)), round(sqrt(area / aspect))
-            if height <= self.most_height and width <= self.most_width:
-                block = self.place(height, width, top_word, left_word)
-                gain = (block & ~mask).bit_count()
-                if 0 < gain <= left:
-                    mask |= block
-                    left -= gain
-                    if not left:
-                        break
-                    tries = TRIES_PER_BLOCK
-                    continue
-            tries -= 1
-            if not tries:
-                if mask:  # the released code gives up here even with nothing masked
-                    break
-                tries = TRIES_PER_BLOCK
-        return mask
+        return np.exp(-log_aspect + 2 * log_aspect * units)
 
 
 class ExactMasks(OriginalMasks):
@@ -74,16 +57,14 @@ class ExactMasks(OriginalMasks):
         """The budget is met."""
         return f"{self.budget} of {self.patches} patches, blocks of at least {self.min_block}"
 
-    def mask(self, epoch: int, sample_id: int) -> int:
+    def masked(self, epochs: Integers, sample_ids: Integers) -> Bools:
         """Adds the unmasked patches with the smallest words until the budget is reached."""
-        mask = super().mask(epoch, sample_id)
-        missing = self.budget - mask.bit_count()
-        if missing:
-            keys = words(self.seed, Purpose.MASK_TOP_UP, (epoch, sample_id), self.patches)
-            for patch in np.argsort(keys, kind="stable").tolist():
-                if not mask >> patch & 1:
-                    mask |= 1 << patch
-                    missing -= 1
-                    if not missing:
-                        break
-        return mask
+        masked = super().masked(epochs, sample_ids)
+        missing = self.budget - numbers_of(masked)
+        rows = np.flatnonzero(missing)
+        if len(rows):
+            drawn = words_of(self.seed, Purpose.MASK_TOP_UP, (epochs[rows], sample_ids[rows]), self.patches)
+            begun = masked[rows]
+            drawn |= -begun.astype(np.uint64)  # the largest word where a patch is masked already
+            masked[rows] = begun | smallest(drawn, missing[rows])
+        return masked
