@@ -14,14 +14,13 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
+from beit_dist.benches.made_shards import LAYOUT, write_shards
 from beit_dist.benches.measuring import Row, in_turn, row
 from beit_dist.benches.photos import write_photos
 from beit_dist.config.masking import MaskingConfig
 from beit_dist.config.pretraining import LoaderConfig
 from beit_dist.images.decoding import crop_box
-from beit_dist.shards.manifest import Manifest, ShardInfo, shard_name
-from beit_dist.shards.sample import SampleLayout, SampleNotes, sample_key
-from beit_dist.shards.writer import ShardWriter
+from beit_dist.shards.manifest import Manifest
 from beit_dist.storage.checksums import crc32
 from beit_dist.stream.batches import RankBatches
 from beit_dist.stream.masking.base import Masks
@@ -31,7 +30,6 @@ from beit_dist.stream.pipeline import PartPipeline
 from beit_dist.stream.plan import Plan
 from beit_dist.stream.readers import open_reader
 
-LAYOUT = SampleLayout(224, 16, 8192)
 _TAKEN = 2000  # samples a second, about what one GPU trains base on
 
 
@@ -39,7 +37,7 @@ def measure(quick: bool) -> list[Row]:
     """One thread into reused memory, and through worker processes into the trainer's batches."""
     shards, per_shard, batch = (2, 128, 64) if quick else (8, 256, 128)
     with tempfile.TemporaryDirectory() as folder:
-        manifest = _write(Path(folder), shards, per_shard)
+        manifest = write_shards(Path(folder), shards, per_shard)
         samples = manifest.samples
         masked, read = (_pipeline(folder, manifest, batch, masks) for masks in (_masks(), _NoMasks()))
         work = {
@@ -58,26 +56,6 @@ def measure(quick: bool) -> list[Row]:
             rows.append(_through_workers(folder, manifest, batch, workers, 2 if quick else 4))
         rows.append(_waits(folder, manifest, batch, 50 if quick else 400))
     return rows
-
-
-def _write(folder: Path, shards: int, per_shard: int) -> Manifest:
-    random = np.random.default_rng(0)
-    infos = []
-    (folder / "v00").mkdir()
-    for index in range(shards):
-        with (folder / shard_name(0, index)).open("wb") as file:
-            writer = ShardWriter(file, LAYOUT)
-            for row_number in range(per_shard):
-                patches = random.integers(0, 256, (LAYOUT.patches, LAYOUT.patch_bytes), np.uint8)
-                tokens = random.integers(0, 8192, (LAYOUT.grid, LAYOUT.grid)).astype(np.int16)
-                key = sample_key(0, index * per_shard + row_number)
-                writer.write(key, patches, tokens, SampleNotes("made.png"))
-            written = writer.close()
-        _read_anew(folder / shard_name(0, index))
-        infos.append(ShardInfo(shard_name(0, index), written.bytes, written.samples, written.sha256))
-    manifest = Manifest(LAYOUT, "0" * 64, 1, 0, 0, tuple(infos))
-    (folder / "manifest.json").write_bytes(manifest.to_bytes())
-    return manifest
 
 
 def _plan(manifest: Manifest, batch: int) -> Plan:
