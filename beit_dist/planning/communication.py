@@ -24,6 +24,9 @@ _FALLBACK = 500_000_000
 _BUCKET = 500_000_000
 """Values of a bucket where the JSON does not say (DeepSpeed's default)."""
 
+_LIVE = 1_000_000_000
+"""Weights that stage 3 keeps at once where the JSON does not say (DeepSpeed's default)."""
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -60,8 +63,9 @@ def exchanges(resolved: Resolved, parameters: int) -> Iterator[Exchange]:
 
     Stage 0 and, in bf16 with sums in fp32, stage 1 reduce once a step, after the backward pass. Stages 2 and 3
     reduce in each micro-batch. Stages 1 and 2 reduce by all-reduce (``use_multi_rank_bucket_allreduce``) and
-    gather the weights after the update. Stage 3 gathers them before the forward and the backward pass of each
-    micro-batch (at most: what is used again soon is kept), and scatters. It alone overlaps by default.
+    gather the weights after the update. Stage 3 gathers them for each micro-batch, twice where it may not keep all
+    from the forward to the backward pass (``stage3_max_live_parameters``), and scatters gradients. It alone
+    overlaps by default.
 
     Args:
         parameters: of the model.
@@ -82,7 +86,8 @@ def exchanges(resolved: Resolved, parameters: int) -> Iterator[Exchange]:
     if stage == 3:
         prefetched = zero.get("stage3_prefetch_bucket_size", _BUCKET)
         calls = math.ceil(parameters / prefetched)
-        yield Exchange("all-gather", payload, 2 * resolved.accumulation, calls, hidden)
+        passes = 1 if parameters <= zero.get("stage3_max_live_parameters", _LIVE) else 2
+        yield Exchange("all-gather", payload, passes * resolved.accumulation, calls, hidden)
         calls = math.ceil(parameters / bucket)
         yield Exchange("reduce-scatter", payload, resolved.accumulation, calls, hidden)
 

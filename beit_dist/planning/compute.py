@@ -15,6 +15,10 @@ device), of which a compiled block fuses about two thirds (assumed)."""
 _AGAIN = 2
 """Operations for each multiply-add of a forward pass that is run a second time (``activation_checkpointing``)."""
 
+UPDATED = 60
+"""Bytes that an fp32 update moves for each value: gradient flattened (8), scaled (8) and its norm taken (4), AdamW
+(16 read, 12 written), the weight copied back (8), the gradient cleared (4)."""
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -59,3 +63,13 @@ def compute(
     operations = (OPERATIONS + (_AGAIN if recompute else 0)) * multiply_adds * rows
     launches = 0.0 if device.is_cpu else depth * KERNELS[compiled] * LAUNCH
     return Compute(operations / (device.peaks[precision] * mfu.value), launches)
+
+
+def update_seconds(parameters: int, ranks: int, stage: int, device: Device) -> float:
+    """What the update takes beside forward and backward pass.
+
+    On a GPU nothing: the MFU that was measured through the trainer includes it.
+    """
+    if not device.is_cpu:
+        return 0.0
+    return UPDATED * parameters / (ranks if stage else 1) / device.memory_rate

@@ -112,8 +112,8 @@ _CPU_NETWORK = 1.25 * GB
 """Ten-gigabit Ethernet. Assumed."""
 _CPU_COPY = 17 * GB
 """Copying the state of base, 1.1 GB in 0.063 s (docs/performance.md)."""
-_CPU_MEMORY_RATE = 20 * GB
-"""Assumed; no formula for a CPU rests on it."""
+_COPIED = 2**24
+"""Values of a copy that tells the rate of the memory: more than caches hold."""
 
 
 def device_named(name: str, per_node: int, network: float | None = None) -> Device:
@@ -137,16 +137,31 @@ def device_named(name: str, per_node: int, network: float | None = None) -> Devi
 
 
 def product_rate(precision: str) -> float:
-    """FLOP/s of a product of matrices in this precision here, with torch's threads: the best of some tries."""
+    """FLOP/s of a product of matrices in this precision here, with torch's threads: the best of some tries.
+
+    By processor time: what an idle machine does, though other programs may run beside it now.
+    """
     x = torch.ones(_SIDE, _SIDE, dtype=LOW.get(precision, torch.float32))
     best = float("inf")
     for _ in range(_TRIES):
-        began = time.perf_counter()
+        began = time.process_time()
         torch.mm(x, x)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, (time.process_time() - began) / torch.get_num_threads())
         if best > _LONG:  # bf16 on a processor without units for it
             break
     return 2 * _SIDE**3 / best
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a copy in this machine's memory with torch's threads."""
+    source = torch.ones(_COPIED)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(_TRIES):
+        began = time.process_time()
+        target.copy_(source)
+        best = min(best, (time.process_time() - began) / torch.get_num_threads())
+    return 2 * source.nbytes / best
 
 
 def _this_cpu(per_node: int) -> Device:
@@ -157,7 +172,7 @@ def _this_cpu(per_node: int) -> Device:
     return Device(
         name=CPU,
         memory=(free_host_memory() or 8 * GIB) / per_node,
-        memory_rate=_CPU_MEMORY_RATE,
+        memory_rate=share * copy_rate(),
         peaks={**peaks, "fp16": peaks["bf16"]},
         link=_CPU_LINK,
         network=_CPU_NETWORK,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from beit_dist.config.model import BackboneConfig
-from beit_dist.engine.memory import training_bytes
+from beit_dist.engine.memory import size_of_checkpoint, training_bytes
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.task import Task
 from beit_dist.planning.communication import sums_beside
@@ -30,7 +31,14 @@ class Memory:
         return sum(self.parts.values())
 
 
-def memory(task: AnyTask, resolved: Resolved, device: Device, *, recompute: bool) -> Memory:
+def memory(
+    task: AnyTask,
+    resolved: Resolved,
+    device: Device,
+    *,
+    recompute: bool,
+    state: Mapping[str, int] | None = None,
+) -> Memory:
     """What a rank's device holds at the end of a forward pass.
 
     Args:
@@ -38,15 +46,16 @@ def memory(task: AnyTask, resolved: Resolved, device: Device, *, recompute: bool
         resolved: stage, precision and micro-batch.
         device: of each rank.
         recompute: ``activation_checkpointing``, in place of the recipe's.
+        state: what :func:`beit_dist.engine.memory.training_bytes` gives, if that is known already.
     """
-    parts = training_bytes(task, resolved)
+    parts = dict(state or training_bytes(task, resolved))
     parts |= activation_parts(task, resolved, recompute)
     if attention := attention_bytes(task, resolved, device, recompute):
         parts["attention"] = attention
     if buckets := bucket_bytes(resolved, parts["weights"]):
         parts["buckets"] = buckets
-    if device.is_cpu:
-        parts["process"] = int(PROCESS)
+    if device.is_cpu:  # there what a GPU's host holds is in the same memory
+        parts |= {"copy": size_of_checkpoint(task) // resolved.ranks, "process": int(PROCESS)}
     return Memory(parts)
 
 
@@ -67,8 +76,8 @@ def attention_bytes(task: AnyTask, resolved: Resolved, device: Device, recompute
 
     On a GPU the fused kernel makes none but the gradient of a trained bias, which it writes for every image before
     it is summed: for one block at a time, and twice, for a copy that the sum may make (assumed). On a CPU
-    attention is spelt out: each block keeps the softmax for its backward pass, and one block at a time has logits and their
-    gradient beside it.
+    attention is spelt out: each block keeps the softmax for its backward pass, and one block at a time has
+    logits and their gradient beside it.
     """
     model = task.config.model
     if not isinstance(model, BackboneConfig):
@@ -104,9 +113,10 @@ def micro_batches(resolved: Resolved) -> list[int]:
 
 def largest_fitting(task: AnyTask, resolved: Resolved, device: Device, recompute: bool, most: int) -> int | None:
     """The largest micro-batch up to ``most`` that fits; None where even one sample is too much."""
+    state = training_bytes(task, resolved)  # which no micro-batch changes
     for rows in micro_batches(resolved):
         if rows <= most:
-            needed = memory(task, with_rows(resolved, rows), device, recompute=recompute)
+            needed = memory(task, with_rows(resolved, rows), device, recompute=recompute, state=state)
             if needed.total <= device.usable:
                 return rows
     return None

@@ -13,7 +13,7 @@ from beit_dist.engine.resolve import AUTO, Resolved, batch_arithmetic, resolve
 from beit_dist.engine.schedule import steps_of
 from beit_dist.errors import ConfigError
 from beit_dist.planning.communication import Exchange, exchanges
-from beit_dist.planning.compute import Compute, compute
+from beit_dist.planning.compute import Compute, compute, update_seconds
 from beit_dist.planning.devices import Device, Figure
 from beit_dist.planning.efficiency import efficiency
 from beit_dist.planning.memory import AnyTask, Memory, largest_fitting, memory, with_rows
@@ -22,7 +22,7 @@ from beit_dist.planning.storage import Checkpoint, Reading, checkpoint, reading,
 ORDER = (1, 0, 2, 3)
 """In which stages are preferred: 1 is right for all shipped sizes (docs/recipes.md)."""
 _FASTER = 1.1
-"""How many times as fast another stage, or recomputing, must be on paper: what overlaps in them was not measured."""
+"""How many times as fast another stage, or recomputing, must be on paper: their overlap was not measured."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Choice:
     fits: bool
     mfu: Figure
     micro: Compute
+    update: float
+    """Seconds of a step's update that no MFU includes."""
     exchanges: tuple[Exchange, ...]
     communication: float
     """Seconds of a step in which ranks exchange ..."""
@@ -69,8 +71,8 @@ class Choice:
 
     @property
     def compute(self) -> float:
-        """Seconds of a step's micro-batches."""
-        return self.resolved.accumulation * self.micro.seconds
+        """Seconds of a step's micro-batches and of its update."""
+        return self.resolved.accumulation * self.micro.seconds + self.update
 
     @property
     def step(self) -> float:
@@ -178,7 +180,9 @@ def choose(task: AnyTask, resolved: Resolved, question: Question, *, recompute: 
         compiled=config.compile,
         recompute=recompute,
     )
-    all_of_them = tuple(exchanges(resolved, count_parameters(task)))
+    parameters = count_parameters(task)
+    update = update_seconds(parameters, question.gpus, resolved.stage, device)
+    all_of_them = tuple(exchanges(resolved, parameters))
     seconds = {each: each.seconds(question.gpus, question.per_node, device) for each in all_of_them}
     hidden = sum(taken for each, taken in seconds.items() if each.hidden)
     exposed = sum(seconds.values()) - min(hidden, resolved.accumulation * micro.backward)
@@ -186,7 +190,7 @@ def choose(task: AnyTask, resolved: Resolved, question: Question, *, recompute: 
     read = reading(config, question.gpus, question.neighbours, 1.0)
     rate = _rate(question)
     data = config.global_batch * read.store / rate if rate else 0.0
-    step = max(resolved.accumulation * micro.seconds + exposed, data)
+    step = max(resolved.accumulation * micro.seconds + update + exposed, data)
     return Choice(
         resolved,
         recompute,
@@ -194,6 +198,7 @@ def choose(task: AnyTask, resolved: Resolved, question: Question, *, recompute: 
         needed.total <= device.usable,
         mfu,
         micro,
+        update,
         all_of_them,
         sum(seconds.values()),
         exposed,
