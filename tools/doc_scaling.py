@@ -43,7 +43,7 @@ def gpus_row(task: Task[Any, Any, Any], gpus: int, plan: Plan) -> Sequence[str]:
         f"{1000 * best.step:.1f} ms",
         f"{task.config.global_batch / best.step:,.0f}",
         f"{best.exposed_share:.0%}",
-        f"{best.reading.store / GB:.2g} GB/s",
+        f"{_two_digits(best.reading.store / GB)} GB/s",
         duration(seconds),
         f"{seconds * gpus / 3600:,.0f}",
     )
@@ -69,6 +69,10 @@ def memory(recipe: str) -> Rows:
         state = (f"{parts[name]:.2f}" for name in ("weights", "gradients", "optimizer"))
         total = stage.choice.memory.total / GIB
         yield str(stage.stage), stage.choice.resolved.precision, *state, f"{kept:.2f}", f"{total:.2f}"
+
+
+def _two_digits(number: float) -> str:
+    return f"{number:.2g}" if number < 99.5 else f"{number:.0f}"
 
 
 def _task(recipe: str, *overrides: str) -> Task[Any, Any, Any]:

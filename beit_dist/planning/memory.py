@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from beit_dist.config.model import BackboneConfig
-from beit_dist.engine.memory import size_of_checkpoint, training_bytes
+from beit_dist.engine.memory import count_parameters, size_of_checkpoint, training_bytes
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.task import Task
 from beit_dist.planning.communication import sums_beside
@@ -31,14 +32,7 @@ class Memory:
         return sum(self.parts.values())
 
 
-def memory(
-    task: AnyTask,
-    resolved: Resolved,
-    device: Device,
-    *,
-    recompute: bool,
-    state: Mapping[str, int] | None = None,
-) -> Memory:
+def memory(task: AnyTask, resolved: Resolved, device: Device, *, recompute: bool) -> Memory:
     """What a rank's device holds at the end of a forward pass.
 
     Args:
@@ -46,27 +40,56 @@ def memory(
         resolved: stage, precision and micro-batch.
         device: of each rank.
         recompute: ``activation_checkpointing``, in place of the recipe's.
-        state: what :func:`beit_dist.engine.memory.training_bytes` gives, if that is known already.
     """
-    parts = dict(state or training_bytes(task, resolved))
-    parts |= activation_parts(task, resolved, recompute)
+    of_one = _activations_of_one(task, resolved.precision, recompute)
+    parts = {
+        **_state(task, resolved.ranks, resolved.stage, resolved.precision, resolved.accumulation_type),
+        **{name: resolved.micro_batch * size for name, size in of_one.items()},
+    }
     if attention := attention_bytes(task, resolved, device, recompute):
         parts["attention"] = attention
     if buckets := bucket_bytes(resolved, parts["weights"]):
         parts["buckets"] = buckets
     if device.is_cpu:  # there what a GPU's host holds is in the same memory
-        parts |= {"copy": size_of_checkpoint(task) // resolved.ranks, "process": int(PROCESS)}
+        parts |= {"copy": checkpoint_size(task) // resolved.ranks, "process": int(PROCESS)}
     return Memory(parts)
 
 
-def activation_parts(task: AnyTask, resolved: Resolved, recompute: bool) -> dict[str, int]:
-    """What the task says that a micro-batch keeps, with or without recomputing."""
-    before = task.config
+# Counting builds the model on the meta device. A plan asks for the same counts many times.
+
+
+@lru_cache(maxsize=64)
+def parameters_of(task: AnyTask) -> int:
+    """See :func:`beit_dist.engine.memory.count_parameters`."""
+    return count_parameters(task)
+
+
+@lru_cache(maxsize=64)
+def multiply_adds_of(task: AnyTask) -> int:
+    """See :attr:`beit_dist.engine.task.Task.multiply_adds`."""
+    return task.multiply_adds
+
+
+@lru_cache(maxsize=64)
+def checkpoint_size(task: AnyTask) -> int:
+    """See :func:`beit_dist.engine.memory.size_of_checkpoint`."""
+    return size_of_checkpoint(task)
+
+
+@lru_cache(maxsize=1024)
+def _state(task: AnyTask, ranks: int, stage: int, precision: str, accumulation_type: str) -> Mapping[str, int]:
+    return training_bytes(task, Resolved(ranks, 1, 1, stage, precision, accumulation_type, {}))
+
+
+@lru_cache(maxsize=256)
+def _activations_of_one(task: AnyTask, precision: str, recompute: bool) -> Mapping[str, int]:
+    """What the task says that a sample keeps, with or without recomputing; a micro-batch keeps as much of each."""
+    resolved, before = Resolved(1, 1, 1, 0, precision, precision, {}), task.config
     if not hasattr(before, "activation_checkpointing"):
-        return dict(task.activation_parts(resolved))
+        return task.activation_parts(resolved)
     task.config = before.model_copy(update={"activation_checkpointing": recompute})
     try:
-        return dict(task.activation_parts(resolved))
+        return task.activation_parts(resolved)
     finally:
         task.config = before
 
@@ -113,10 +136,9 @@ def micro_batches(resolved: Resolved) -> list[int]:
 
 def largest_fitting(task: AnyTask, resolved: Resolved, device: Device, recompute: bool, most: int) -> int | None:
     """The largest micro-batch up to ``most`` that fits; None where even one sample is too much."""
-    state = training_bytes(task, resolved)  # which no micro-batch changes
     for rows in micro_batches(resolved):
         if rows <= most:
-            needed = memory(task, with_rows(resolved, rows), device, recompute=recompute, state=state)
+            needed = memory(task, with_rows(resolved, rows), device, recompute=recompute)
             if needed.total <= device.usable:
                 return rows
     return None

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from beit_dist.config.model import BackboneConfig
-from beit_dist.engine.memory import count_parameters, size_of_checkpoint
 from beit_dist.engine.precision import WORTH_IT
 from beit_dist.engine.resolve import AUTO, Resolved, batch_arithmetic, resolve
 from beit_dist.engine.schedule import steps_of
@@ -16,7 +15,16 @@ from beit_dist.planning.communication import Exchange, exchanges
 from beit_dist.planning.compute import Compute, compute, update_seconds
 from beit_dist.planning.devices import Device, Figure
 from beit_dist.planning.efficiency import efficiency
-from beit_dist.planning.memory import AnyTask, Memory, largest_fitting, memory, with_rows
+from beit_dist.planning.memory import (
+    AnyTask,
+    Memory,
+    checkpoint_size,
+    largest_fitting,
+    memory,
+    multiply_adds_of,
+    parameters_of,
+    with_rows,
+)
 from beit_dist.planning.storage import Checkpoint, Reading, checkpoint, reading, view_bytes
 
 ORDER = (1, 0, 2, 3)
@@ -149,10 +157,10 @@ def make_plan(task: AnyTask, ds_configs: Mapping[int, Mapping[str, Any]], questi
         steps = steps_of(config, question.samples or 0)
     saved = None
     if best is not None:
-        size = size_of_checkpoint(task)
+        size = checkpoint_size(task)
         saved = checkpoint(config, size, question.gpus, question.device, _rate(question), best.step)
     stored = view_bytes(config, question.samples) * question.views if question.samples is not None else None
-    return Plan(question, count_parameters(task), task.multiply_adds, stages, best, steps, saved, stored or None)
+    return Plan(question, parameters_of(task), multiply_adds_of(task), stages, best, steps, saved, stored or None)
 
 
 def resolved_for(task: AnyTask, ds_config: Mapping[str, Any], ranks: int, device: Device) -> Resolved:
@@ -171,7 +179,7 @@ def choose(task: AnyTask, resolved: Resolved, question: Question, *, recompute: 
     model = config.model if isinstance(config.model, BackboneConfig) else None
     mfu = efficiency(device, resolved.precision, model.width if model else None, config.compile, question.mfu)
     micro = compute(
-        task.multiply_adds,
+        multiply_adds_of(task),
         resolved.micro_batch,
         device,
         resolved.precision,
@@ -180,7 +188,7 @@ def choose(task: AnyTask, resolved: Resolved, question: Question, *, recompute: 
         compiled=config.compile,
         recompute=recompute,
     )
-    parameters = count_parameters(task)
+    parameters = parameters_of(task)
     update = update_seconds(parameters, question.gpus, resolved.stage, device)
     all_of_them = tuple(exchanges(resolved, parameters))
     seconds = {each: each.seconds(question.gpus, question.per_node, device) for each in all_of_them}
