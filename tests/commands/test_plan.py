@@ -197,7 +197,7 @@ def test_what_a_run_did_not_record_is_said(
 ) -> None:
     folder = record(tmp_path / "run", [line(1, 1.0, 2.0), line(2, 5.0, 2.0)])
     assert main(["--measured", str(folder), "--gpu", "cpu"]) == 0
-    assert capsys.readouterr().out.count("not recorded") == 2  # data wait and memory
+    assert capsys.readouterr().out.count("not recorded") == 3  # data wait, memory, and no save
 
 
 def test_predicted_measured_and_ratio_are_printed(tmp_path: Path, measured_cpu: None, plan: Plan) -> None:
