@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from beit_dist.engine.durations import counted
 from beit_dist.engine.precision import LOW
 from beit_dist.engine.preflight import free_host_memory
 from beit_dist.errors import ConfigError
@@ -178,5 +179,6 @@ def _this_cpu(per_node: int) -> Device:
         network=_CPU_NETWORK,
         to_host=_CPU_COPY / per_node,
         watts=0,
-        source=f"measured here: {_SIDE}² products, {threads} threads, {cores} cores for {per_node} ranks",
+        source=f"measured here: {_SIDE}² products, {counted(threads, 'thread')} a rank, "
+        f"{counted(cores, 'core')} for {counted(per_node, 'rank')}",
     )
