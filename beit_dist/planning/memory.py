@@ -17,7 +17,7 @@ from beit_dist.planning.devices import Device
 AnyTask = Task[Any, Any, Any]
 _BUCKET = 500_000_000
 PROCESS = 0.6 * 2**30
-"""Python, PyTorch and DeepSpeed in a process on a CPU, measured. A GPU holds none of it."""
+"""Python, PyTorch and DeepSpeed in a process on a CPU. Assumed; a GPU holds none of it."""
 
 
 @dataclass(frozen=True)
