@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"weights", "stream"},
     {"engine"},
     {"probing"},
-    {"tasks", "tokenizing", "reports"},
+    {"tasks", "tokenizing", "reports", "planning"},
     {"benches"},
     {"commands"},
     {"train", "__main__", "finetune", "tools"},

@@ -1,4 +1,4 @@
-"""Write the parts of the documentation that are made from the code: the tables of metrics and of settings.
+"""Write the parts of the documentation that are made from the code: the tables of metrics, settings and plans.
 
 A table stands in a page between `<!-- table: NAME -->` and `<!-- end -->`. Without arguments every page is brought
 up to date; the test of the pages runs this with --check.
@@ -26,6 +26,7 @@ from beit_dist.tasks.finetuning.classification import Classification
 from beit_dist.tasks.finetuning.segmentation import Segmentation
 from beit_dist.tasks.pretraining.task import Pretraining
 from beit_dist.tasks.tokenizer.task import TokenizerTraining
+from doc_scaling import BATCH, breaking, memory, speed
 from doc_settings import own, shared
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +85,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings-pretraining": lambda: own("pre-training"),
     "settings-tokenizer": lambda: own("tokenizer"),
     "settings-finetuning": lambda: own("fine-tuning"),
+    "scaling-base": lambda: text_of(speed("beit_base_22k")),
+    "scaling-base-larger": lambda: text_of(speed("beit_base_22k", f"global_batch={BATCH}")),
+    "scaling-large": lambda: text_of(speed("beit_large_22k")),
+    "scaling-large-larger": lambda: text_of(speed("beit_large_22k", f"global_batch={BATCH}")),
+    "breaks-base": lambda: text_of(breaking("beit_base_22k")),
+    "breaks-large": lambda: text_of(breaking("beit_large_22k")),
+    "memory-large": lambda: text_of(memory("beit_large_22k")),
 }
 """What stands between the marks of a page, by name."""
 

@@ -49,7 +49,7 @@ RENAMED: dict[str, dict[str, str]] = {
     }
 }
 """Settings of a base commit that has no tasks yet, by kind of training, and the names that they have now."""
-OF_THE_START = {"attempt", "time", "seconds", "images_per_second"}
+OF_THE_START = {"attempt", "time", "seconds", "images_per_second", "data_wait", "peak_memory"}
 """Keys of a line of numbers that say when and in which start it was made."""
 NEW = {"samples", "first_batch", "top5_accuracy"}
 """Keys that only one of the two may have."""

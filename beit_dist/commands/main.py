@@ -23,6 +23,7 @@ COMMANDS = {
     "probe": "beit_dist.commands.probe",
     "export": "beit_dist.commands.export",
     "convert": "beit_dist.commands.convert",
+    "plan": "beit_dist.commands.plan",
     "bench": "beit_dist.commands.bench",
 }
 """The module of each command, in a newcomer's order; it has ``SENTENCE``, ``parser()`` and ``main(argv)``."""

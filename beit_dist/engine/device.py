@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 import torch
 
 from beit_dist.errors import ConfigError
 
+_KIBI = 1 if sys.platform == "darwin" else 1024
+"""Unit in which the system counts a process's memory (getrusage(2))."""
 _EXPECTED = "auto, cpu, cuda or cuda:N"
 _HERE, _NO_GPU = "a device of this machine", "PyTorch finds no such GPU here: use cpu or auto."
 
@@ -56,6 +60,13 @@ def choose_accelerator(name: str, world: int) -> None:
         os.environ["DS_ACCELERATOR"] = device.type
     elif not present:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held at once: of a GPU's memory in tensors, on a CPU in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return _KIBI * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _parsed(name: str) -> torch.device:

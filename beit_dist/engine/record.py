@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beit_dist.config.run import LoggingConfig
+from beit_dist.engine.device import peak_memory
 from beit_dist.engine.lines import Lines
 from beit_dist.engine.metrics import Metrics
 from beit_dist.engine.progress import Pace, ProgressLine
@@ -209,7 +210,13 @@ class Recorder:
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
         speed = len(steps) * self._scope.batch / seconds
-        of_the_interval = {"time": round(time.time(), 3), "images_per_second": round(speed, 3)}
+        pace = Pace(speed, min(1.0, sum(taken.wait_seconds for taken in steps) / seconds))
+        of_the_interval = {
+            "time": round(time.time(), 3),
+            "images_per_second": round(speed, 3),
+            "data_wait": round(pace.data_wait, 5),
+            "peak_memory": peak_memory(local.device),
+        }
         lines: list[dict[str, Any]] = []
         for place, taken in enumerate(steps):
             own, norm, tally = (None if each is None else each[place] for each in fetched)
@@ -221,7 +228,6 @@ class Recorder:
             for listener in self.listeners:
                 listener(line)
         self._lines.flush()
-        pace = Pace(speed, min(1.0, sum(taken.wait_seconds for taken in steps) / seconds))
         self._export(self._metrics, steps, lines[-1], pace)
         self._progress.steps(lines, pace)
 

@@ -235,6 +235,10 @@ class Task(ABC, Generic[ConfigT, BatchT, RowsT]):
     def activation_bytes(self, resolved: Resolved) -> int:
         """Estimate of what a micro-batch keeps for its backward pass."""
 
+    def activation_parts(self, resolved: Resolved) -> Mapping[str, int]:
+        """What :meth:`activation_bytes` is the sum of, by name."""
+        return {"activations": self.activation_bytes(resolved)}
+
     def settle_alone(self, resolved: Resolved, saved: Mapping[str, Any] | None) -> Resolved:
         """What :meth:`settle` gives where all ranks' devices are like this machine's."""
         return settle_alone(resolved, saved["precision"] if saved else None)

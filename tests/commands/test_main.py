@@ -25,6 +25,7 @@ SHIMS = {
     "convert": "convert_dalle",
     "export": "export_checkpoint",
     "inspect": "inspect_shards",
+    "plan": "plan_run",
     "pictures": "draw_pictures",
     "shards": "shard_tokens",
     "tokenizer": "train_tokenizer",

@@ -102,7 +102,7 @@ class Training:
             {
                 k: v
                 for k, v in json.loads(line).items()
-                if k not in ("attempt", "seconds", "time", "images_per_second")
+                if k not in ("attempt", "seconds", "time", "images_per_second", "data_wait", "peak_memory")
             }
             for line in text.splitlines()
         ]

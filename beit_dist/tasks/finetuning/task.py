@@ -86,9 +86,9 @@ class Finetuning(Task[FinetuningConfig, LabelledBatch, RowsT], Generic[Images, R
     def view(self) -> View[Images]:
         """How images are augmented, and measured."""
 
-    @property
+    @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Names."""
+        """Names. Set, where a model is looked at without any images."""
         return self.data.training.classes
 
     # ------------------------------------------------------------------------------------- before the ranks join

@@ -83,12 +83,12 @@ def most_masked(config: PretrainingConfig, masks: Masks) -> int:
     return min(config.model.patches, masks.positions_per_image)
 
 
-def activation_bytes(config: PretrainingConfig, resolved: Resolved, masks: Masks) -> int:
-    """Estimate of what a micro-batch keeps for its backward pass."""
+def activation_parts(config: PretrainingConfig, resolved: Resolved, masks: Masks) -> dict[str, int]:
+    """Estimate of what a micro-batch keeps for its backward pass, in the backbone and in the head."""
     model, size = config.model, 4 if resolved.precision == "fp32" else 2
     kept = backbone_activation_bytes(model, size, config.activation_checkpointing)
     head = head_of(model).activation_bytes(model, most_masked(config, masks), size)
-    return resolved.micro_batch * (kept + head)
+    return {"activations": resolved.micro_batch * kept, "logits": resolved.micro_batch * head}
 
 
 def data_rows(

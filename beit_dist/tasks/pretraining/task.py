@@ -163,8 +163,12 @@ class Pretraining(Task[PretrainingConfig, RankBatch, Rows]):
         return int(self.config.validation.probe.data is not None)
 
     def activation_bytes(self, resolved: Resolved) -> int:
-        """See :func:`beit_dist.tasks.pretraining.describing.activation_bytes`."""
-        return describing.activation_bytes(self.config, resolved, self.masks)
+        """Of the backbone and of the head."""
+        return sum(self.activation_parts(resolved).values())
+
+    def activation_parts(self, resolved: Resolved) -> Mapping[str, int]:
+        """See :func:`beit_dist.tasks.pretraining.describing.activation_parts`."""
+        return describing.activation_parts(self.config, resolved, self.masks)
 
     # ---------------------------------------------------------------------------------------- the ranks have met
 

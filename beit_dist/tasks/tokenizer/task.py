@@ -131,7 +131,8 @@ class TokenizerTraining(Task[TokenizerConfig, Tensor, MicroBatch]):
         """What autograd keeps for one crop, times the micro-batch."""
         with torch.device("meta"):
             kept = dissected.saved_bytes(self.network(), *self._sample_inputs())
-        return resolved.micro_batch * (kept if self._precision == "fp32" else kept // 2)
+        precision = self._precision if self._built_in else resolved.precision
+        return resolved.micro_batch * (kept if precision == "fp32" else kept // 2)
 
     def settle_alone(self, resolved: Resolved, saved: Mapping[str, Any] | None) -> Resolved:
         """See :meth:`settle`."""

@@ -1,0 +1,1 @@
+"""Capacity on paper: memory, step time, data, checkpoints and days of a run, before a GPU-hour is spent."""
