@@ -138,9 +138,8 @@ class Worker:
 
     def _make_all(self, shards: Sequence[int], rejected_before: int, progress: Progress) -> list[Rejected]:
         job, rejected = self._job, list[Rejected]()
-        recipe = Recipe(job.views, job.image_size, job.token_size, job.patch_size, job.augment, job.seed)
         with ExitStack() as stack:
-            decoders = stack.enter_context(Decoders(recipe, self._decoders, self._access, self._metrics))
+            decoders = stack.enter_context(Decoders(Recipe.of(job), self._decoders, self._access, self._metrics))
             publisher = stack.enter_context(ThreadPoolExecutor(1))  # ends what is under way, also when we fail
             batches = ahead(self._batches(shards, decoders), _BATCHES_AHEAD)
             stopped = threading.Event()
