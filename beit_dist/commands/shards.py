@@ -71,6 +71,7 @@ SETTINGS: dict[str, Any] = {
     "augment": "random",
     "batch": 64,
     "precision": "fp32",
+    "pixel_version": 1,
 }
 """Settings that decide the bytes, and their defaults; --finish compares those that are given with the job's."""
 
@@ -135,12 +136,32 @@ def _add_settings(parser: CommandParser) -> None:
     )
     add("--shard-samples", type=int, help="images in a shard (default 4096: 631 MB)")
     add("--seed", type=int, help="seed of the order, crops, flips and jitter (default 0)")
+    add(
+        "--pixel-version",
+        type=int,
+        choices=(1, 2),
+        help="how views are made: 1, by Pillow (default), or 2, up to twice as fast, which rounds differently and "
+        "shrinks large JPEGs while it decodes them",
+    )
+    add(
+        "--decoder",
+        choices=("pillow", "simplejpeg"),
+        default="pillow",
+        help="of JPEGs: pillow (default), or simplejpeg, which is faster and gives the same pixels; "
+        "pip install 'beit_dist[jpeg]'",
+    )
     add("--batch", type=int, help="images that the encoder takes at a time (default 64)")
     add_precision(
         group,
         "of the encoder's residual paths, which do most of its work: fp32, fp16 or bf16. fp32, the default, "
         "rounds least; the others are faster on devices that have them, and change a few near-tied tokens",
         ("fp32", "fp16", "bf16"),
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the encoder, which rounds differently (default: as the folder's job has begun; else on a GPU, "
+        "where there is a C compiler)",
     )
 
 
@@ -219,6 +240,8 @@ def _work(arguments: argparse.Namespace, out: Place, access: Access) -> int:
         metrics_textfile=arguments.metrics_textfile,
         sniff=arguments.sniff,
         held_out=arguments.held_out,
+        decoder=arguments.decoder,
+        compiled=arguments.compile,
         **(SETTINGS | given(arguments, tuple(SETTINGS))),
     )
     if arguments.dry_run:

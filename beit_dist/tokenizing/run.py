@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import torch
 from beit_dist.engine.device import device_of
 from beit_dist.errors import ConfigError
 from beit_dist.images.decoding import Augment
+from beit_dist.images.jpeg_decoders import Decoder, decoder_version
 from beit_dist.images.listing import expand_sources
 from beit_dist.models.dvae import DVAE
 from beit_dist.shards.manifest import Manifest
@@ -20,10 +22,19 @@ from beit_dist.storage.access import Access
 from beit_dist.storage.place import Place
 from beit_dist.tokenizing.decoding import CHUNK
 from beit_dist.tokenizing.describing import Planned, aligned
-from beit_dist.tokenizing.encoder import DVAEEncoder
+from beit_dist.tokenizing.encoder import DVAEEncoder, check_compiles, compiles_by_default
 from beit_dist.tokenizing.finish import finish, finished
 from beit_dist.tokenizing.freeze import check_same_sources, freeze
-from beit_dist.tokenizing.job import SOFTWARE, Job, Precision, record_job, software
+from beit_dist.tokenizing.job import (
+    JOB_NAME,
+    SOFTWARE,
+    Job,
+    PixelVersion,
+    Precision,
+    read_job,
+    record_job,
+    software,
+)
 from beit_dist.tokenizing.metrics import Exporter, Metrics
 from beit_dist.tokenizing.parts import check_held_out, parts_of
 from beit_dist.tokenizing.rejected import Rejected, rejection_limit
@@ -63,6 +74,9 @@ class Options:
     metrics_textfile: Path | None
     sniff: bool = False
     held_out: str | None = None
+    pixel_version: PixelVersion = 1
+    decoder: Decoder = "pillow"
+    compiled: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,11 @@ def prepare(options: Options, environment: Mapping[str, str]) -> Prepared:
     if options.decoders is not None and options.decoders < 0:
         raise ConfigError("--decoders", options.decoders, "0 or more")
     _exporter(options, Metrics(index))  # which refuses what cannot be
+    decoder = decoder_version(options.decoder)
+    if options.pixel_version == 2:
+        from beit_dist.images.fast_views import check_resizing  # it starts PyTorch's kernels
+
+        check_resizing()
     with tokenizer_at(options.tokenizer, options.access) as path:
         model = load_tokenizer(path)
     job = Job(
@@ -120,11 +139,27 @@ def prepare(options: Options, environment: Mapping[str, str]) -> Prepared:
         batch=options.batch,
         precision=options.precision,
         device=device.type,
+        pixel_version=options.pixel_version,
+        decoder=decoder,
+        compiled=_compiled(options, device),
         **software(),
     )
     # Nothing is made in a folder that is complete, so it does not matter with what versions this one would.
     manifest = finished(options.out, {**asdict(job), "images": None, **dict.fromkeys(SOFTWARE)})
     return Prepared(index, count, device, model, job, manifest)
+
+
+def _compiled(options: Options, device: torch.device) -> bool:
+    """What was asked for; else what the job of the folder, or the device, does."""
+    if options.compiled is not None:
+        compiled = options.compiled
+    elif options.out.exists(JOB_NAME):
+        compiled = read_job(options.out).compiled
+    else:
+        compiled = compiles_by_default(device)
+    if compiled:
+        check_compiles(device)
+    return compiled
 
 
 def work(options: Options, environment: Mapping[str, str]) -> Outcome:
@@ -149,7 +184,7 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
     print("\n".join(aligned(planned.rows())), flush=True)
     metrics = Metrics(index)
     exporter = _exporter(options, metrics)
-    encoder = DVAEEncoder(prepared.model.to(prepared.device), options.precision)
+    encoder = DVAEEncoder(prepared.model.to(prepared.device), options.precision, compiled=job.compiled)
     with exporter:
         if exporter.port is not None:
             print(f"metrics: port {exporter.port}", file=sys.stderr, flush=True)
@@ -165,6 +200,7 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
                 rejected=report.rejected,
                 access=options.access,
                 metrics=metrics,
+                warm_up=functools.partial(encoder.warm_up, job.batch, job.token_size),
             )
             report = report.plus(worker.run())
     if count == 1 and options.finish:
