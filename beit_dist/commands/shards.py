@@ -184,7 +184,19 @@ def _add_work(parser: CommandParser) -> None:
         help="fail if more images than this cannot be used: a number, or a share such as 5%% (default 1%%)",
     )
     add_device(group)
-    add("--decoders", type=int, help="decoding processes (default: one for each core, at most 16)")
+    add(
+        "--decoders",
+        type=int,
+        help="decoding processes, shared by the encoders (default: one for each core, at most 16 for an encoder)",
+    )
+    add(
+        "--encoders",
+        type=int,
+        default=1,
+        metavar="N",
+        help="encoding processes of this host, each the worker of a part of its shards; they take the GPUs in turn "
+        "(default 1)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,7 +234,8 @@ def _work(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     if arguments.tokenizer is None:
         raise ConfigError("--tokenizer", None, "a tokenizer's file", "beit tokenizer trains one.")
     from beit_dist.tokenizing.rejected import summary
-    from beit_dist.tokenizing.run import Options, work
+    from beit_dist.tokenizing.run import work
+    from beit_dist.tokenizing.starting import Options
 
     options = Options(
         images=tuple(arguments.images),
@@ -242,6 +255,7 @@ def _work(arguments: argparse.Namespace, out: Place, access: Access) -> int:
         held_out=arguments.held_out,
         decoder=arguments.decoder,
         compiled=arguments.compile,
+        encoders=arguments.encoders,
         **(SETTINGS | given(arguments, tuple(SETTINGS))),
     )
     if arguments.dry_run:

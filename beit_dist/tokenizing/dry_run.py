@@ -29,7 +29,7 @@ from beit_dist.tokenizing.encoder import DVAEEncoder, Encoder
 from beit_dist.tokenizing.freeze import check_same_sources
 from beit_dist.tokenizing.job import Job
 from beit_dist.tokenizing.parts import held_out_images
-from beit_dist.tokenizing.run import Options, Prepared, decoders_of, prepare
+from beit_dist.tokenizing.starting import Options, Prepared, decoders_of, prepare
 from beit_dist.tokenizing.sources import SOURCES_NAME, ListedImage, SourceList, read_listed
 
 _MEASURED = 16
