@@ -34,7 +34,7 @@ EXAMPLES = """\
 
   with 2% of the images held out, to measure on; first, what it would take:
     beit shards --images photos/ --out shards/ --tokenizer dvae.safetensors \\
-        --held-out 2% --dry-run --measure
+        --held-out 2% --dry-run
     beit shards --images photos/ --out shards/ --tokenizer dvae.safetensors --held-out 2%
 
   four views of images in tars, 16 workers of a job array (first, in each task, and last):
@@ -93,10 +93,15 @@ def parser() -> CommandParser:
     )
     add_storage(what)
     what.add_argument(
-        "--dry-run", action="store_true", help="say what would be read and written, and write nothing"
+        "--dry-run",
+        action="store_true",
+        help="say what would be read and written and how long it would take, and make no shards",
     )
     what.add_argument(
-        "--measure", action="store_true", help="with --dry-run: also estimate how long it takes, from a few images"
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        help="with --dry-run: also measure each stage for a second or two on a few images, and say what limits "
+        "the job and how long it takes (default: yes)",
     )
     _add_settings(parser)
     _add_work(parser)
@@ -160,8 +165,8 @@ def _add_settings(parser: CommandParser) -> None:
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the encoder, which rounds differently (default: as the folder's job has begun; else on a GPU, "
-        "where there is a C compiler)",
+        help="compile the encoder, which rounds differently (default: as the folder's job has begun; else on a "
+        "GPU, where there is a C compiler)",
     )
 
 
@@ -194,16 +199,16 @@ def _add_work(parser: CommandParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="encoding processes of this host, each the worker of a part of its shards; they take the GPUs in turn "
-        "(default 1)",
+        help="encoding processes of this host, each the worker of a part of its shards; they take the GPUs in "
+        "turn (default 1)",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one step of the job, or all of them; returns the exit code."""
     arguments = parser().parse(argv)
-    if arguments.measure and not arguments.dry_run:
-        raise ConfigError("--measure", True, "--dry-run beside it")
+    if arguments.measure is not None and not arguments.dry_run:
+        raise ConfigError("--measure", arguments.measure, "--dry-run beside it")
     if arguments.finish and arguments.dry_run:
         raise ConfigError("--dry-run", True, "a start that makes shards", "Leave --finish out.")
     if not (arguments.finish or arguments.images):
@@ -261,7 +266,7 @@ def _work(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     if arguments.dry_run:
         from beit_dist.tokenizing.dry_run import describe
 
-        for line in describe(options, os.environ, measure=arguments.measure):
+        for line in describe(options, os.environ, measure=arguments.measure is not False):
             print(line, flush=True)
         return 0
     outcome = work(options, os.environ)

@@ -114,9 +114,7 @@ def decode(raw: bytes, decoder: Decoder = "pillow") -> Image.Image:
     return decode_picture(raw, None, decoder).image
 
 
-def decode_picture(
-    raw: bytes, scale_of: Callable[[int, int], int] | None, decoder: Decoder = "pillow"
-) -> Picture:
+def decode_picture(raw: bytes, scale_of: Callable[[int, int], int] | None, decoder: Decoder = "pillow") -> Picture:
     """The same, and a JPEG smaller where that is enough.
 
     Args:
@@ -296,8 +294,9 @@ class Jitter(NamedTuple):
 def jitter_of(seed: int, key: tuple[int, int]) -> Jitter:
     """The colour jitter of a view."""
     raw = words(seed, Purpose.JITTER, key, 6)
-    factors = [1 - JITTER + 2 * JITTER * float(u) for u in uniforms(raw[:3])]
-    return Jitter(*factors, tuple(_JITTERS[number] for number in np.argsort(raw[3:], kind="stable")))
+    brightness, contrast, saturation = (1 - JITTER + 2 * JITTER * float(u) for u in uniforms(raw[:3]))
+    order = tuple(_JITTERS[number] for number in np.argsort(raw[3:], kind="stable"))
+    return Jitter(brightness, contrast, saturation, order)
 
 
 def _jittered_crop(image: Image.Image, box: Box, seed: int, key: tuple[int, int]) -> Image.Image:

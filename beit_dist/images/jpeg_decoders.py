@@ -1,6 +1,6 @@
 """What turns a JPEG's data into pixels: Pillow, or simplejpeg where the user asks for it; smaller on request.
 
-Both are libjpeg-turbo. simplejpeg writes RGB straight into one array, where Pillow goes through four bytes a pixel.
+Both are libjpeg-turbo. simplejpeg writes RGB straight into one array; Pillow takes four bytes a pixel.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Images to views in processes of their own, so that decoding keeps up with the encoder. The order is kept.
 
 Processes and not threads: blending and colour conversion hold Python's lock. They start by ``spawn``, as a fork
-of a process that uses CUDA is not safe, and import neither the tokenizer nor, for version 1 of the pixels, torch. Each reads the images of its
-next tasks in threads while it decodes, so that a store's latency is not waited for.
+of a process that uses CUDA is not safe, and import neither the tokenizer nor, for version 1 of the pixels, torch.
+Each reads the images of its next tasks in threads while it decodes, so that a store's latency is not waited for.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ CHUNK = 8
 _TASKS = 3
 """Of one process: one is decoded, the others are read ahead. Their files are held in memory."""
 _READERS = 2 * CHUNK
-_BLOCKS = 4
-"""Blocks of 16 MiB that Pillow keeps for its next images (it keeps none by default): a block that is given back and
-taken again costs page faults, a seventh of the time for an image of 500×375 px."""
-
+BLOCKS = 4
+"""Of Pillow's images in memory, 16 MiB each."""
 
 _Read = tuple[bytes | ImageRejectedError, float]
 """An image's bytes, or why they cannot be used; and the seconds it took."""
@@ -214,11 +212,20 @@ class Decoders:
         self.close()
 
 
+def keep_blocks(blocks: int = BLOCKS) -> None:
+    """Have Pillow keep the memory of its images for the next ones, in this process from now on.
+
+    It keeps none by default. Memory that is given back and taken again costs page faults: a seventh of the time
+    for an image of 500×375 px, more for larger ones.
+    """
+    Image.core.set_blocks_max(blocks)  # type: ignore[attr-defined]
+
+
 def _serve(connection: Connection, recipe: Recipe, access: Access) -> None:
     """A decoding process: tasks in, their images out, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
     warnings.filterwarnings("ignore", module="PIL")  # of images that are used all the same; ours are reasons
-    Image.core.set_blocks_max(_BLOCKS)
+    keep_blocks()
     if recipe.pixel_version == 2:
         import torch
 

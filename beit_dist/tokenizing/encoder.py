@@ -38,7 +38,7 @@ class DVAEEncoder:
         self._device = next(model.parameters()).device
         self._likeliest = model.likeliest
         if compiled:
-            model.encoder.to(memory_format=torch.channels_last)
+            model.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self._likeliest = torch.compile(model.likeliest, fullgraph=True, dynamic=False)
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.int16]:
@@ -65,7 +65,7 @@ class DVAEEncoder:
 def compiles_by_default(device: torch.device) -> bool:
     """Whether the tokenizer is compiled where nobody says: on a GPU, if there is a compiler.
 
-    On a CPU it takes half a minute to gain a quarter for a small dVAE and next to nothing for one of DALL-E's size.
+    On a CPU it takes half a minute, to gain a quarter for a small dVAE.
     """
     if device.type != "cuda":
         return False

@@ -1,10 +1,10 @@
 """Several workers on one host, each with an encoder and decoding processes of its own, by one command.
 
-One encoding process takes images from its decoding processes, hashes and writes: past some thousand images a second
-one core cannot do that for a GPU, and several GPUs need a process each. They are workers like those of a job array,
-so the shards are the same, and what is committed is kept when they are killed. Of H hosts with N encoders each,
-encoder i of host h is worker h + H · i of H · N: the shards of a host do not depend on N, so that ``--finish`` can
-name the hosts that have some left.
+One encoding process takes images from its decoding processes, hashes and writes: past some thousand images a
+second one core cannot do that for a GPU, and several GPUs need a process each. They are workers like those of a job
+array, so the shards are the same, and what is committed is kept when they are killed. Of H hosts with N encoders
+each, encoder i of host h is worker h + H · i of H · N: the shards of a host do not depend on N, so that
+``--finish`` can name the hosts that have some left.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import threading
 import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,7 +44,7 @@ def make_in_processes(options: Options, prepared: Prepared) -> WorkerReport:
         UserError: what one of them raised; the others are stopped. Another attempt keeps what is finished.
     """
     context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
+    processes: list[SpawnProcess] = []
     connections: list[Connection] = []
     report = WorkerReport(0, 0, 0, ())
     try:
@@ -52,12 +52,13 @@ def make_in_processes(options: Options, prepared: Prepared) -> WorkerReport:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, _options_of(options, prepared, number)))
             process.start()
-            theirs.close()  # so that a process that dies closes the pipe's only other end
             processes.append(process)
+            theirs.close()  # so that a process that dies closes the pipe's only other end
             connections.append(ours)
-        waiting = set(connections)
+        waiting = list(connections)
         while waiting:
-            for connection in wait(waiting):
+            ended = wait(waiting)
+            for connection in [one for one in waiting if one in ended]:
                 report = report.plus(_result(connection))
                 waiting.remove(connection)
     finally:
@@ -102,14 +103,15 @@ def _options_of(options: Options, prepared: Prepared, number: int) -> Options:
 
 def _result(connection: Connection) -> WorkerReport:
     try:
-        result: WorkerReport | _Failed = connection.recv()
+        result: Any = connection.recv()
     except (EOFError, ConnectionError):
         raise SampleError(
             "an encoding process died, most likely because memory ran out. Run the same command again with fewer "
             "--encoders or --decoders, or more memory: finished shards are kept"
         ) from None
-    if isinstance(result, WorkerReport):
-        return result
+    if not isinstance(result, _Failed):
+        report: WorkerReport = result
+        return report
     if result.exit_code is None:
         raise RuntimeError(f"in an encoding process:\n{result.text}")
     raise (DataError if result.exit_code == DataError.exit_code else SampleError)(result.text)

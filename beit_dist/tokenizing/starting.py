@@ -1,4 +1,4 @@
-"""What a worker of the job is started with: the options, what they come to before any image is listed, and the work."""
+"""How a worker starts: its options, what they come to before any image is listed, and its work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""simplejpeg in Pillow's place, and JPEGs that are shrunk in decoding: the same pixels, and damage is found alike."""
+"""simplejpeg in Pillow's place, and JPEGs shrunk in decoding: the same pixels, and damage is found alike."""
 
 from __future__ import annotations
 

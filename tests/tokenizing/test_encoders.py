@@ -112,7 +112,7 @@ def test_an_encoder_that_dies_is_told_with_the_way_out(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoders, "_serve", _dies)
-    with pytest.raises(SampleError, match="an encoding process died.*finished shards are kept"):
+    with pytest.raises(SampleError, match=r"an encoding process died.*finished shards are kept"):
         run(options, tmp_path / "out", "--encoders", "2")
 
 
