@@ -1,9 +1,9 @@
 """Several workers on one host, each with an encoder and decoding processes of its own, by one command.
 
-One encoding process takes images from its decoding processes, hashes and writes: past some thousand images a
-second one core cannot do that for a GPU, and several GPUs need a process each. They are workers like those of a job
-array, so the shards are the same, and what is committed is kept when they are killed. Of H hosts with N encoders
-each, encoder i of host h is worker h + H · i of H · N: the shards of a host do not depend on N, so that
+One encoding process takes images from its decoding processes, hashes and writes. Past some thousand images a
+second one core cannot do that for a GPU, and several GPUs need a process each. They are workers like those of a
+job array: the shards are the same, and what is committed is kept when they are killed. Of H hosts with N encoders
+each, encoder i of host h is worker h + H · i of H · N. So the shards of a host do not depend on N, and
 ``--finish`` can name the hosts that have some left.
 """
 
@@ -85,7 +85,7 @@ def decoders_of_encoder(wanted: int | None, encoders: int, number: int) -> int:
 def _options_of(options: Options, prepared: Prepared, number: int) -> Options:
     """What encoder ``number`` of this host is told."""
     device, file, port = options.device, options.metrics_textfile, options.metrics_port
-    if prepared.device.type == "cuda" and prepared.device.index is None:
+    if prepared.device == torch.device("cuda"):  # no number was given
         device = f"cuda:{number % torch.cuda.device_count()}"
     return replace(
         options,
