@@ -130,3 +130,13 @@ def test_a_decoder_that_is_not_installed_is_refused_with_the_way_out(monkeypatch
     assert decoder_version("pillow") == "pillow"
     with pytest.raises(ConfigError, match=r"--decoder: got 'simplejpeg'.*pip install simplejpeg"):
         decoder_version("simplejpeg")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("scale", [1, *SCALES])
+def test_a_restart_interval_that_ends_early_is_found_at_every_scale(scale: int, decoder: Decoder) -> None:
+    raw = jpeg(photo(960, 720), restart_marker_rows=1, subsampling=0)
+    third, fourth = raw.index(b"\xff\xd2"), raw.index(b"\xff\xd3")
+    shrunk(raw, scale, decoder)
+    with pytest.raises(ImageRejectedError, match="too little data"):
+        shrunk(raw[: third + (fourth - third) // 3] + raw[fourth:], scale, decoder)
