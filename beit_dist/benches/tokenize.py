@@ -1,4 +1,4 @@
-"""The offline job: images a second from JPEGs to committed shards, against a plain loop and bare decoding."""
+"""The offline job: each stage alone, and all of it from JPEGs to committed shards against a plain loop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from PIL import Image
 
 from beit_dist.benches.measuring import Row, row, seconds
 from beit_dist.benches.photos import write_photos
+from beit_dist.benches.tokenize_stages import encoder_rows, view_rows
 from beit_dist.config.dvae import DVAEConfig
 from beit_dist.images.decoding import make_view, patchify
 from beit_dist.models.dvae import DVAE
@@ -43,13 +45,15 @@ def measure(quick: bool) -> list[Row]:
     cores = len(os.sched_getaffinity(0))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
+        stages = view_rows(Path(folder), quick) + encoder_rows(quick)
         write_photos(Path(folder, "photos"), images)
         freeze([str(Path(folder, "photos"))], LocalPlace(Path(folder)), 0)
         sources = SourceList(LocalPlace(Path(folder)), 10**6)
         files = [source.place for source in sources.read(0)]
         for case, encoder in _encoders().items():
+            waits: list[float] = []
             contenders: dict[str, Callable[[], float]] = {
-                "ours, whole job": partial(_job, Path(folder), sources, encoder, cores),
+                "ours, whole job": partial(_job, Path(folder), sources, encoder, cores, waits),
                 "plain loop, no shards": partial(_plain_loop, files, encoder),
             }
             if not rows:
@@ -67,7 +71,8 @@ def measure(quick: bool) -> list[Row]:
             for who in contenders:
                 rows.append(row("tokenize", case, who, rates[who], "images/s"))
                 rows.append(row("tokenize", case, who, by_core[who], "images/core-s"))
-    return rows
+            rows.append(row("tokenize", case, "ours, encoder waits", waits, "of the time"))
+    return stages + rows
 
 
 def _core_seconds() -> float:
@@ -108,12 +113,20 @@ def _wait(images: NDArray[np.uint8]) -> NDArray[np.int16]:
     return np.zeros((len(images), 14, 14), np.int16)
 
 
-def _job(folder: Path, listed: SourceList, encoder: Encoder, cores: int) -> float:
-    """All of it: read, decode, augment, encode, write, hash, fsync, commit."""
+def _job(folder: Path, listed: SourceList, encoder: Encoder, cores: int, waits: list[float]) -> float:
+    """All of it: read, decode, augment, encode, write, hash, fsync, commit.
+
+    Args:
+        waits: gets the share of the time, from the first batch's end to the last one's, in which the encoder had
+            nothing to do.
+    """
     clock = _Clock()
+    calls: list[tuple[float, float]] = []
 
     def timed(images: NDArray[np.uint8]) -> NDArray[np.int16]:
+        began = time.perf_counter()
         tokens = encoder(images)
+        calls.append((began, time.perf_counter()))
         clock.begin(BATCH)
         return tokens
 
@@ -121,11 +134,12 @@ def _job(folder: Path, listed: SourceList, encoder: Encoder, cores: int) -> floa
         out = LocalPlace(Path(name))
         Path(name, "sources.jsonl").write_bytes(Path(listed.path).read_bytes())
         sources = SourceList(out, SHARD)
-        job = Job(
-            sources.sha256, "0" * 64, 8192, 224, 16, 1, SHARD, 0, "random", BATCH, "fp32", "cpu", **software()
-        )
+        settings: tuple[Any, ...] = ("0" * 64, 8192, 224, 16, 1, SHARD, 0, "random", BATCH, "fp32", "cpu")
+        job = Job(sources.sha256, *settings, *software().values())
         record_job(out, job)
         Worker(Part("", out, job, sources), timed, index=0, count=1, decoders=cores, max_rejected=0).run()
+        busy = sum(ended - began for began, ended in calls[1:])
+        waits.append(1 - busy / (calls[-1][1] - calls[0][1]))
         return clock.rate(sources.header.entries)
 
 

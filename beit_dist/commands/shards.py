@@ -34,7 +34,7 @@ EXAMPLES = """\
 
   with 2% of the images held out, to measure on; first, what it would take:
     beit shards --images photos/ --out shards/ --tokenizer dvae.safetensors \\
-        --held-out 2% --dry-run --measure
+        --held-out 2% --dry-run
     beit shards --images photos/ --out shards/ --tokenizer dvae.safetensors --held-out 2%
 
   four views of images in tars, 16 workers of a job array (first, in each task, and last):
@@ -71,6 +71,7 @@ SETTINGS: dict[str, Any] = {
     "augment": "random",
     "batch": 64,
     "precision": "fp32",
+    "pixel_version": 1,
 }
 """Settings that decide the bytes, and their defaults; --finish compares those that are given with the job's."""
 
@@ -92,10 +93,15 @@ def parser() -> CommandParser:
     )
     add_storage(what)
     what.add_argument(
-        "--dry-run", action="store_true", help="say what would be read and written, and write nothing"
+        "--dry-run",
+        action="store_true",
+        help="say what would be read and written and how long it would take, and make no shards",
     )
     what.add_argument(
-        "--measure", action="store_true", help="with --dry-run: also estimate how long it takes, from a few images"
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        help="with --dry-run: also measure each stage for a second or two on a few images, and say what limits "
+        "the job and how long it takes (default: yes)",
     )
     _add_settings(parser)
     _add_work(parser)
@@ -135,12 +141,32 @@ def _add_settings(parser: CommandParser) -> None:
     )
     add("--shard-samples", type=int, help="images in a shard (default 4096: 631 MB)")
     add("--seed", type=int, help="seed of the order, crops, flips and jitter (default 0)")
+    add(
+        "--pixel-version",
+        type=int,
+        choices=(1, 2),
+        help="how views are made: 1, by Pillow (default), or 2, up to twice as fast, which rounds differently and "
+        "shrinks large JPEGs while it decodes them",
+    )
+    add(
+        "--decoder",
+        choices=("pillow", "simplejpeg"),
+        default="pillow",
+        help="of JPEGs: pillow (default), or simplejpeg, which is faster and gives the same pixels; "
+        "pip install 'beit_dist[jpeg]'",
+    )
     add("--batch", type=int, help="images that the encoder takes at a time (default 64)")
     add_precision(
         group,
         "of the encoder's residual paths, which do most of its work: fp32, fp16 or bf16. fp32, the default, "
         "rounds least; the others are faster on devices that have them, and change a few near-tied tokens",
         ("fp32", "fp16", "bf16"),
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the encoder, which rounds differently (default: as the folder's job has begun; else on a "
+        "GPU, where there is a C compiler)",
     )
 
 
@@ -163,14 +189,26 @@ def _add_work(parser: CommandParser) -> None:
         help="fail if more images than this cannot be used: a number, or a share such as 5%% (default 1%%)",
     )
     add_device(group)
-    add("--decoders", type=int, help="decoding processes (default: one for each core, at most 16)")
+    add(
+        "--decoders",
+        type=int,
+        help="decoding processes, shared by the encoders (default: one for each core, at most 16 for an encoder)",
+    )
+    add(
+        "--encoders",
+        type=int,
+        default=1,
+        metavar="N",
+        help="encoding processes of this host, each the worker of a part of its shards; they take the GPUs in "
+        "turn (default 1)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one step of the job, or all of them; returns the exit code."""
     arguments = parser().parse(argv)
-    if arguments.measure and not arguments.dry_run:
-        raise ConfigError("--measure", True, "--dry-run beside it")
+    if arguments.measure is not None and not arguments.dry_run:
+        raise ConfigError("--measure", arguments.measure, "--dry-run beside it")
     if arguments.finish and arguments.dry_run:
         raise ConfigError("--dry-run", True, "a start that makes shards", "Leave --finish out.")
     if not (arguments.finish or arguments.images):
@@ -201,7 +239,8 @@ def _work(arguments: argparse.Namespace, out: Place, access: Access) -> int:
     if arguments.tokenizer is None:
         raise ConfigError("--tokenizer", None, "a tokenizer's file", "beit tokenizer trains one.")
     from beit_dist.tokenizing.rejected import summary
-    from beit_dist.tokenizing.run import Options, work
+    from beit_dist.tokenizing.run import work
+    from beit_dist.tokenizing.starting import Options
 
     options = Options(
         images=tuple(arguments.images),
@@ -219,12 +258,15 @@ def _work(arguments: argparse.Namespace, out: Place, access: Access) -> int:
         metrics_textfile=arguments.metrics_textfile,
         sniff=arguments.sniff,
         held_out=arguments.held_out,
+        decoder=arguments.decoder,
+        compiled=arguments.compile,
+        encoders=arguments.encoders,
         **(SETTINGS | given(arguments, tuple(SETTINGS))),
     )
     if arguments.dry_run:
         from beit_dist.tokenizing.dry_run import describe
 
-        for line in describe(options, os.environ, measure=arguments.measure):
+        for line in describe(options, os.environ, measure=arguments.measure is not False):
             print(line, flush=True)
         return 0
     outcome = work(options, os.environ)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from beit_dist.images.heif_items import coded_items
 from beit_dist.images.jpeg2000_tiles import most_zeros, tiles
+from beit_dist.images.jpeg_decoders import Pixels
 from beit_dist.images.jpeg_ends import may_end_early
 from beit_dist.images.jpeg_scans import suspicious_scans, with_longer_scans
 from beit_dist.images.left_over import Piece, check_drawn, suspicious
@@ -39,17 +40,19 @@ _FED, _UNPACKED = 64 << 10, 1 << 20
 """Bytes of a deflate stream at a time. (What is not consumed is copied.)"""
 
 
-def check_whole(image: Image.Image, raw: bytes) -> None:
+def check_whole(image: Image.Image, raw: bytes, pixels: Pixels | None = None, scale: int = 1) -> None:
     """Check that the file an image was decoded from is not damaged in a way that its decoder did not report.
 
     Args:
         image: loaded, as Pillow opened it.
+        pixels: what another decoder has made of a JPEG, which is then not loaded.
+        scale: by how much they were shrunk in decoding.
 
     Raises:
         ImageRejectedError: it is, of the kind ``damaged``.
     """
     if image.format in ("JPEG", "MPO"):
-        _check_jpeg(image, raw)
+        _check_jpeg(image, raw, pixels, scale)
     elif image.format == "PNG":
         _check_png(raw)
     elif image.format == "WEBP":
@@ -63,13 +66,17 @@ def check_whole(image: Image.Image, raw: bytes) -> None:
         _check_tiff(image, raw)
 
 
-def _check_jpeg(image: Image.Image, raw: bytes) -> None:
-    pieces = suspicious_scans(raw)
-    pixels, decode = b"", functools.partial(_pixels, kind="JPEG")
+def _check_jpeg(image: Image.Image, raw: bytes, pixels: Pixels | None, scale: int) -> None:
+    pieces, decode = suspicious_scans(raw), functools.partial(_pixels, kind="JPEG")
+    if not pieces and not may_end_early(image, raw, pixels, scale):
+        return
+    if scale > 1:
+        drawn = decode(raw)
+    else:
+        drawn = image.tobytes() if pixels is None else pixels.tobytes()
     if pieces:
-        pixels = image.tobytes()
-        check_drawn(raw, _with_most_zeros(pieces), pixels, decode)
-    if (pieces or may_end_early(image, raw)) and decode(with_longer_scans(raw)) != (pixels or image.tobytes()):
+        check_drawn(raw, _with_most_zeros(pieces), drawn, decode)
+    if decode(with_longer_scans(raw)) != drawn:
         raise damaged("a scan has too little data, so that part of the picture is made up")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,11 +21,13 @@ from beit_dist.draws import Purpose, Words, below, uniforms, words
 from beit_dist.images.damage import check_whole
 from beit_dist.images.file_kinds import HEAD, by_content, format_of
 from beit_dist.images.heif import heif_version
+from beit_dist.images.jpeg_decoders import Decoder, can_shrink, load
 from beit_dist.images.left_out import Kind
 from beit_dist.images.rejection import ImageRejectedError
 from beit_dist.images.to_rgb import samples, to_rgb
 
 Augment = Literal["random", "center"]
+JitterName = Literal["brightness", "contrast", "saturation"]
 Box = tuple[int, int, int, int]
 Pixels = NDArray[np.uint8]
 
@@ -37,6 +40,7 @@ MIN_SIDE = 8
 
 JITTER = 0.4
 """Brightness, contrast and saturation factors lie in [1 - 0.4, 1 + 0.4] (unilm ``--color_jitter 0.4``)."""
+_JITTERS: tuple[JitterName, ...] = ("brightness", "contrast", "saturation")
 CROP_AREA = (0.08, 1.0)
 """Share of the image's area (torchvision ``RandomResizedCrop``'s default, as unilm uses it)."""
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -56,6 +60,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation to the operation that undoes it (EXIF 2.32, tag 274)."""
+_ON_THEIR_SIDE = {operation for orientation, operation in _UPRIGHT.items() if orientation >= 5}
+"""Operations that swap width and height."""
 
 
 class View(NamedTuple):
@@ -71,23 +77,68 @@ class View(NamedTuple):
     """Whether the crop was then mirrored left to right."""
 
 
-def decode(raw: bytes) -> Image.Image:
+class Picture(NamedTuple):
+    """A decoded image, which may be smaller than its file says."""
+
+    loaded: Image.Image | Pixels
+    """Upright RGB, in whichever form the decoder made it."""
+    width: int
+    """Of the upright image in the file."""
+    height: int
+    scale: int
+    """By how much ``loaded`` is smaller."""
+
+    @property
+    def image(self) -> Image.Image:
+        """As an image."""
+        return self.loaded if isinstance(self.loaded, Image.Image) else Image.fromarray(self.loaded)
+
+    @property
+    def pixels(self) -> Pixels:
+        """As an array (height, width, 3)."""
+        return np.asarray(self.loaded)
+
+
+def decode(raw: bytes, decoder: Decoder = "pillow") -> Image.Image:
     """The image in ``raw``, upright and in RGB; of an animation the first frame.
 
     Transparent pixels show white, 12-bit and 16-bit grey is scaled to 8 bit, palettes and CMYK are converted.
 
+    Args:
+        decoder: of JPEGs.
+
     Raises:
         ImageRejectedError: not an image, damaged, cut short, too large or too small, or of unknown white.
         MemoryError: this machine cannot hold the image.
+    """
+    return decode_picture(raw, None, decoder).image
+
+
+def decode_picture(raw: bytes, scale_of: Callable[[int, int], int] | None, decoder: Decoder = "pillow") -> Picture:
+    """The same, and a JPEG smaller where that is enough.
+
+    Args:
+        scale_of: asked, with width and height of the upright image, by how much it may be shrunk: 1, or one of
+            :data:`beit_dist.images.jpeg_decoders.SCALES`. None never shrinks.
+
+    Raises:
+        ImageRejectedError, MemoryError: as :func:`decode`.
     """
     try:
         with Image.open(io.BytesIO(raw), formats=_formats()) as image:
             _check_size(*image.size)
             _check_tiles(image)
             said = samples(image, raw)
-            image.load()
-            check_whole(image, raw)
-            return _upright(image, to_rgb(image, raw, said))
+            scale = 1
+            if scale_of is not None and can_shrink(image):
+                scale = scale_of(*_upright_size(image, image.size))
+            size = image.size
+            pixels = load(image, raw, scale, decoder)
+            check_whole(image, raw, pixels, scale)
+            loaded = to_rgb(image, raw, said) if pixels is None else pixels
+            picture = Picture(loaded, *_upright_size(image, size), scale)
+            turn = _turn(image)
+            return picture if turn is None else picture._replace(loaded=picture.image.transpose(turn))
     except ImageRejectedError:
         raise
     except UnidentifiedImageError:  # its message holds a memory address
@@ -143,10 +194,10 @@ def make_view(
     """
     key = (sample_id, view)
     if augment == "center":
-        box, flip = _square(image.width, image.height), False
+        box, flip = centred_square(image.width, image.height), False
         crop = image.crop(box)
     else:
-        box, flip = crop_box(image.width, image.height, seed, key), _flips(seed, key)
+        box, flip = crop_box(image.width, image.height, seed, key), flips(seed, key)
         crop = _jittered_crop(image, box, seed, key)
     return View(
         image=_resize(crop, image_size, Image.Resampling.BICUBIC, flip),
@@ -214,13 +265,38 @@ def _check_tiles(image: Image.Image) -> None:
         raise ImageRejectedError(f"tiles of {width}×{height} px: more than {MAX_PIXELS:,} pixels", "too_large")
 
 
-def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
+def _upright_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    return size[::-1] if _turn(image) in _ON_THEIR_SIDE else size
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # broken EXIF is no reason to lose the picture
-        return rgb
-    operation = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return rgb if operation is None else rgb.transpose(operation)
+        return None
+    return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+
+
+class Jitter(NamedTuple):
+    """What was drawn for the colours of a view."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    order: tuple[JitterName, ...]
+    """Of the three: torchvision shuffles them."""
+
+    def factor(self, name: JitterName) -> float:
+        """Of one of the three."""
+        return {"brightness": self.brightness, "contrast": self.contrast, "saturation": self.saturation}[name]
+
+
+def jitter_of(seed: int, key: tuple[int, int]) -> Jitter:
+    """The colour jitter of a view."""
+    raw = words(seed, Purpose.JITTER, key, 6)
+    brightness, contrast, saturation = (1 - JITTER + 2 * JITTER * float(u) for u in uniforms(raw[:3]))
+    order = tuple(_JITTERS[number] for number in np.argsort(raw[3:], kind="stable"))
+    return Jitter(brightness, contrast, saturation, order)
 
 
 def _jittered_crop(image: Image.Image, box: Box, seed: int, key: tuple[int, int]) -> Image.Image:
@@ -229,21 +305,21 @@ def _jittered_crop(image: Image.Image, box: Box, seed: int, key: tuple[int, int]
     Only contrast looks at the whole image (its mean grey), the others at single pixels. So cropping right after
     that mean is taken gives the same bytes as cropping last, and saves most of the work.
     """
-    raw = words(seed, Purpose.JITTER, key, 6)
-    brightness, contrast, saturation = (1 - JITTER + 2 * JITTER * float(u) for u in uniforms(raw[:3]))
-    for operation in np.argsort(raw[3:], kind="stable"):  # torchvision: the three in a random order
-        if operation == 0:
-            image = ImageEnhance.Brightness(image).enhance(brightness)
-        elif operation == 2:
-            image = ImageEnhance.Color(image).enhance(saturation)
+    jitter = jitter_of(seed, key)
+    for name in jitter.order:
+        if name == "brightness":
+            image = ImageEnhance.Brightness(image).enhance(jitter.brightness)
+        elif name == "saturation":
+            image = ImageEnhance.Color(image).enhance(jitter.saturation)
         else:
             grey = int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5)
             crop = image.crop(box)
-            image = Image.blend(Image.new("RGB", crop.size, (grey, grey, grey)), crop, contrast)
+            image = Image.blend(Image.new("RGB", crop.size, (grey, grey, grey)), crop, jitter.contrast)
     return image
 
 
-def _flips(seed: int, key: tuple[int, int]) -> bool:
+def flips(seed: int, key: tuple[int, int]) -> bool:
+    """Whether a view is mirrored."""
     return bool(uniforms(words(seed, Purpose.FLIP, key, 1))[0] < 0.5)
 
 
@@ -252,7 +328,8 @@ def _resize(crop: Image.Image, side: int, filter_: Image.Resampling, flip: bool)
     return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
 
 
-def _square(width: int, height: int) -> Box:
+def centred_square(width: int, height: int) -> Box:
+    """The largest one."""
     side = min(width, height)
     return _centred(width, height, side, side)
 

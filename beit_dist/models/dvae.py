@@ -253,16 +253,20 @@ class DVAE(nn.Module):
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"images: got {images.dtype}, expected uint8")
-        mapped = map_pixels(images.float() / 255).contiguous(memory_format=torch.channels_last)
         with inference_arithmetic(images.device):
-            logits: Tensor = self.encoder(mapped, _LOW.get(precision))
-            likeliest, tokens = logits.max(dim=1)
-        if not bool(likeliest.isfinite().all()):
-            raise TokenizerError(
-                f"tokenizer: got logits that are not finite in {precision}, expected finite ones. Use --precision "
-                "fp32. If that does not help, the weights are damaged: convert or train them again"
-            )
+            tokens, finite = self.likeliest(images, precision)
+        check_finite(finite, precision)
         return tokens
+
+    def likeliest(self, images: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+        """What :meth:`tokens` computes, and whether all logits are finite: what can be compiled as a whole.
+
+        To be called inside :func:`inference_arithmetic`, without gradients.
+        """
+        mapped = map_pixels(images.float() / 255).contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.encoder(mapped, _LOW.get(precision))
+        likeliest, tokens = logits.max(dim=1)
+        return tokens, likeliest.isfinite().all()
 
     def whole_decoder(self) -> Decoder:
         """The decoder.
@@ -288,6 +292,19 @@ class DVAE(nn.Module):
         with inference_arithmetic(tokens.device):
             location = decoder.from_tokens(tokens)[:, :3]
         return unmap_pixels(torch.sigmoid(location))
+
+
+def check_finite(finite: Tensor, precision: Precision) -> None:
+    """Refuse tokens of logits that are not finite.
+
+    Raises:
+        TokenizerError: ``finite`` is false.
+    """
+    if not bool(finite):
+        raise TokenizerError(
+            f"tokenizer: got logits that are not finite in {precision}, expected finite ones. Use --precision "
+            "fp32. If that does not help, the weights are damaged: convert or train them again"
+        )
 
 
 @contextlib.contextmanager

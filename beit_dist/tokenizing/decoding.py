@@ -1,8 +1,8 @@
 """Images to views in processes of their own, so that decoding keeps up with the encoder. The order is kept.
 
 Processes and not threads: blending and colour conversion hold Python's lock. They start by ``spawn``, as a fork
-of a process that uses CUDA is not safe, and import neither torch nor the tokenizer. Each reads the images of its
-next tasks in threads while it decodes, so that a store's latency is not waited for.
+of a process that uses CUDA is not safe, and import neither the tokenizer nor, for version 1 of the pixels, torch.
+Each reads the images of its next tasks in threads while it decodes, so that a store's latency is not waited for.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import NamedTuple
 
+from PIL import Image
+
 from beit_dist.errors import SampleError, UserError
 from beit_dist.images.decoding import Augment, View, decode, make_view, patchify
+from beit_dist.images.jpeg_decoders import Decoder
 from beit_dist.images.rejection import ImageRejectedError
 from beit_dist.storage.access import Access
 from beit_dist.storage.retries import counts
+from beit_dist.tokenizing.job import Job, PixelVersion
 from beit_dist.tokenizing.metrics import Metrics
 from beit_dist.tokenizing.sources import ListedImage, read_listed
 
@@ -34,7 +38,8 @@ CHUNK = 8
 _TASKS = 3
 """Of one process: one is decoded, the others are read ahead. Their files are held in memory."""
 _READERS = 2 * CHUNK
-
+BLOCKS = 4
+"""Of Pillow's images in memory, 16 MiB each."""
 
 _Read = tuple[bytes | ImageRejectedError, float]
 """An image's bytes, or why they cannot be used; and the seconds it took."""
@@ -49,6 +54,34 @@ class Recipe(NamedTuple):
     patch_size: int
     augment: Augment
     seed: int
+    pixel_version: PixelVersion = 1
+    decoder: Decoder = "pillow"
+
+    @classmethod
+    def of(cls, job: Job) -> Recipe:
+        """The recipe of a job."""
+        sizes = (job.views, job.image_size, job.token_size, job.patch_size)
+        decoder: Decoder = "pillow" if job.decoder == "pillow" else "simplejpeg"
+        return cls(*sizes, job.augment, job.seed, job.pixel_version, decoder)
+
+    def views_of(self, raw: bytes, sample_id: int) -> list[View]:
+        """All views of an image, decoded once.
+
+        Raises:
+            ImageRejectedError, MemoryError: as :func:`beit_dist.images.decoding.decode`.
+        """
+        wanted = {"image_size": self.image_size, "token_size": self.token_size, "seed": self.seed}
+        if self.pixel_version == 2:
+            from beit_dist.images.fast_views import make_fast_views  # PyTorch, which version 1 does without
+
+            return make_fast_views(
+                raw, views=self.views, augment=self.augment, sample_id=sample_id, decoder=self.decoder, **wanted
+            )
+        image = decode(raw, self.decoder)
+        return [
+            make_view(image, augment=self.augment, sample_id=sample_id, view=view, **wanted)
+            for view in range(self.views)
+        ]
 
 
 class Decoded(NamedTuple):
@@ -84,26 +117,17 @@ def decode_listed(recipe: Recipe, listed: ListedImage, raw: bytes | ImageRejecte
     try:
         if isinstance(raw, ImageRejectedError):
             raise raw
-        image = decode(raw)
-        views = []
-        for view in range(recipe.views):
-            made = make_view(
-                image,
-                image_size=recipe.image_size,
-                token_size=recipe.token_size,
-                augment=recipe.augment,
-                seed=recipe.seed,
-                sample_id=listed.sample_id,
-                view=view,
-            )
-            views.append(made._replace(image=patchify(made.image, recipe.patch_size)))
+        views = tuple(
+            made._replace(image=patchify(made.image, recipe.patch_size))
+            for made in recipe.views_of(raw, listed.sample_id)
+        )
     except ImageRejectedError as error:
         return Decoded(listed, (), str(error), error.kind)
     except MemoryError:
         raise SampleError(
             f"{listed.place}: {listed.name}: not enough memory to decode it. Use fewer --decoders, or more memory"
         ) from None
-    return Decoded(listed, tuple(views))
+    return Decoded(listed, views)
 
 
 class Decoders:
@@ -188,10 +212,24 @@ class Decoders:
         self.close()
 
 
+def keep_blocks(blocks: int = BLOCKS) -> None:
+    """Have Pillow keep the memory of its images for the next ones, in this process from now on.
+
+    It keeps none by default. Memory that is given back and taken again costs page faults: a seventh of the time
+    for an image of 500×375 px, more for larger ones.
+    """
+    Image.core.set_blocks_max(blocks)  # type: ignore[attr-defined]
+
+
 def _serve(connection: Connection, recipe: Recipe, access: Access) -> None:
     """A decoding process: tasks in, their images out, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
     warnings.filterwarnings("ignore", module="PIL")  # of images that are used all the same; ours are reasons
+    keep_blocks()
+    if recipe.pixel_version == 2:
+        import torch
+
+        torch.set_num_threads(1)
     tasks: deque[list[tuple[ListedImage, Future[_Read]]]] = deque()
     with ThreadPoolExecutor(_READERS) as readers:
         try:

@@ -65,8 +65,14 @@ class Planned:
             part = _part(held_out_job(job), self.held_out)
             rows.append(("held out", f"{self.out / HELD_OUT_NAME}: {part}"))
         rows.append(
-            ("tokenizer", f"{self.tokenizer}, {job.vocabulary:,} tokens, on {job.device} in {job.precision}")
+            (
+                "tokenizer",
+                f"{self.tokenizer}, {job.vocabulary:,} tokens, on {job.device} in {job.precision}"
+                f"{', compiled' if job.compiled else ''}",
+            )
         )
+        if job.pixel_version != 1 or job.decoder != "pillow":
+            rows.append(("pixels", f"version {job.pixel_version}, JPEGs decoded by {job.decoder}"))
         return rows
 
 

@@ -1,42 +1,43 @@
-"""``--dry-run``: what a job would read, leave out and write, and how long it would take. Nothing is written."""
+"""``--dry-run``: what a job would read, leave out and write, and how long it would take. No shard is made."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from beit_dist.errors import SpaceError, printable
+from beit_dist.engine.durations import counted
+from beit_dist.errors import DataError, SpaceError, printable
 from beit_dist.images.left_out import LeftOut, no_images
 from beit_dist.images.listing import expand_sources, list_images
-from beit_dist.images.rejection import ImageRejectedError
 from beit_dist.shards.manifest import HELD_OUT_NAME
-from beit_dist.shards.sample import SampleNotes, sample_key
-from beit_dist.shards.writer import ShardWriter
-from beit_dist.storage.access import Access
 from beit_dist.storage.place import Place
 from beit_dist.tokenizing.commits import read_commits
-from beit_dist.tokenizing.decoding import Decoded, Recipe, decode_listed
-from beit_dist.tokenizing.describing import Planned, aligned, size
-from beit_dist.tokenizing.encoder import DVAEEncoder, Encoder
+from beit_dist.tokenizing.describing import Planned, Rows, aligned, size
+from beit_dist.tokenizing.encoder import DVAEEncoder
+from beit_dist.tokenizing.encoders import decoders_of_encoder
 from beit_dist.tokenizing.freeze import check_same_sources
 from beit_dist.tokenizing.job import Job
+from beit_dist.tokenizing.measuring import Stage, measure_stages
 from beit_dist.tokenizing.parts import held_out_images
-from beit_dist.tokenizing.run import Options, Prepared, decoders_of, prepare
-from beit_dist.tokenizing.sources import SOURCES_NAME, ListedImage, SourceList, read_listed
+from beit_dist.tokenizing.sources import SOURCES_NAME, ListedImage, SourceList
+from beit_dist.tokenizing.starting import Options, Prepared, decoders_of, prepare
 
-_MEASURED = 16
+_MEASURED = 64
 """Images, evenly spread over the list."""
 _KINDS = 6
-_LONG = 5.0
-"""Seconds; an encoder that takes so long for a batch is measured on one, the first, which is slower."""
+_WAYS_OUT = {
+    "decode": "Cores and --decoders help, --pixel-version 2 and --decoder simplejpeg",
+    "encode": "GPUs and --encoders help, a larger --batch, and a --precision that the device is fast in",
+    "write": "--encoders and a faster disk help",
+    "cores": "More cores help, --pixel-version 2 and --decoder simplejpeg",
+}
+"""What to do about each limit."""
 
 
 class _Found(NamedTuple):
@@ -56,7 +57,8 @@ def describe(options: Options, environment: Mapping[str, str], *, measure: bool)
     Args:
         options: of the job; ``index`` and ``count`` say whose part of the time is told.
         environment: where a scheduler says the same.
-        measure: decode and encode a few images, and tell from that how long the job would take.
+        measure: decode, encode and write a few images, and tell from that how long the job would take. What is
+            written is removed.
 
     Raises:
         UserError: what a start would refuse.
@@ -71,16 +73,15 @@ def describe(options: Options, environment: Mapping[str, str], *, measure: bool)
     needed, free = int(found.planned.bytes * left), _free(options.out)
     if free is not None:
         yield from aligned([("space", f"{size(needed)} needed, {size(free)} free")])
-    if measure:
-        encoder = DVAEEncoder(prepared.model.to(prepared.device), options.precision)
-        yield from aligned([("time", _measured(options, prepared, found, encoder, left))])
-    else:
-        yield from aligned([("time", "unknown; --measure estimates it from a few images")])
     if free is not None and needed > free:
         raise SpaceError(
             f"{options.out}: got {size(free)} of free space, expected {size(needed)}. Use another --out, or fewer "
             "--views"
         )
+    if measure:
+        yield from aligned(_measured(options, prepared, found, needed))
+    else:
+        yield from aligned([("time", "unknown; without --no-measure it is estimated from a few images")])
 
 
 def _find(options: Options, job: Job) -> _Found:
@@ -139,66 +140,46 @@ def _free(out: Place) -> int | None:
     return shutil.disk_usage(there).free
 
 
-def _measured(options: Options, prepared: Prepared, found: _Found, encoder: Encoder, left: float) -> str:
-    job, planned = prepared.job, found.planned
-    decoders = max(1, decoders_of(options.decoders, planned.entries))
-    began = time.perf_counter()
-    decoded = [_decode(job, listed, options.access) for listed in found.samples]
-    decode = (time.perf_counter() - began) / len(decoded)
-    usable = [one for one in decoded if not one.reason]
-    if not usable:
-        return (
-            f"unknown: none of {len(decoded)} images can be used ({decoded[0].listed.name}: {decoded[0].reason})"
-        )
-    encode = _encode_seconds(job, usable, encoder) * job.views / job.batch
-    write = _write_seconds(job, usable)
-    stages = (decode / decoders, encode, write)
-    # Beside a GPU the slowest stage sets the pace; on a CPU all of them want the same cores.
-    seconds = max(stages) if prepared.device.type == "cuda" else sum(stages)
-    total = seconds * planned.entries * left / prepared.count
-    share = f" for this worker's share of {prepared.count}" if prepared.count > 1 else ""
-    lost = f", {len(decoded) - len(usable)} of which cannot be used" if len(usable) < len(decoded) else ""
-    return (
-        f"about {_in_words(total)}{share}: an image takes {1000 * decode:.1f} ms to read and decode "
-        f"(in {decoders} process{'es' if decoders > 1 else ''}), {1000 * encode:.1f} ms to tokenize, "
-        f"{1000 * write:.1f} ms to write; {len(decoded)} images looked at{lost}"
-    )
-
-
-def _decode(job: Job, listed: ListedImage, access: Access) -> Decoded:
-    recipe = Recipe(job.views, job.image_size, job.token_size, job.patch_size, job.augment, job.seed)
-    raw: bytes | ImageRejectedError
+def _measured(options: Options, prepared: Prepared, found: _Found, needed: int) -> Rows:
+    job, encoders = prepared.job, options.encoders
+    encoder = DVAEEncoder(prepared.model.to(prepared.device), options.precision, compiled=job.compiled)
+    shares = [decoders_of_encoder(options.decoders, encoders, number) for number in range(encoders)]
+    decoders = sum(max(1, decoders_of(share, found.planned.entries)) for share in shares)
     try:
-        raw = read_listed(listed, access)
-    except ImageRejectedError as error:
-        raw = error
-    return decode_listed(recipe, listed, raw)
+        measured = measure_stages(
+            job,
+            found.samples,
+            encoder,
+            options.out,
+            decoders=decoders,
+            encoders=encoders,
+            access=options.access,
+        )
+    except DataError as error:
+        return [("time", f"unknown: {error}")]
+    rows = [
+        (stage.name, f"{1000 * stage.seconds:,.2f} ms an image, {_processes(stage)}: {stage.rate:,.0f} images/s")
+        for stage in measured.stages
+    ]
+    limit = measured.limit
+    rows.append(("limit", f"{limit.name}: {limit.rate:,.0f} images/s to expect. {_WAYS_OUT[limit.name]}"))
+    images = (found.planned.entries - found.made) / prepared.count
+    of_all = f" for this worker's share of {prepared.count}" if prepared.count > 1 else ""
+    lost = f", {measured.rejected} of which cannot be used" if measured.rejected else ""
+    rows.append(
+        (
+            "time",
+            f"about {_in_words(images / limit.rate)}{of_all} to write {size(needed // prepared.count)}; "
+            f"{measured.looked_at} images looked at{lost}",
+        )
+    )
+    return rows
 
 
-def _encode_seconds(job: Job, decoded: Sequence[Decoded], encoder: Encoder) -> float:
-    """Of a batch; of a second one, as the first is slower."""
-    batch = np.zeros((job.batch, job.token_size, job.token_size, 3), np.uint8)
-    for row in range(job.batch):
-        batch[row] = decoded[row % len(decoded)].views[0].token_image
-    for _ in range(2):
-        began = time.perf_counter()
-        encoder(batch)
-        seconds = time.perf_counter() - began
-        if seconds > _LONG:
-            break
-    return seconds
-
-
-def _write_seconds(job: Job, decoded: Sequence[Decoded]) -> float:
-    """Of an image in all views, without the disk's part."""
-    tokens = np.zeros((job.layout.grid, job.layout.grid), np.int16)
-    with open(os.devnull, "wb") as nowhere:
-        writer = ShardWriter(nowhere, job.layout)
-        began = time.perf_counter()
-        for one in decoded:
-            for view, made in enumerate(one.views):
-                writer.write(sample_key(view, one.listed.sample_id), made.image, tokens, SampleNotes(""))
-        return (time.perf_counter() - began) / len(decoded)
+def _processes(stage: Stage) -> str:
+    if stage.name == "cores":
+        return f"all stages together, on {counted(int(stage.processes), 'core')}"
+    return counted(int(stage.processes), "process", "processes")
 
 
 def _in_words(seconds: float) -> str:

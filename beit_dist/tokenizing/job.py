@@ -25,8 +25,14 @@ TOKEN_STRIDE = 8
 
 _PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 0.0)  # seconds between looks at a job that is being written
 
-SOFTWARE = ("torch", "pillow", "numpy")
+SOFTWARE = ("torch", "pillow", "numpy", "decoder")
 """Fields of a job that are versions of what computes its bytes."""
+
+PixelVersion = Literal[1, 2]
+PIXEL_VERSIONS: tuple[PixelVersion, ...] = (1, 2)
+_SINCE: dict[str, Any] = {"pixel_version": 1, "decoder": "pillow", "compiled": False}
+"""Fields that jobs did not always have, with what every job did before. Where that holds they are not written, so
+that such a job has the content and the digest that it always had."""
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -43,6 +49,10 @@ class Job:
         torch: version of PyTorch, which computes the tokens.
         pillow: version of Pillow, which decodes, jitters and resizes; and of pillow-heif, if it is installed.
         numpy: version of NumPy.
+        pixel_version: how views are made: 1 by Pillow as in all data sets before there was a 2, or 2 as in
+            :mod:`beit_dist.images.fast_views`.
+        decoder: of JPEGs: ``pillow``, or ``simplejpeg`` with its version.
+        compiled: whether the tokenizer is compiled, which rounds differently.
 
     Raises:
         ConfigError: a number is out of range.
@@ -63,6 +73,9 @@ class Job:
     torch: str
     pillow: str
     numpy: str
+    pixel_version: PixelVersion = 1
+    decoder: str = "pillow"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         SampleLayout(self.image_size, self.patch_size, self.vocabulary)
@@ -73,6 +86,8 @@ class Job:
         for name in ("shard_samples", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}", getattr(self, name), "1 or more")
+        if self.pixel_version not in PIXEL_VERSIONS:
+            raise ConfigError("--pixel-version", self.pixel_version, "1 or 2")
         if not 0 <= self.seed < 2**63:
             raise ConfigError("--seed", self.seed, "0 to 2**63 - 1")
 
@@ -92,7 +107,8 @@ class Job:
 
     def to_bytes(self) -> bytes:
         """The canonical content of ``job.json``."""
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+        written = {name: value for name, value in asdict(self).items() if _SINCE.get(name, self) != value}
+        return (json.dumps(written, indent=1) + "\n").encode()
 
     def differences(self, settings: Mapping[str, Any]) -> list[str]:
         """What ``settings`` says differently, as ``name: got ..., expected ...`` with this job as expected."""
@@ -156,7 +172,7 @@ def read_job(out: Place) -> Job:
     path = out / JOB_NAME
     try:
         settings = json.loads(_read_when_written(out))
-        missing = {field.name for field in fields(Job)} ^ set(settings)
+        missing = {field.name for field in fields(Job)} ^ set(_SINCE | settings)
         if missing:
             raise ValueError(f"wrong fields {sorted(missing)}")
         return Job(**settings)

@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-import torch
-
-from beit_dist.engine.device import device_of
-from beit_dist.errors import ConfigError
-from beit_dist.images.decoding import Augment
 from beit_dist.images.listing import expand_sources
-from beit_dist.models.dvae import DVAE
 from beit_dist.shards.manifest import Manifest
-from beit_dist.storage.access import Access
-from beit_dist.storage.place import Place
-from beit_dist.tokenizing.decoding import CHUNK
 from beit_dist.tokenizing.describing import Planned, aligned
-from beit_dist.tokenizing.encoder import DVAEEncoder
-from beit_dist.tokenizing.finish import finish, finished
+from beit_dist.tokenizing.encoders import make_in_processes
+from beit_dist.tokenizing.finish import finish
 from beit_dist.tokenizing.freeze import check_same_sources, freeze
-from beit_dist.tokenizing.job import SOFTWARE, Job, Precision, record_job, software
-from beit_dist.tokenizing.metrics import Exporter, Metrics
-from beit_dist.tokenizing.parts import check_held_out, parts_of
-from beit_dist.tokenizing.rejected import Rejected, rejection_limit
+from beit_dist.tokenizing.job import record_job
+from beit_dist.tokenizing.parts import parts_of
+from beit_dist.tokenizing.rejected import Rejected
 from beit_dist.tokenizing.sources import SourceList, read_header
-from beit_dist.tokenizing.tokenizer_file import tokenizer_at
-from beit_dist.tokenizing.worker import Worker, WorkerReport
-from beit_dist.tokenizing.worker_index import worker_index
-from beit_dist.weights.tokenizer_files import load_tokenizer
-
-MAX_DECODERS = 16
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for; see ``beit shards --help`` for each. None: to be found out."""
-
-    images: tuple[str, ...]
-    out: Place
-    tokenizer: str
-    views: int
-    image_size: int
-    patch_size: int
-    shard_samples: int
-    seed: int
-    augment: Augment
-    batch: int
-    precision: Precision
-    device: str
-    decoders: int | None
-    index: int | None
-    count: int | None
-    max_rejected: str
-    finish: bool
-    access: Access
-    metrics_port: int | None
-    metrics_address: str
-    metrics_textfile: Path | None
-    sniff: bool = False
-    held_out: str | None = None
+from beit_dist.tokenizing.starting import Options, make, prepare
 
 
 @dataclass(frozen=True)
@@ -78,57 +31,8 @@ class Outcome:
     manifest: Manifest | None
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What is known before any image is listed."""
-
-    index: int
-    count: int
-    device: torch.device
-    model: DVAE
-    job: Job
-    """Without the list's digest."""
-    manifest: Manifest | None
-    """Of a job that is complete."""
-
-
-def prepare(options: Options, environment: Mapping[str, str]) -> Prepared:
-    """Check the settings, load the tokenizer and look at the folder; nothing is written.
-
-    Raises:
-        UserError: a setting, the tokenizer or the folder cannot be used.
-    """
-    index, count = worker_index(options.index, options.count, environment)
-    device = device_of(options.device)
-    rejection_limit(options.max_rejected, 0)
-    check_held_out(options.held_out)
-    if options.decoders is not None and options.decoders < 0:
-        raise ConfigError("--decoders", options.decoders, "0 or more")
-    _exporter(options, Metrics(index))  # which refuses what cannot be
-    with tokenizer_at(options.tokenizer, options.access) as path:
-        model = load_tokenizer(path)
-    job = Job(
-        images="",
-        tokenizer=model.digest,
-        vocabulary=model.config.vocabulary,
-        image_size=options.image_size,
-        patch_size=options.patch_size,
-        views=options.views,
-        shard_samples=options.shard_samples,
-        seed=options.seed,
-        augment=options.augment,
-        batch=options.batch,
-        precision=options.precision,
-        device=device.type,
-        **software(),
-    )
-    # Nothing is made in a folder that is complete, so it does not matter with what versions this one would.
-    manifest = finished(options.out, {**asdict(job), "images": None, **dict.fromkeys(SOFTWARE)})
-    return Prepared(index, count, device, model, job, manifest)
-
-
 def work(options: Options, environment: Mapping[str, str]) -> Outcome:
-    """Be one worker of the job. One worker alone also freezes the list and finishes.
+    """Be one worker of the job, or all those of this host. One host alone also freezes the list and finishes.
 
     Raises:
         UserError: see the parts; nothing is written before the settings are known to be valid.
@@ -141,39 +45,18 @@ def work(options: Options, environment: Mapping[str, str]) -> Outcome:
     parts = parts_of(out, replace(job, images=sources.sha256), sources)
     if manifest is not None:
         return Outcome(index, count, 0, sum(part.sources.shards for part in parts), 0, (), manifest)
-    limit = rejection_limit(options.max_rejected, sources.header.entries)
+    header = sources.header
     for part in reversed(parts):  # of the folder itself first: if it is another job's, that is what to say
         record_job(part.out, part.job)
-    header = sources.header
     planned = Planned(out, job, options.images, options.tokenizer, header.entries, header.held_out)
     print("\n".join(aligned(planned.rows())), flush=True)
-    metrics = Metrics(index)
-    exporter = _exporter(options, metrics)
-    encoder = DVAEEncoder(prepared.model.to(prepared.device), options.precision)
-    with exporter:
-        if exporter.port is not None:
-            print(f"metrics: port {exporter.port}", file=sys.stderr, flush=True)
-        report = WorkerReport(0, 0, 0, ())
-        for part in parts:
-            worker = Worker(
-                part,
-                encoder,
-                index=index,
-                count=count,
-                decoders=decoders_of(options.decoders, part.sources.entries),
-                max_rejected=limit,
-                rejected=report.rejected,
-                access=options.access,
-                metrics=metrics,
-            )
-            report = report.plus(worker.run())
+    if options.encoders > 1:
+        report = make_in_processes(options, prepared)
+    else:
+        report = make(options, prepared, parts, header.entries)
     if count == 1 and options.finish:
         manifest = finish(out, asdict(parts[-1].job), options.max_rejected)
     return Outcome(index, count, *report, manifest)
-
-
-def _exporter(options: Options, metrics: Metrics) -> Exporter:
-    return Exporter(metrics, options.metrics_port, options.metrics_textfile, options.metrics_address)
 
 
 def _freeze_or_check(options: Options, count: int) -> None:
@@ -191,10 +74,3 @@ def _freeze_or_check(options: Options, count: int) -> None:
         header = read_header(options.out)
         sources = expand_sources(options.images, options.access)
         check_same_sources(header, sources, options.seed, options.out, held_out=options.held_out)
-
-
-def decoders_of(wanted: int | None, entries: int) -> int:
-    """Decoding processes: as many as ``wanted`` (None: one for each core), and have something to do."""
-    if wanted is None:
-        wanted = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
-    return min(wanted, -(-entries // CHUNK))

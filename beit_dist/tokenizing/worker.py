@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from itertools import islice
@@ -62,6 +62,8 @@ class _Batch(NamedTuple):
     """Those in between."""
     last: bool
     """Of its shard."""
+    padded: tuple[NDArray[np.uint8], ...] = ()
+    """For each view what the encoder takes, with zeros for the images that a full batch would have."""
 
 
 class _Encoded(NamedTuple):
@@ -90,6 +92,7 @@ class Worker:
         rejected: what it rejected in the job's parts before, which counts.
         access: how images at URLs are reached.
         metrics: told of the work.
+        warm_up: called when there is something to make, before the clock starts.
     """
 
     def __init__(
@@ -104,7 +107,9 @@ class Worker:
         rejected: Sequence[Rejected] = (),
         access: Access | None = None,
         metrics: Metrics | None = None,
+        warm_up: Callable[[], None] | None = None,
     ) -> None:
+        self._warm_up = warm_up
         self._out, self._job, self._sources, self._encoder = part.out, part.job, part.sources, encoder
         self._shards = range(index, part.sources.shards, count)
         self._decoders, self._access = decoders, access
@@ -128,6 +133,8 @@ class Worker:
         rejected = [entry for commit in kept.values() for entry in commit.rejected]
         before = len(rejected) + len(self._rejected_before)
         check_rejected(before, self._max_rejected, rejected)
+        if missing and self._warm_up is not None:
+            self._warm_up()
         images, images_kept = (sum(map(self._sources.entries_of, shards)) for shards in (self._shards, kept))
         with Progress(
             self._name, (images, images_kept), (len(self._shards), len(kept)), self._metrics
@@ -138,9 +145,8 @@ class Worker:
 
     def _make_all(self, shards: Sequence[int], rejected_before: int, progress: Progress) -> list[Rejected]:
         job, rejected = self._job, list[Rejected]()
-        recipe = Recipe(job.views, job.image_size, job.token_size, job.patch_size, job.augment, job.seed)
         with ExitStack() as stack:
-            decoders = stack.enter_context(Decoders(recipe, self._decoders, self._access, self._metrics))
+            decoders = stack.enter_context(Decoders(Recipe.of(job), self._decoders, self._access, self._metrics))
             publisher = stack.enter_context(ThreadPoolExecutor(1))  # ends what is under way, also when we fail
             batches = ahead(self._batches(shards, decoders), _BATCHES_AHEAD)
             stopped = threading.Event()
@@ -167,24 +173,29 @@ class Worker:
                     continue
                 batch.usable.append(one)
                 if len(batch.usable) == self._job.batch:
-                    yield batch
+                    yield self._padded(batch)
                     batch = _Batch([], [], last=False)
-            yield batch._replace(last=True)
+            yield self._padded(batch._replace(last=True))
+
+    def _padded(self, batch: _Batch) -> _Batch:
+        """Here, in the thread before the encoder's, so that the device does not wait for the copies."""
+        side, views = self._job.token_size, range(self._job.views if batch.usable else 0)
+        padded = np.zeros((len(views), self._job.batch, side, side, 3), np.uint8)
+        for row, decoded in enumerate(batch.usable):
+            for view in views:
+                padded[view, row] = decoded.views[view].token_image
+        return batch._replace(padded=tuple(padded))
 
     def _encode(self, batches: Generator[_Batch, None, None], stopped: threading.Event) -> Iterator[_Encoded]:
-        side = self._job.token_size
         # Closed here and not by the garbage collector: in the thread of the store's client that would wait for a
         # stage which waits for that client.
         with closing(batches):
             for batch in batches:
                 tokens = []
                 with self._metrics.timed("encode"):
-                    for view in range(self._job.views if batch.usable else 0):
+                    for padded in batch.padded:
                         if stopped.is_set():  # on Ctrl-C: all views of a batch can take minutes
                             return
-                        padded = np.zeros((self._job.batch, side, side, 3), np.uint8)
-                        for row, decoded in enumerate(batch.usable):
-                            padded[row] = decoded.views[view].token_image
                         tokens.append(self._encoder(padded))
                 yield _Encoded(batch, tokens)
 

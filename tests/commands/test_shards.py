@@ -29,7 +29,9 @@ from beit_dist.models.dvae import DVAE
 from beit_dist.shards.manifest import load_manifest
 from beit_dist.shards.statistics import lines, load_statistics
 from beit_dist.shards.verification import verify
+from beit_dist.storage.local import LocalPlace
 from beit_dist.storage.opening import open_place
+from beit_dist.tokenizing import measuring
 from beit_dist.weights.tokenizer_files import save_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -195,6 +197,7 @@ def test_other_versions_are_refused_in_a_job_and_do_not_matter_to_a_complete_one
         (["--metrics-port", "70000"], ConfigError, "--metrics-port"),
         (["--held-out", "some"], ConfigError, "--held-out: got 'some', expected a number of images"),
         (["--measure"], ConfigError, "--measure: got True, expected --dry-run beside it"),
+        (["--no-measure"], ConfigError, "--measure: got False, expected --dry-run beside it"),
         (["--dry-run", "--finish"], ConfigError, "--dry-run: .*Leave --finish out"),
         (["--dry-run", "--patch-size", "7"], ConfigError, "patch_size: got 7"),
         (["--dry-run", "--held-out", "100%"], ConfigError, "--held-out: .*of which there are 10"),
@@ -324,7 +327,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(command: Command, capsys: pytest
     (command.images / "notes.txt").write_text("no image")
     (command.images / "class-0/0.png").rename(command.images / "class-0/0.jpg")
     before, out = tree(command.root), command.root / "out"
-    assert command("out", "--views", "2", "--held-out", "3", "--dry-run") == 0
+    assert command("out", "--views", "2", "--held-out", "3", "--dry-run", "--no-measure") == 0
     said = capsys.readouterr().out.splitlines()
     assert tree(command.root) == before
     assert not out.exists()
@@ -334,7 +337,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(command: Command, capsys: pytest
     assert said[4] == "kinds      9 .png, 1 .jpg"
     assert said[5] == "           1 .txt left out"
     assert said[6].startswith("space      0.1 MB needed, ")
-    assert said[7] == "time       unknown; --measure estimates it from a few images"
+    assert said[7] == "time       unknown; without --no-measure it is estimated from a few images"
     assert command("out", "--views", "2", "--held-out", "3") == 0
     written = sum(len(content) for name, content in tree(out).items() if name.endswith(".tar"))
     assert f"space      {written / 1e6:,.1f} MB needed, " in "\n".join(said)
@@ -360,22 +363,59 @@ def test_a_dry_run_of_a_job_that_has_begun_or_is_complete(
     assert capsys.readouterr().out == f"{command.root}/out: complete, so there is nothing left to do\n"
 
 
-def test_a_dry_run_measures_a_few_images(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_measures_each_stage_on_a_few_images(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_SECONDS", 0.1)
     (command.images / "class-1/1.png").write_bytes(b"?")
     before = tree(command.root)
-    assert command("out", "--dry-run", "--measure", "--index", "1", "--count", "3") == 0
-    time = capsys.readouterr().out.splitlines()[-1]
+    assert command("out", "--dry-run", "--index", "1", "--count", "3") == 0
+    said = capsys.readouterr().out.splitlines()[-6:]
+    for line, name in zip(said, ("decode", "encode", "write"), strict=False):
+        assert re.fullmatch(rf"{name} +[\d.,]+ ms an image, 1 process: [\d,]+ images/s", line), line
     assert re.fullmatch(
-        r"time       about \d+ seconds for this worker's share of 3: an image takes [\d.]+ ms to read and decode "
-        r"\(in 1 process\), [\d.]+ ms to tokenize, [\d.]+ ms to write; 10 images looked at, "
-        r"1 of which cannot be used",
-        time,
-    ), time
+        r"cores +[\d.,]+ ms an image, all stages together, on \d+ cores?: [\d,]+ images/s", said[3]
+    )
+    assert re.match(r"limit +(decode|encode|write|cores): [\d,]+ images/s to expect\. ", said[4]), said[4]
+    assert re.fullmatch(
+        r"time +about \d+ seconds for this worker's share of 3 to write 0\.0 MB; "
+        r"10 images looked at, 1 of which cannot be used",
+        said[5],
+    ), said[5]
     for path in command.images.rglob("*.png"):
         path.write_bytes(b"?")
     assert command("out", "--dry-run", "--measure") == 0
     assert "time       unknown: none of 10 images can be used (class-0/0.png: " in capsys.readouterr().out
     assert tree(command.root).keys() == before.keys()
+
+
+def test_what_is_written_to_measure_goes_to_the_output_folder_and_is_removed(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_SECONDS", 0.1)
+    (command.root / "out").mkdir()
+    seen, honest = [], LocalPlace.remove
+
+    def noted(place: LocalPlace, name: str) -> None:
+        seen.append((place.path, (place.path / name).stat().st_size))
+        honest(place, name)
+
+    monkeypatch.setattr(LocalPlace, "remove", noted)
+    assert command("out", "--dry-run", "--views", "2") == 0
+    assert [folder for folder, _ in seen] == 2 * [command.root / "out"]
+    assert min(size for _, size in seen) > 10_000
+    assert not list((command.root / "out").iterdir())
+
+
+def test_several_encoders_share_the_images_and_the_cores(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_SECONDS", 0.1)
+    monkeypatch.setattr(measuring.os, "sched_getaffinity", lambda _: set(range(8)))
+    assert command("out", "--dry-run", "--encoders", "2", "--decoders", "6") == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"(?:encode|write) .*, 2 processes: ", said)) == 2
+    assert re.search(r"cores .* on 8 cores: ", said)
 
 
 def test_a_dry_run_finds_a_disk_that_is_too_small(

@@ -165,7 +165,7 @@ def test_a_view_is_a_function_of_seed_id_and_view_alone() -> None:
 def test_the_draws_never_change() -> None:
     """Pinned: a data set that is extended or repaired by a later release must fit to the rest of it."""
     assert [crop_box(500, 375, 3, (sample_id, 0)) for sample_id in range(3)] == PINNED_BOXES
-    assert "".join("01"[images._flips(3, (sample_id, 0))] for sample_id in range(16)) == PINNED_FLIPS
+    assert "".join("01"[images.flips(3, (sample_id, 0))] for sample_id in range(16)) == PINNED_FLIPS
 
 
 PINNED_BOXES = [(42, 1, 436, 375), (137, 63, 447, 318), (113, 51, 461, 365)]
@@ -194,7 +194,7 @@ EXPECTED_AREA, EXPECTED_LOG_RATIO = 0.433, 0.031
 
 
 def test_flips_are_even_and_independent_of_crops() -> None:
-    flips = np.array([images._flips(0, (sample_id, 0)) for sample_id in range(4000)])
+    flips = np.array([images.flips(0, (sample_id, 0)) for sample_id in range(4000)])
     assert abs(flips.mean() - 0.5) < 0.03
     lefts = np.array([crop_box(500, 500, 0, (sample_id, 0))[0] for sample_id in range(4000)])
     assert abs(np.corrcoef(flips, lefts)[0, 1]) < 0.05
