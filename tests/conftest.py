@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before torch and NumPy are imported: tests run side by side, and the order of sums depends on the threads.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+# And what they compile is kept beside other temporary files, not in the user's cache.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "beit_dist-tests-compiled"))
 
 import importlib.util
 import sys

@@ -6,6 +6,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,7 @@ from beit_dist.config.model import ModelConfig
 from beit_dist.engine.precision import speeds
 from beit_dist.engine.task import OPERATIONS
 from beit_dist.models.flops import multiply_adds
+from beit_dist.planning.devices import known_gpu
 
 _CPU = {"small": (8, 4), "base": (8, 3)}
 """Images of a step, and how often each contender takes one."""
@@ -26,7 +28,12 @@ _EMULATED = 0.5
 """Precisions whose products are slower than this share of fp32's are left out: a step would take minutes."""
 
 
-def measure(quick: bool, original: str | None = None, sizes: tuple[str, ...] = ()) -> Iterator[Row]:
+def measure(
+    quick: bool,
+    original: str | None = None,
+    sizes: tuple[str, ...] = (),
+    names: tuple[str, ...] = tuple(CONTENDERS),
+) -> Iterator[Row]:
     """Forward, loss and backward with the released settings, on a GPU if there is one.
 
     On a CPU all contenders of a case live at once, each in a process, and take their steps in turn. On a GPU one
@@ -36,23 +43,88 @@ def measure(quick: bool, original: str | None = None, sizes: tuple[str, ...] = (
         quick: the smallest model, few steps.
         original: folder of the original code (microsoft/unilm, ``beit``).
         sizes: of models; those that suit the device, if none are named.
+        names: of the contenders.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = _QUICK if quick else _GPU if device.type == "cuda" else _CPU
-    wanted = {size: cases.get(size, (8, 3)) for size in sizes} or cases
-    for size, (batch, repetitions) in wanted.items():
+    for size, (batch, repetitions) in ({size: cases.get(size, (8, 3)) for size in sizes} or cases).items():
         best: dict[str, list[float]] = {}
         for precision in _precisions(device):
-            case = f"{size}, batch {batch}, {precision}"
-            taken, ceiling = _run(size, batch, precision, repetitions, original, in_turn=device.type == "cpu")
-            yield from _rows(case, size, batch, taken, ceiling, largest_product(device))
-            for name, seconds in taken.items():
+            case = _Case(size, batch, precision, device, original)
+            run = case.in_turn if device.type == "cpu" else case.one_by_one
+            for name, seconds, products in run(names, repetitions):
+                yield from case.rows(name, seconds, products)
                 whose = name.partition(",")[0]
                 best[whose] = min(seconds, best.get(whose, seconds), key=statistics.median)
         for peer, seconds in best.items():
             if peer != "ours" and "ours" in best:
                 ratios = [theirs / own for theirs, own in zip(seconds, best["ours"], strict=True)]
                 yield row("step", f"{size}, batch {batch}, best against best", f"ours / {peer}", ratios, "×")
+
+
+def mfu_rows(bench: str, case: str, who: str, rates: list[float], precision: str) -> Iterator[Row]:
+    """Of a GPU whose datasheet is known, the share of its dense peak.
+
+    Args:
+        rates: TFLOP/s.
+    """
+    gpu = known_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if gpu is not None:
+        yield row(bench, case, who, [1e12 * rate / gpu.peaks[precision] for rate in rates], "MFU")
+
+
+Taken = tuple[str, list[float], list[float]]
+"""A contender's name, seconds of its steps, and of large products between them."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What all contenders run."""
+
+    size: str
+    batch: int
+    precision: str
+    device: torch.device
+    original: str | None
+
+    def in_turn(self, names: tuple[str, ...], repetitions: int) -> Iterator[Taken]:
+        """All live at once and take a step each, again and again; products are those of all."""
+        taken: dict[str, list[float]] = {}
+        products: list[float] = []
+        with ExitStack() as alive:
+            living = {name: alive.enter_context(each) for name in names if (each := self._contender(name))}
+            for _ in range(repetitions):
+                for name, contender in living.items():
+                    taken.setdefault(name, []).extend(contender.step())
+                    products += contender.product(2)
+        for name, seconds in taken.items():
+            yield name, seconds, products
+
+    def one_by_one(self, names: tuple[str, ...], repetitions: int) -> Iterator[Taken]:
+        """Each has the device to itself, from its first step to its last."""
+        for name in names:
+            if contender := self._contender(name):
+                with contender:
+                    yield name, contender.step(repetitions), contender.product(10)
+
+    def rows(self, name: str, seconds: list[float], products: list[float]) -> Iterator[Row]:
+        """What there is to say of a contender."""
+        case, side = f"{self.size}, batch {self.batch}, {self.precision}", largest_product(self.device)
+        work = self.batch * OPERATIONS * multiply_adds(ModelConfig(size=self.size), MASKED) / 1e12
+        ceiling = 2e-12 * side**3 / statistics.median(products)
+        yield row("step", case, name, [self.batch / each for each in seconds], "images/s")
+        yield row("step", case, name, [work / each / ceiling for each in seconds], f"of {side}² product")
+        yield from mfu_rows("step", case, name, [work / each for each in seconds], self.precision)
+
+    def _contender(self, name: str) -> Contender | None:
+        """None where it is not to be had, or takes minutes on a CPU for a ratio that says the same."""
+        if name == "original, tokenises" and self.device.type == "cpu":
+            return None
+        try:
+            return Contender(name, self.size, self.batch, self.precision, self.original)
+        except UnavailableError as reason:
+            _note(f"{name}: left out: {reason}")
+            return None
 
 
 def _precisions(device: torch.device) -> list[str]:
@@ -64,47 +136,6 @@ def _precisions(device: torch.device) -> list[str]:
     for name, speed in slow.items():
         _note(f"{name}: left out, its products run at {speed:.2g} of the speed of fp32's here")
     return ["fp32", *(name for name in known if name not in slow)]
-
-
-def _run(
-    size: str, batch: int, precision: str, repetitions: int, original: str | None, *, in_turn: bool
-) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of each contender's steps, and of the product of matrices between them."""
-    taken: dict[str, list[float]] = {}
-    products: list[float] = []
-    with ExitStack() as alive:
-        contenders: dict[str, Contender] = {}
-        for name in CONTENDERS:
-            if name == "original, tokenises" and in_turn:
-                continue  # minutes on a CPU, for a ratio that says the same
-            try:
-                contender = Contender(name, size, batch, precision, original)
-            except UnavailableError as reason:
-                _note(f"{name}: left out: {reason}")
-                continue
-            if in_turn:
-                contenders[name] = alive.enter_context(contender)
-                continue
-            with contender:
-                taken[name] = contender.step(repetitions)
-                products += contender.product(10)
-        for _ in range(repetitions if in_turn else 0):
-            for name, contender in contenders.items():
-                taken.setdefault(name, []).extend(contender.step())
-                products += contender.product(2)
-    return taken, products
-
-
-def _rows(
-    case: str, size: str, batch: int, taken: dict[str, list[float]], products: list[float], side: int
-) -> Iterator[Row]:
-    work = batch * OPERATIONS * multiply_adds(ModelConfig(size=size), MASKED) / 1e12
-    ceiling = 2e-12 * side**3 / statistics.median(products) if products else 0.0
-    for name, seconds in taken.items():
-        yield row("step", case, name, [batch / each for each in seconds], "images/s")
-        yield row("step", case, name, [work / each / ceiling for each in seconds], "of the ceiling")
-    if products:
-        yield row("step", case, f"product of {side}²", [2e-12 * side**3 / p for p in products], "TFLOP/s")
 
 
 def _note(text: str) -> None:

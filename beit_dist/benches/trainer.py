@@ -23,6 +23,7 @@ from beit_dist.benches.contenders import UnavailableError
 from beit_dist.benches.inputs import MASKED
 from beit_dist.benches.made_shards import write_shards
 from beit_dist.benches.measuring import Row, row
+from beit_dist.benches.step import mfu_rows
 from beit_dist.config.model import ModelConfig
 from beit_dist.engine.precision import choose, speeds
 from beit_dist.engine.task import OPERATIONS
@@ -53,7 +54,13 @@ class Case:
 
 _QUICK = (Case("tiny", 4),)
 _CPU = (Case("base", 8), Case("small", 8))
-_GPU = (Case("base", 256, ("compile=true",)), Case("large", 128, ("compile=true",)))
+_GPU = (
+    Case("base", 256, ("compile=true",)),
+    Case("base", 256, ("compile=true", "attention=kernel")),
+    Case("large", 128, ("compile=true", "attention=kernel")),
+    Case("large", 128, ("compile=true",)),
+    Case("large", 128, ("compile=true", "attention=kernel", "fp8=true")),
+)
 
 
 def measure(quick: bool) -> Iterator[Row]:
@@ -74,8 +81,10 @@ def rows_of(case: Case, device: torch.device) -> Iterator[Row]:
         yield row("trainer", named, "train.py, 1 rank", [case.batch / each for each in alone], "images/s")
         work = case.batch * OPERATIONS * multiply_adds(ModelConfig(size=case.size), MASKED) / 1e12
         yield row("trainer", named, "train.py, 1 rank", [work / each for each in alone], "TFLOP/s")
+        yield from mfu_rows("trainer", named, "train.py, 1 rank", [work / each for each in alone], precision)
         yield row("trainer", named, "data wait", [100 * waited], "% of a step")
-        yield from _beside_plain(named, case, precision, alone, work, device)
+        if set(case.more) <= {"compile=true"}:  # plain PyTorch has no other ways
+            yield from _beside_plain(named, case, precision, alone, work, device)
         if device.type == "cpu" and len(os.sched_getaffinity(0)) > 1:
             both, _ = through_trainer(folder, case, precision, 2)
             ratios = [statistics.median(alone) / each for each in both]

@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen benchmarks, print a table, and write JSON if asked to."""
     args = parser().parse(argv)
     about = machine()
+    if about["gpu"] is None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no GPU
     printed = args.json != "-"
     if printed:
         print("  ".join(f"{key}: {value}" for key, value in about.items()), flush=True)

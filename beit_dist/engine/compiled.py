@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import shutil
 import sysconfig
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 _LOGGER = "torch._dynamo.convert_frame"  # of the one warning of a limit, in every torch from 2.6 on
 _LIMIT = re.compile(r"hit config\.(\w*(?:recompile|cache_size)_limit) \((\d+)\)")  # either name: torch changes it
 _REASON = re.compile(r"last reason: (.+)")
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _LEFT_OUT = "__dynamo_disable"
 _WAY_OUT = "TORCH_LOGS=recompiles prints what torch compiles again and why; compile=false turns it off."
 
@@ -38,6 +40,34 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 3 * len(kinds)))
     for block in blocks_of(model):
         block.compile(backend=backend, dynamic=False)
+
+
+def keep_compiled_code(device: torch.device) -> None:
+    """Let what is compiled outlive this host's temporary files, where torch keeps it: in the user's cache.
+
+    Code for one processor or GPU can be wrong on another, so each has a folder. ``TORCHINDUCTOR_CACHE_DIR`` wins. If
+    the cache cannot be written to, all stays as it is.
+    """
+    if _CACHE in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "beit_dist" / "compiled" / f"torch-{torch.__version__}" / _kind_of(device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ[_CACHE] = str(folder)  # Triton's own is a folder in it
+
+
+def _kind_of(device: torch.device) -> str:
+    """A folder's name for all devices that run the same code."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        named = f"{torch.cuda.get_device_name(device)}-sm{major}{minor}"
+    else:
+        named = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+    return re.sub(r"[^\w.-]+", "-", named)
 
 
 def spare_compiler() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from beit_dist.engine.compiled import spare_compiler
+from beit_dist.engine.compiled import keep_compiled_code, spare_compiler
 from beit_dist.engine.optimizers.guarding import guard_updates
 from beit_dist.engine.optimizers.table import build_optimizer
 from beit_dist.engine.resolve import AUTO, Resolved
@@ -29,6 +29,7 @@ def build_engine(task: Task[Any, Any, Any], resolved: Resolved, device: torch.de
     if task.paths is not None:
         task.paths.apply(model)
     if config.compile:
+        keep_compiled_code(device)
         task.compile(model, device)
     else:
         spare_compiler()

@@ -137,6 +137,18 @@ def device_named(name: str, per_node: int, network: float | None = None) -> Devi
     return found if network is None else replace(found, network=network)
 
 
+def known_gpu(name: str) -> Device | None:
+    """The GPU that a driver calls so; None for one whose peak is another or not known.
+
+    The cards for PCIe that are called H100 and H200 reach less than those on SXM boards, and A100 the same.
+    """
+    if "PCIe" not in name and "NVL" not in name:
+        for key in ("h100", "h200"):
+            if key.upper() in name:
+                return GPUS[key]
+    return GPUS["a100"] if "A100" in name else None
+
+
 def product_rate(precision: str) -> float:
     """FLOP/s of a product of matrices in this precision here, with torch's threads: the best of some tries.
 

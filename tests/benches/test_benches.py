@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from beit_dist.benches import contenders, gpu, resumed, step, trainer
 from beit_dist.benches.measuring import Row
@@ -57,7 +58,7 @@ def test_on_a_gpu_the_next_part_follows_one_that_fails_and_none_after_its_time(
 
     monkeypatch.setattr(gpu, "PARTS", ("first", "step", "last"))
     part("first", fails)
-    part("step", lambda quick, original: iter([A_ROW]))
+    part("step", lambda quick, original, sizes, names: iter([A_ROW]))
     part("last", lambda quick: iter([A_ROW, A_ROW]))
     assert list(gpu.measure(True)) == [A_ROW] * 3
     assert "gpu: first: failed: RuntimeError: no such kernel" in capsys.readouterr().err
@@ -72,7 +73,11 @@ def test_the_best_way_of_each_is_compared_repetition_by_repetition(monkeypatch: 
         "bf16": {"ours": [4.0, 4.0], "Hugging Face, eager": [5.0, 5.0], "Hugging Face, SDPA": [1.0, 2.0]},
     }
     monkeypatch.setattr(step, "_precisions", lambda device: list(taken))
-    monkeypatch.setattr(step, "_run", lambda size, batch, precision, *others, in_turn: (taken[precision], [1e-2]))
+    monkeypatch.setattr(
+        step._Case,
+        "in_turn",
+        lambda case, *others: ((name, seconds, [1e-2]) for name, seconds in taken[case.precision].items()),
+    )
     rows = list(step.measure(True))
     (ratio,) = [row for row in rows if row.case.endswith("best against best")]
     assert (ratio.who, ratio.low, ratio.high) == ("ours / Hugging Face", 1.0, 2.0)
@@ -85,8 +90,10 @@ def test_who_is_not_to_be_had_is_left_out_by_name(
         raise contenders.UnavailableError("not here")
 
     monkeypatch.setattr(step, "Contender", nobody)
-    assert step._run("tiny", 1, "fp32", 1, None, in_turn=True) == ({}, [])
-    assert "step: ours, compiled: left out: not here\n" in capsys.readouterr().err
+    case = step._Case("tiny", 1, "fp32", torch.device("cpu"), None)
+    assert not list(case.in_turn(("ours, compiled",), 1))
+    assert not list(case.one_by_one(("ours, compiled",), 1))
+    assert capsys.readouterr().err == "step: ours, compiled: left out: not here\n" * 2
 
 
 def test_the_trainers_own_words_are_understood() -> None:

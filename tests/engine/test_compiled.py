@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from beit_dist.config.model import ModelConfig
 from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.engine import task
-from beit_dist.engine.compiled import CompiledBlocks, check_compiler, compile_blocks
+from beit_dist.engine.compiled import CompiledBlocks, check_compiler, compile_blocks, keep_compiled_code
 from beit_dist.engine.resolve import resolve
 from beit_dist.engine.wrapped import build_engine
 from beit_dist.errors import ConfigError
@@ -234,3 +237,55 @@ def test_a_run_says_that_all_its_blocks_are_compiled(new_run: Callable[..., Any]
     code, output = run.finish()
     assert code == 0, output
     assert output.count("compile: 2 of 2 blocks run compiled; 1 graph in all\n") == 1
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache; nothing says where compiled code goes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_compiled_code_is_kept_apart_for_each_kind_of_processor(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        keep_compiled_code(torch.device("cpu"))
+        folders.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    assert folders[0] != folders[1]
+    for folder in folders:
+        assert folder.is_dir()
+        assert cache in folder.parents
+        assert torch.__version__ in str(folder)
+
+
+def test_compiled_code_goes_where_the_user_says_or_where_torch_puts_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    keep_compiled_code(torch.device("cpu"))
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
+    keep_compiled_code(torch.device("cpu"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"
+    assert not list(cache.iterdir())
+
+
+def test_what_one_start_compiled_the_next_one_finds(cache: Path) -> None:
+    program = (
+        "import torch\n"
+        "from beit_dist.engine.compiled import keep_compiled_code\n"
+        "keep_compiled_code(torch.device('cpu'))\n"
+        "compiled = torch.compile(lambda x: x.sin() + 1)\n"
+        "assert torch.allclose(compiled(torch.ones(5)), torch.ones(5).sin() + 1)\n"
+        "from torch._dynamo.utils import counters\n"
+        "print(counters['inductor']['fxgraph_cache_hit'])\n"
+    )
+    hits = [subprocess.check_output([sys.executable, "-c", program], text=True).strip() for _ in range(2)]
+    assert hits == ["0", "1"]
