@@ -45,8 +45,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
 def keep_compiled_code(device: torch.device) -> None:
     """Let what is compiled outlive this host's temporary files, where torch keeps it: in the user's cache.
 
-    Code for one processor or GPU can be wrong on another, so each has a folder. ``TORCHINDUCTOR_CACHE_DIR`` wins. If
-    the cache cannot be written to, all stays as it is.
+    Code for one processor or GPU can be wrong on another, so each has a folder. ``TORCHINDUCTOR_CACHE_DIR`` wins;
+    where the cache cannot be written to, all stays as it is.
     """
     if _CACHE in os.environ:
         return
