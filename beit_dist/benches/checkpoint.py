@@ -25,6 +25,7 @@ from beit_dist.checkpoints.layout import Fragment
 from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.store import CheckpointStore
+from beit_dist.engine.precision import choose, speeds
 from beit_dist.engine.ranks.distributed import Agreement, Ranks, close_process_groups, init_process_groups
 from beit_dist.engine.resolve import resolve
 from beit_dist.engine.wrapped import build_engine
@@ -32,19 +33,20 @@ from beit_dist.storage.local import LocalPlace
 from beit_dist.tasks.pretraining.task import Pretraining
 
 BATCH = 8
-_DS_CONFIG = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
 _LIMIT = timedelta(minutes=10)
 
 
 def measure(quick: bool) -> list[Row]:
-    """BEiT-base (1.1 GB of state) on one rank in bf16, in the folder of temporary files."""
+    """BEiT-base (1.1 GB of state) on one rank, in the folder of temporary files, in the precision that suits."""
     size = "tiny" if quick else "base"
     with tempfile.TemporaryDirectory() as folder:
         config = PretrainingConfig(run=folder, model={"size": size}, global_batch=BATCH, micro_batch=BATCH)
         ranks = Ranks()
         device = init_process_groups(ranks, _LIMIT)
         try:
-            engine = build_engine(Pretraining(config), resolve(config, _DS_CONFIG, 1), device)
+            low = choose("auto", "", None, [("", speeds(device))]).precision == "bf16"
+            settings = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": low}}
+            engine = build_engine(Pretraining(config), resolve(config, settings, 1), device)
             batch = inputs(config.model, BATCH, device)
 
             def step() -> None:
