@@ -36,9 +36,9 @@ _NOT_IN_ALL = ("gpu",)
 EXAMPLES = """\
   beit bench plan masks
   beit bench loader --json loader.json
-  beit bench step --quick                     # a minute, for a look
-  beit bench step --original unilm/beit       # the released code beside the others
-  beit bench gpu --json gpu.json              # a GPU machine in eight minutes, the most important first
+  beit bench step --quick                  # a minute, for a look
+  beit bench step --original unilm/beit/   # the released code beside the others
+  beit bench gpu --json gpu.json           # a GPU in eight minutes, what matters first
 """
 
 MORE = """\
