@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from beit_dist.engine.compiled import keep_compiled_code, spare_compiler
 from beit_dist.engine.optimizers.guarding import guard_updates
@@ -50,6 +51,10 @@ def initialize_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+    if torch.distributed.get_world_size() == 1 and isinstance(engine.optimizer, BF16_Optimizer):
+        # Of one rank gradients would be copied together, rounded to bf16, sent to nobody and copied apart again:
+        # 7 % of a step of base with 8 images on a CPU.
+        engine.enable_backward_allreduce = False
     keep_in_fp32(engine.module)
     engine.train()
     return engine
