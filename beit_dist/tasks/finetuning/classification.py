@@ -21,6 +21,7 @@ from beit_dist.images.labelled.views import ClassificationView
 from beit_dist.models.activations import backbone_activation_bytes
 from beit_dist.models.classifier import ImageClassifier, multiply_adds
 from beit_dist.models.guessing import Counts, guesses
+from beit_dist.models.unfilled import unfilled
 from beit_dist.step_numbers import Baselines, KnownBaselines
 from beit_dist.stream.labelled.batches import LabelledBatch
 from beit_dist.stream.labelled.held_out import held_out_batches
@@ -85,7 +86,7 @@ class Classification(Finetuning[LabelledImages, Rows]):
 
     def model(self) -> nn.Module:
         """The network, initialised from the seed."""
-        model = self.network()
+        model = unfilled(self.network)
         model.initialise(self.config.seed)
         return model
 

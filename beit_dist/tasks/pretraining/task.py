@@ -21,6 +21,7 @@ from beit_dist.errors import DataError, SampleError
 from beit_dist.models.flops import multiply_adds
 from beit_dist.models.heads.targets import head_of
 from beit_dist.models.mim import MaskedImageModel
+from beit_dist.models.unfilled import unfilled
 from beit_dist.probing.pictures import Pictures
 from beit_dist.shards.manifest import Manifest
 from beit_dist.step_numbers import KnownBaselines, Number
@@ -116,7 +117,7 @@ class Pretraining(Task[PretrainingConfig, RankBatch, Rows]):
         self._labelled = open_probe(config)
         self.epoch_samples, self.views = self.manifest.samples, self.manifest.views
 
-    def network(self) -> nn.Module:
+    def network(self) -> MaskedImageModel:
         """The backbone and its head."""
         return MaskedImageModel(self.config.model, recompute=self.config.activation_checkpointing)
 
@@ -204,7 +205,7 @@ class Pretraining(Task[PretrainingConfig, RankBatch, Rows]):
 
     def model(self) -> nn.Module:
         """The network, initialised from the seed."""
-        model = MaskedImageModel(self.config.model, recompute=self.config.activation_checkpointing)
+        model = unfilled(self.network)
         model.initialise(self.config.seed)
         return model
 
