@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.engine.fast_paths import FastPaths
@@ -17,6 +17,7 @@ from beit_dist.engine.ranks.distributed import Ranks
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.schedule import steps_of
 from beit_dist.engine.task import Described, Fetched, Needs, Running, Step, Sums, Surroundings, Task
+from beit_dist.engine.transfer import Rows, Transfer
 from beit_dist.errors import DataError, SampleError
 from beit_dist.models.flops import multiply_adds
 from beit_dist.models.heads.targets import head_of
@@ -41,7 +42,6 @@ from beit_dist.weights.names import is_pretraining_only
 from beit_dist.weights.origin import check_meaning, meaning_of, reminders
 from beit_dist.weights.stored import StoredWeights
 
-Rows = tuple[Tensor | None, ...]
 """A micro-batch: patches, tokens, positions, keeps."""
 
 KNOWN = (
@@ -258,6 +258,7 @@ class Pretraining(Task[PretrainingConfig, RankBatch, Rows]):
         """Start the loader at the position."""
         config, around = self.config, self._around
         self._running = running
+        self._transfer = Transfer(around.device)
         self._batches = RankBatches(
             root=str(config.data),
             manifest=self.manifest,
@@ -289,6 +290,7 @@ class Pretraining(Task[PretrainingConfig, RankBatch, Rows]):
             raise RuntimeError(f"the stream is at {batch.consumed}, the trainer at {expected}")
         # 64 bits in halves, so that sums over any number of ranks stay below 2⁶³.
         integers = [batch.masked, batch.bad, batch.digest % 2**32, batch.digest >> 32]
+        self._coming = (batch, self._transfer.send(self._micro_batches(batch)))
         return Fetched(batch, integers, batch.wait_seconds, batch.sample_ids)
 
     def begin(self, batch: RankBatch, summed: Sequence[int]) -> Step:
@@ -304,14 +306,17 @@ class Pretraining(Task[PretrainingConfig, RankBatch, Rows]):
         return Step(masked, {"masked": masked, "bad": bad, "batch": f"{digest:016x}"})
 
     def rows(self, batch: RankBatch) -> Iterator[Rows]:
-        """(patches, tokens, positions, keeps) of a micro-batch."""
-        size, device = self._around.resolved.micro_batch, self._around.device
+        """(patches, tokens, positions, keeps) of a micro-batch, on their way since the batch was fetched."""
+        fetched, rows = self._coming
+        if fetched is not batch:
+            raise RuntimeError("the trainer takes another batch than it fetched last")
+        return rows
+
+    def _micro_batches(self, batch: RankBatch) -> Iterator[Rows]:
+        size = self._around.resolved.micro_batch
         tensors = (batch.patches, batch.tokens, batch.positions, batch.keeps)
         for low in range(0, self._around.resolved.rank_batch, size):
-            yield tuple(
-                None if tensor is None else tensor[low : low + size].to(device, non_blocking=True)
-                for tensor in tensors
-            )
+            yield tuple(None if tensor is None else tensor[low : low + size] for tensor in tensors)
 
     def forward(self, rows: Rows, step: Step) -> Sums:
         """The sums over the masked patches."""
