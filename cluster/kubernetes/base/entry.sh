@@ -14,7 +14,7 @@ launcher=
 trap '[[ -n $launcher ]] || exit 75; kill -TERM "$launcher" 2>/dev/null' TERM INT
 
 # Wrong settings are found here, before a launcher can hide the exit code.
-"$python" -m beit_dist.train "$@" --dry-run --ranks $((NODES * GPUS_PER_NODE)) || exit $?
+"$python" -m "$MODULE" "$@" --dry-run --ranks $((NODES * GPUS_PER_NODE)) || exit $?
 
 # Markers of the last start would mislead the end of this script.
 [[ $rank_of_node == 0 ]] && rm -f "$RUN/DONE" "$RUN/PREEMPTED" "$RUN/FAILED"
@@ -32,7 +32,7 @@ rm -f "$BEIT_DIST_REFUSED"
 "$python" -m torch.distributed.run --nnodes "$NODES" --node-rank "$rank_of_node" \
   --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "$SHUTDOWN_SECONDS" \
-  -m beit_dist.train "$@" &
+  -m "$MODULE" "$@" &
 launcher=$!
 
 wait "$launcher"
