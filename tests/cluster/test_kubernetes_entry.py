@@ -30,6 +30,12 @@ case $BEHAVIOUR in
   wrong) printf '{\\n "rank": 3,\\n "exit_code": 2,\\n "error": ""\\n}' > run/FAILED; exit 1 ;;
   crashes) printf '{\\n "rank": 3,\\n "exit_code": 1,\\n "error": ""\\n}' > run/FAILED; exit 1 ;;
   dies) exit 1 ;;
+  stays) # its rank has ended; it waits for launchers that are gone, and hears no signal
+    trap '' TERM
+    sleep 1.5 & wait
+    touch run/PREEMPTED
+    mkfifo pipe
+    read -rt 300 _ <>pipe ;;
   refused) touch "$BEIT_DIST_REFUSED"; exit 1 ;;
   waits)
     trap 'touch run/PREEMPTED; exit 1' TERM
@@ -119,6 +125,12 @@ def test_torchrun_knows_the_options_that_the_entry_gives_it() -> None:
     text = ENTRY.read_text()
     launcher = text[text.index("torch.distributed.run") : text.index('-m "$MODULE" "$@" &')]
     assert {word for word in launcher.split() if word.startswith("--")} <= known
+
+
+def test_a_launcher_whose_ranks_have_ended_does_not_wait_for_those_of_pods_that_are_gone(
+    entry: tuple[Path, dict[str, str]],
+) -> None:
+    assert run_entry(entry, "stays", LEAVE_SECONDS="0") == 75  # by itself it takes longer than this waits
 
 
 def test_the_pods_stop_signal_reaches_the_ranks(entry: tuple[Path, dict[str, str]]) -> None:

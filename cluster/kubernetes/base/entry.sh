@@ -35,6 +35,27 @@ rm -f "$BEIT_DIST_REFUSED"
   -m "$MODULE" "$@" &
 launcher=$!
 
+# When the ranks of this pod have ended, torchrun waits up to 300 seconds for the launchers of all others. That of a
+# deleted pod is gone, and until then the replacements would meet at this one.
+left=${TMPDIR:-/tmp}/beit-left
+rm -f "$left"
+has_ranks() {
+  local state parent
+  while read -r _ _ state parent _; do
+    [[ $parent == "$1" && $state != Z ]] && return
+  done < <(cat /proc/[0-9]*/stat | sed 's/(.*)/name/')
+  return 1
+}
+leave() {
+  while ! has_ranks "$1"; do sleep 1; done # they have not been started
+  while has_ranks "$1"; do sleep 1; done
+  sleep "${LEAVE_SECONDS:-10}"
+  touch "$left"
+  kill -KILL "$1" # it hears no other signal while it waits
+}
+leave "$launcher" 2>/dev/null &
+watcher=$!
+
 wait "$launcher"
 code=$?
 while kill -0 "$launcher" 2>/dev/null; do # a signal ends `wait` early
@@ -42,9 +63,12 @@ while kill -0 "$launcher" 2>/dev/null; do # a signal ends `wait` early
   code=$?
 done
 
+kill "$watcher" 2>/dev/null
+
 [[ -e $BEIT_DIST_REFUSED ]] && exit 2
 
 # Rank 0 may leave its marker, on a file system of its own pace, after the ranks here have ended.
+[[ -e $left ]] && code=0
 for ((tries = 0; code == 0 && tries < ${MARKER_SECONDS:-60}; tries++)); do
   [[ -f $RUN/DONE || -f $RUN/PREEMPTED || -f $RUN/FAILED ]] && break
   sleep 1
