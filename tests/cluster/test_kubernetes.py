@@ -131,6 +131,21 @@ def test_the_number_of_workers_is_set_in_one_place(tmp_path: Path) -> None:
     assert {each.environment["BEIT_WORKERS"] for each in found.workloads.values()} == {"3"}
 
 
+def test_the_kustomization_in_the_docs_sets_what_it_says(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "clusters.md").read_text()
+    (example,) = re.findall(r"```yaml\n(# mine/kustomization\.yaml.*?)```", text, re.DOTALL)
+    place = os.path.relpath(KUBERNETES, tmp_path.resolve())
+    (tmp_path / "kustomization.yaml").write_text(example.replace("../cluster/kubernetes", place))
+    (tmp_path / "recipe.yaml").write_text((REPOSITORY / "configs" / "beit_large.yaml").read_text())
+    found = render(tmp_path)
+    job = found.training
+    assert job.spec["completions"] == job.spec["parallelism"] == int(job.environment["NODES"]) == 32
+    assert job.spec["backoffLimit"] == 320
+    assert recipe_of(found, tmp_path / "unpacked").run == "/runs/mine"
+    assert job.container["image"].endswith(f"/beit-dist:{beit_dist.__version__}")
+    assert found.of_kind("PodMonitor")
+
+
 def _with(folder: Path, base: str, counts: str, kind: str, name: str, spec: Resource) -> Rendered:
     """A user's kustomization that changes one specification."""
     place = os.path.relpath(KUBERNETES, folder.resolve())
@@ -150,6 +165,7 @@ def recipe_of(rendered: Rendered, folder: Path) -> RunConfig:
     files = rendered.config_map("beit-configs")
     (named,) = [word.partition("=")[2] for word in job.arguments if word.startswith("--config=")]
     assert os.path.dirname(named) == _mounted(rendered, job)["beit-configs"]
+    folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(files[os.path.basename(named)])
     kinds = {"beit_dist.train": PretrainingConfig, "beit_dist.finetune": FinetuningConfig}
     kind: type[RunConfig] = kinds[job.environment["MODULE"]]
