@@ -14,7 +14,7 @@ launcher=
 trap '[[ -n $launcher ]] || exit 75; kill -TERM "$launcher" 2>/dev/null' TERM INT
 
 # Wrong settings are found here, before a launcher can hide the exit code.
-"$python" -m beit_dist.train "$@" --dry-run --ranks $((NODES * GPUS_PER_NODE)) || exit $?
+"$python" -m "$MODULE" "$@" --dry-run --ranks $((NODES * GPUS_PER_NODE)) || exit $?
 
 # Markers of the last start would mislead the end of this script.
 [[ $rank_of_node == 0 ]] && rm -f "$RUN/DONE" "$RUN/PREEMPTED" "$RUN/FAILED"
@@ -32,8 +32,29 @@ rm -f "$BEIT_DIST_REFUSED"
 "$python" -m torch.distributed.run --nnodes "$NODES" --node-rank "$rank_of_node" \
   --nproc-per-node "$GPUS_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
   --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "$SHUTDOWN_SECONDS" \
-  -m beit_dist.train "$@" &
+  -m "$MODULE" "$@" &
 launcher=$!
+
+# When the ranks of this pod have ended, torchrun waits up to 300 seconds for the launchers of all others. That of a
+# deleted pod is gone, and until then the replacements would meet at this one.
+left=${TMPDIR:-/tmp}/beit-left
+rm -f "$left"
+has_ranks() {
+  local state parent
+  while read -r _ _ state parent _; do
+    [[ $parent == "$1" && $state != Z ]] && return
+  done < <(cat /proc/[0-9]*/stat | sed 's/(.*)/name/')
+  return 1
+}
+leave() {
+  while ! has_ranks "$1"; do sleep 1; done # they have not been started
+  while has_ranks "$1"; do sleep 1; done
+  sleep "${LEAVE_SECONDS:-10}"
+  touch "$left"
+  kill -KILL "$1" # it hears no other signal while it waits
+}
+leave "$launcher" 2>/dev/null &
+watcher=$!
 
 wait "$launcher"
 code=$?
@@ -42,9 +63,12 @@ while kill -0 "$launcher" 2>/dev/null; do # a signal ends `wait` early
   code=$?
 done
 
+kill "$watcher" 2>/dev/null
+
 [[ -e $BEIT_DIST_REFUSED ]] && exit 2
 
 # Rank 0 may leave its marker, on a file system of its own pace, after the ranks here have ended.
+[[ -e $left ]] && code=0
 for ((tries = 0; code == 0 && tries < ${MARKER_SECONDS:-60}; tries++)); do
   [[ -f $RUN/DONE || -f $RUN/PREEMPTED || -f $RUN/FAILED ]] && break
   sleep 1
