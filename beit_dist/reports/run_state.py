@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import yaml
 from beit_dist.checkpoints.layout import newest_first
 from beit_dist.engine.checkpoint.attempts import Attempts
 from beit_dist.engine.durations import duration
-from beit_dist.engine.run_folder import CLOCKS, DONE, FAILED, METRICS, PREEMPTED
+from beit_dist.engine.run_folder import DONE, FAILED, METRICS, PREEMPTED
 from beit_dist.reports.history import Series, read_tail
 from beit_dist.step_numbers import Baseline, KnownBaselines, Number
 from beit_dist.storage.place import Place
@@ -34,6 +35,9 @@ LOSS = Number(name="loss", help="", text="loss {:.4f}", better="lower")
 _STALL, _START = 600.0, 3600.0
 """Seconds without a step, and without the first, after which a run counts as stalled: the default of
 ``watchdog.stall_seconds``, and what stands for ``watchdog.start_seconds``, whose default watches no start."""
+_REUSED = 3600.0
+"""A process that began so many seconds after a start is another one of its number. When the system's clock is put
+right, the times of processes move with it, but hardly by so much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,11 +233,22 @@ def _runs(pid: Any, begun: float | None) -> bool:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return begun is None or process.create_time() <= begun + CLOCKS
+        return begun is None or process.create_time() <= begun + _REUSED
     except psutil.NoSuchProcess:
-        return False
+        return _is_hidden(pid)
     except psutil.Error:  # somebody else's
         return True
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it is somebody else's, on a host where /proc shows each user their own (hidepid)."""
+    try:
+        os.kill(pid, 0)  # 0 is no signal: only the permission is checked
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------- the numbers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from beit_dist.errors import printable
 from beit_dist.reports.run_state import LOSS, RunState
 
 _GAP = "  "
-_NAME = 12
+_NAME = 16
 """Columns that a shortened name keeps before another column is left out for it ..."""
 _CUT = ".."
 _COLOURS = {"running": 32, "done": 32, "waiting": 33, "preempted": 33, "stalled": 31, "dead": 31, "failed": 31}
@@ -40,9 +39,7 @@ def _step(run: RunState, now: float) -> str:
 
 
 def _loss(run: RunState, now: float) -> str:
-    if run.loss is None:
-        return ""
-    return LOSS.form(run.loss) if math.isfinite(run.loss) else "not finite"
+    return "" if run.loss is None else LOSS.form(run.loss)
 
 
 def _baseline(run: RunState, now: float) -> str:
@@ -160,10 +157,10 @@ def _unit(run: RunState) -> str:
 
 def _fitting(widths: dict[_Column, int], width: int) -> tuple[list[_Column], int]:
     """The columns that fit beside a name, which may be shortened, and the room that is left for it."""
-    name = _COLUMNS[0]
-    least = min(widths[name], _NAME)
-    shown, used = {name}, least
-    for column in sorted(_COLUMNS[1:], key=lambda column: column.importance):
+    name, state, *others = _COLUMNS
+    least = max(1, min(widths[name], _NAME, width - len(_GAP) - widths[state]))
+    shown, used = {name, state}, least + len(_GAP) + widths[state]
+    for column in sorted(others, key=lambda column: column.importance):
         if used + len(_GAP) + widths[column] <= width:
             shown.add(column)
             used += len(_GAP) + widths[column]

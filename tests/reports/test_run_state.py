@@ -109,8 +109,20 @@ def test_a_start_that_begins_during_the_look_is_seen(run: LocalPlace, monkeypatc
 def test_a_process_that_has_got_the_number_of_a_dead_one_is_not_taken_for_it(run: LocalPlace) -> None:
     make_run(run, NOW)
     facts = json.loads(run.read("run.json"))
-    run.write("run.json", json.dumps({**facts, "started": facts["started"] - 3600}).encode())
+    run.write("run.json", json.dumps({**facts, "started": facts["started"] - 3700}).encode())
     assert look(run).state == "dead"
+
+
+def test_a_process_of_somebody_else_that_proc_hides_is_alive(
+    run: LocalPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pid: int, number: int) -> None:
+        assert number == 0  # which sends nothing
+        raise PermissionError(1, "Operation not permitted")
+
+    make_run(run, NOW, rank=GONE)
+    monkeypatch.setattr("os.kill", refuse)
+    assert look(run).state == "running"
 
 
 def test_a_loss_is_the_mean_of_its_interval_and_not_finite_if_one_is(run: LocalPlace) -> None:
@@ -184,7 +196,7 @@ def test_values_of_any_kind_end_nothing(run: LocalPlace, value: Any) -> None:
     make_run(run, NOW, marker="PREEMPTED", step=value, reason=value, kind=value)
     facts, config = json.loads(run.read("run.json")), {"watchdog": value, "checkpoint": value, "steps": value}
     run.write("config.yaml", json.dumps(config).encode())
-    step = {name: value for name in line(1, NOW)} | {"step": 3}
+    step = dict.fromkeys(line(1, NOW), value) | {"step": 3}
     run.write("metrics.jsonl", lines_of(step, {"step": value}, line(100, NOW)))
     for marked in (True, False):
         for name in facts:

@@ -75,6 +75,8 @@ def make_run(
         mark = {"host": rank["host"], "pid": rank["pid"], "id": f"{number}"}
         (run / "checkpoints" / "attempts").make()
         (run / "checkpoints" / "attempts").write(f"{number:06d}", json.dumps(mark).encode())
+        if run.is_local:
+            os.utime(run.path / "checkpoints" / "attempts" / f"{number:06d}", (began, began))
     if run_json:
         told = {"attempt": attempt, "started": began, "kind": "pretraining", "ranks": [rank], "total_steps": 1000}
         told["baselines"] = {"training": {"loss": {"uniform": 9.0109, "frequency": 5.5}}, "held_out": {}}
