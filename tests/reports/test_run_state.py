@@ -11,8 +11,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from support.run_folders import ELSEWHERE, GONE, line, lines_of, make_run
+from support.run_folders import ELSEWHERE, GONE, HERE, line, lines_of, make_run
 
 from beit_dist.checkpoints.layout import MANIFEST, folder_name
 from beit_dist.reports.history import read_tail
@@ -66,7 +67,7 @@ STATES: dict[str, tuple[dict[str, Any], str, str]] = {
     "dead": ({"rank": GONE}, "dead", "ended and left no marker"),
     "done, and its processes with it": ({"rank": GONE, "marker": "DONE"}, "done", ""),
     "no step yet": ({"steps": 0, "quiet": 1200.0, "saved": None}, "waiting", "no step of this start yet"),
-    "starting elsewhere": ({"steps": 0, "saved": None, "rank": ELSEWHERE, "quiet": 99.0}, "waiting", "no step"),
+    "starting elsewhere": ({"steps": 0, "saved": None, "rank": ELSEWHERE, "quiet": 2000.0}, "waiting", "no step"),
     "never a step": ({"steps": 0, "saved": None, "rank": ELSEWHERE, "quiet": 9e3}, "stalled", "no sign of life"),
     "no run.json yet": ({"steps": 0, "run_json": False}, "waiting", "no step of this start yet"),
     "killed before run.json": ({"steps": 0, "run_json": False, "rank": GONE}, "dead", "left no marker"),
@@ -111,6 +112,16 @@ def test_a_process_that_has_got_the_number_of_a_dead_one_is_not_taken_for_it(run
     facts = json.loads(run.read("run.json"))
     run.write("run.json", json.dumps({**facts, "started": facts["started"] - 3700}).encode())
     assert look(run).state == "dead"
+
+
+def test_a_process_that_has_ended_and_is_not_yet_waited_for_is_dead(run: LocalPlace) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        make_run(run, NOW, rank={"rank": 0, "host": HERE, "pid": process.pid})
+        assert look(run).state == "dead"
 
 
 def test_a_process_of_somebody_else_that_proc_hides_is_alive(
