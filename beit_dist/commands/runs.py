@@ -26,15 +26,19 @@ EXAMPLES = """\
   beit runs
   beit runs runs/ shared/runs/ --follow
   beit runs runs/base --follow
-  beit runs s3://bucket/runs --json - | jq -r '.[] | select(.state == "failed") | .where'
+  beit runs s3://bucket/runs --json runs.json
 """
 
 MORE = """\
-  running     steps are made                   done        all steps are made
-  waiting     no step of this start yet        preempted   stopped on request, can continue
-  stalled     no step for long; its processes  failed      an error ended it; its first line is below
-              run, as far as is known          dead        its processes ended without a word
-  unfinished  a data set, some shards missing
+  running     steps are made
+  waiting     the newest start has not made a step yet
+  done        all steps are made
+  preempted   stopped on request, can continue
+  failed      an error ended it, whose first line is told
+  stalled     no sign of life for long; its processes run, as far as is known
+  dead        its processes ended and left no marker
+  unfinished  a data set that lacks shards; STEP counts them
+  unknown     a data set whose job cannot be read
 
 Everything is read from the folders, and no run is disturbed. Processes are looked for on this host alone. The
 numbers of a run at a URL are those of its newest checkpoint. LEFT is at the pace of the last steps. A terminal
