@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from beit_dist.errors import CheckpointError, StorageError
 from beit_dist.storage.place import Place
+
+if TYPE_CHECKING:  # a look at what is saved need not load it
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -134,16 +136,18 @@ def committed(folder: Place) -> list[Saved]:
     The attempt counts first: what an older one still commits after a newer one has begun is not what that one
     continues.
     """
-    found = []
-    for entry in folder.list():
-        name = parse_folder_name(entry)
-        if name:
-            files = folder.list(entry)
-            if MANIFEST in files and BAD not in files:
-                manifest = read_manifest(folder / entry)
-                if GIVEN_UP not in manifest:
-                    found.append(Saved(folder / entry, *name, manifest))
-    return sorted(found, key=lambda saved: (saved.attempt, saved.step), reverse=True)
+    return list(newest_first(folder))
+
+
+def newest_first(folder: Place) -> Iterator[Saved]:
+    """What :func:`committed` returns, one by one: who asks for the newest reads no other's manifest."""
+    named = [(name, entry) for entry in folder.list() if (name := parse_folder_name(entry))]
+    for name, entry in sorted(named, key=lambda each: (each[0][1], each[0][0]), reverse=True):
+        files = folder.list(entry)
+        if MANIFEST in files and BAD not in files:
+            manifest = read_manifest(folder / entry)
+            if GIVEN_UP not in manifest:
+                yield Saved(folder / entry, *name, manifest)
 
 
 def kind_of(manifest: Mapping[str, Any]) -> str:

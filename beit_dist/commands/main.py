@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "beit_dist.commands.inspect",
     "train": "beit_dist.commands.train",
     "finetune": "beit_dist.commands.finetune",
+    "runs": "beit_dist.commands.runs",
     "pictures": "beit_dist.commands.pictures",
     "probe": "beit_dist.commands.probe",
     "export": "beit_dist.commands.export",

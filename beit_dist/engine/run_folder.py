@@ -15,7 +15,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 import beit_dist
@@ -239,6 +238,7 @@ def versions() -> dict[str, str]:
     """What the numbers of a run may depend on, for ``run.json`` and the manifests."""
     import deepspeed
     import numpy as np
+    import torch
 
     return {
         "beit_dist": beit_dist.__version__,

@@ -132,7 +132,7 @@ def start(
     metrics = open_metrics(task, resolved, store, progress, total_steps, baselines) if ranks.rank == 0 else None
     process.watchdog.metrics = metrics
     facts = _facts(task, resolved, engine, shapes, origin)
-    told = _short(facts, prepared) | {"baselines": baselines.plain()}
+    told = _short(facts, prepared) | {"total_steps": total_steps, "baselines": baselines.plain()}
     hosts = introduce(run, store, agreement, saved, _serve(metrics, config.logging), told)
     watchers = Watchers(
         recorder=_recorder(task, run, metrics, store.attempt, total_steps, progress, baselines),

@@ -1,1 +1,1 @@
-"""Pictures of what a run has learnt."""
+"""What has come of runs and data sets: pictures, and lists of them."""

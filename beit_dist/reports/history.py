@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_dist.checkpoints.layout import committed
+from beit_dist.checkpoints.layout import newest_first
 from beit_dist.engine.run_folder import METRICS, VALIDATION
 from beit_dist.errors import DataError, StorageError
 from beit_dist.storage.place import Place
+
+TAIL_BYTES = 1 << 16
+"""More than a hundred steps."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,7 @@ def read_history(run: Place) -> History:
         DataError: the file is missing, without a step, or holds something else.
         StorageError: the store does not answer, or refuses.
     """
-    holder = run
-    if not run.is_local and not run.exists(METRICS):
-        holder = next((saved.folder for saved in committed(run / "checkpoints")), run)
+    holder = _holder(run)
     try:
         trained = _series(holder.read(METRICS), f"{holder}/{METRICS}")
     except StorageError:
@@ -85,7 +87,33 @@ def read_history(run: Place) -> History:
     return History(trained, held_out)
 
 
-def _series(content: bytes, where: str) -> Series:
+def read_tail(run: Place, most: int = TAIL_BYTES) -> tuple[Series, str]:
+    """The last steps of a run, which may be writing more: what the last ``most`` bytes of its numbers hold.
+
+    Returns:
+        The steps, of which there may be none yet; and what is damaged among them, empty if nothing.
+
+    Raises:
+        OSError: the file is there and cannot be read; of a store, that it does not answer, or refuses.
+    """
+    holder, content, first = _holder(run), b"", 0
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, EOFError):
+        first = max(0, (size := holder.size(METRICS)) - most)
+        content = bytes(holder.read_range(METRICS, first, size - first))  # at its end where a start has cut it
+    begun = content.find(b"\n") + 1 if first else 0
+    damage: list[str] = []
+    return _series(content[begun:], METRICS, damage), damage[0] if damage else ""
+
+
+def _holder(run: Place) -> Place:
+    """Where the files of numbers lie."""
+    if run.is_local or run.exists(METRICS):
+        return run
+    return next((saved.folder for saved in newest_first(run / "checkpoints")), run)
+
+
+def _series(content: bytes, where: str, damage: list[str] | None = None) -> Series:
+    """The steps of lines; what is no step goes to ``damage`` if that is given, where lines are not counted."""
     found: dict[int, dict[str, Any]] = {}
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -94,13 +122,13 @@ def _series(content: bytes, where: str) -> Series:
         try:
             fields = json.loads(line)
             found[int(fields["step"])] = fields
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if number == len(lines):
                 break
-            raise DataError(
-                f"{where}, line {number}: got {line[:60].decode(errors='replace')!r}, expected a JSON object with "
-                "a step"
-            ) from None
+            got = f"got {line[:60].decode(errors='replace')!r}, expected a JSON object with a step"
+            if damage is None:
+                raise DataError(f"{where}, line {number}: {got}") from None
+            damage.append(f"{where}: {got}")
     return Series([found[step] for step in sorted(found)])
 
 

@@ -27,6 +27,7 @@ SHIMS = {
     "inspect": "inspect_shards",
     "plan": "plan_run",
     "pictures": "draw_pictures",
+    "runs": "runs",
     "shards": "shard_tokens",
     "tokenizer": "train_tokenizer",
 }
