@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, write_to_textfile
 
-from beit_dist.engine.endpoint import Endpoint, check_address
+from beit_dist.engine.endpoint import Endpoint, Health, check_address
 from beit_dist.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 Stage = Literal["read", "decode", "encode", "write", "publish"]
 STAGES: tuple[Stage, ...] = ("read", "decode", "encode", "write", "publish")
 _FILE_SECONDS = 15.0
+STALL_SECONDS = 600.0
+"""Time in which nothing is written and after which a worker counts as stalled."""
 _ADDRESS = "--metrics-address"
 
 
@@ -32,6 +34,8 @@ class Metrics:
     def __init__(self, worker: int) -> None:
         self.registry = CollectorRegistry()
         self._worker = str(worker)
+        self._written = time.monotonic()
+        self._begun = False
         self._images = self._new(
             Counter, "images", "Images of this worker's shards that are done, including those of earlier starts."
         )
@@ -62,12 +66,12 @@ class Metrics:
         self._of(self._shards_planned).inc(shards)
         self._of(self._shards).inc(shards_done)
         self._of(self._images).inc(images_done)
-        self._of(self._progress).set_to_current_time()
+        self._advanced()
 
     def images(self, count: int) -> None:
         """So many more images are written or rejected."""
         self._of(self._images).inc(count)
-        self._of(self._progress).set_to_current_time()
+        self._advanced()
 
     def rejected(self, kind: str) -> None:
         """One more image is rejected."""
@@ -86,6 +90,11 @@ class Metrics:
         for cause, count in causes.items():
             self._retries.labels(self._worker, cause).inc(count)
 
+    def health(self) -> Health:
+        """Whether images are written."""
+        silent = time.monotonic() - self._written
+        return Health.by_time(silent, STALL_SECONDS if self._begun else None, self._begun)
+
     def timed(self, stage: Stage) -> _Timer:
         """``with metrics.timed("encode"): ...``"""
         return _Timer(self, stage)
@@ -93,6 +102,10 @@ class Metrics:
     def _new(self, kind: type[Any], name: str, about: str, label: str = "") -> Any:
         labels = ("worker", label) if label else ("worker",)
         return kind(f"beit_tokenize_{name}", about, labels, registry=self.registry)
+
+    def _advanced(self) -> None:
+        self._begun, self._written = True, time.monotonic()
+        self._of(self._progress).set_to_current_time()
 
     def _of(self, collector: Any) -> Any:
         return collector.labels(self._worker)
@@ -137,7 +150,8 @@ class Exporter:
 
     def __enter__(self) -> Exporter:
         if self._wanted is not None:
-            self._endpoint = Endpoint(self._metrics.registry, self._address, self._wanted, _ADDRESS)
+            registry, health = self._metrics.registry, self._metrics.health
+            self._endpoint = Endpoint(registry, self._address, self._wanted, _ADDRESS, health)
             self.port = self._endpoint.port
         if self._file is not None:
             self._write()

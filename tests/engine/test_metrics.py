@@ -104,10 +104,11 @@ def test_what_is_not_known_yet_is_absent_and_not_zero() -> None:
 
 def test_a_new_run_exports_no_number_that_was_not_measured_yet() -> None:
     task = Pretraining(PretrainingConfig(run="r", model={"size": "tiny"}))
-    resolved, store = Resolved(1, 1, 1, 0, "fp32", "fp32", {}), SimpleNamespace(passed_over=0)
+    resolved, store = Resolved(1, 1, 1, 0, "fp32", "fp32", {}), SimpleNamespace(passed_over=0, attempt=1)
     metrics = open_metrics(task, resolved, store, progress_of(task, None), 10, KnownBaselines())  # type: ignore[arg-type]
     exported = {sample.name for family in metrics.registry.collect() for sample in family.samples}
-    told = {"beit_train_target_steps", "beit_train_world_size"}
+    told = {f"beit_train_{name}" for name in ("attempt", "first_step", "start_timestamp_seconds", "target_steps")}
+    told |= {"beit_train_world_size", "beit_train_stall_limit_seconds", "beit_checkpoint_every_seconds"}
     assert exported & {metric.name for metric in GAUGES} == told
 
 
