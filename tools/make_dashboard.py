@@ -88,7 +88,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         _number("Since the last step", "s", "time() - beit_train_last_step_timestamp_seconds{RUN}"),
         _number("Age of the last checkpoint", "s", "beit:checkpoint_age:seconds{RUN}"),
         _number("Epoch", "none", "beit_train_epoch{RUN}"),
-        _number("Start of the run", "none", "beit_train_attempt{RUN}", "Each start of the run has the next number."),
+        _number(
+            "Start of the run", "none", "beit_train_attempt{RUN}", "Each start of the run has the next number."
+        ),
     ),
     "Learning": (
         Panel(
@@ -134,7 +136,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Model FLOP/s",
             "FLOPS",
-            of("beit_train_model_flops_per_second{RUN}", "all ranks", "beit:train_flops:avg10m{RUN}", "10 minutes"),
+            of(
+                "beit_train_model_flops_per_second{RUN}", "all ranks", "beit:train_flops:avg10m{RUN}", "10 minutes"
+            ),
             "Of forward and backward as the model is written, without recomputation.",
         ),
         Panel(
@@ -199,7 +203,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Images done",
             "percentunit",
-            of("sum by (run) (beit_tokenize_images_total) / sum by (run) (beit_tokenize_images_planned)", "{{run}}"),
+            of(
+                "sum by (run) (beit_tokenize_images_total) / sum by (run) (beit_tokenize_images_planned)",
+                "{{run}}",
+            ),
             "All jobs that Prometheus sees.",
             most=1,
         ),
@@ -213,7 +220,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 "{{stage}}",
             ),
         ),
-        Panel("Images rejected", "none", of("sum by (reason) (beit_tokenize_images_rejected_total)", "{{reason}}")),
+        Panel(
+            "Images rejected", "none", of("sum by (reason) (beit_tokenize_images_rejected_total)", "{{reason}}")
+        ),
         Panel(
             "Shards left",
             "none",

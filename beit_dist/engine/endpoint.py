@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from beit_dist.errors import ConfigError
 
-
 HEALTH = "/healthz"
 
 

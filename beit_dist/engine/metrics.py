@@ -88,7 +88,7 @@ METRICS = (
     Metric(
         "beit_run_disk_free_bytes",
         "gauge",
-        "Space left on the run folder's file system; of a run in a store, on the disk of rank 0's temporary files.",
+        "Space left for the run folder; of a run in a store, for the temporary files of rank 0.",
     ),
 )
 """What every kind of training exports; its numbers come to it, and what it has besides."""
