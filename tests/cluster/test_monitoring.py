@@ -182,11 +182,29 @@ def test_the_pod_monitors_choose_the_pods_that_serve_metrics() -> None:
         assert "run" in labels
 
 
+@pytest.mark.server
+def test_one_command_takes_all_of_it_to_kubernetes() -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is missing: https://kubernetes.io/docs/tasks/tools")
+    command = [kubectl, "kustomize", str(MONITORING)]
+    rendered = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(rendered)}
+    assert {kind for kind, _ in found} == {"PodMonitor", "PrometheusRule", "ConfigMap"}
+    rules = [rule for group in found["PrometheusRule", "beit"]["spec"]["groups"] for rule in group["rules"]]
+    assert [rule["alert"] for rule in rules if "alert" in rule] == [alert["alert"] for alert in ALERTS]
+    held = found["ConfigMap", "beit-dashboard"]
+    assert held["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    assert json.loads(held["data"]["beit.json"]) == DASHBOARD
+
+
 # ------------------------------------------------------------------------------------------------------ dashboard
 
 
-def test_the_dashboard_is_the_one_of_the_table(load_tool: Callable[[str], ModuleType]) -> None:
-    assert load_tool("make_dashboard").main(["--check"]) == 0, "run tools/make_dashboard.py"
+def test_the_dashboard_and_the_rules_of_the_operator_are_up_to_date(
+    load_tool: Callable[[str], ModuleType],
+) -> None:
+    assert load_tool("make_monitoring").main(["--check"]) == 0, "run tools/make_monitoring.py"
 
 
 def test_no_two_panels_have_the_same_number_or_overlap() -> None:

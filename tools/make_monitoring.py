@@ -1,6 +1,7 @@
-"""Write the Grafana dashboard of a run, ``cluster/monitoring/grafana/beit.json``, from the table of panels below.
+"""Write what is made of other things in ``cluster/monitoring``: Grafana's dashboard and Kubernetes' rules.
 
-The file is for Grafana 10 and later, and is made anew after a change here. ``--check`` changes nothing.
+The dashboard of a run, for Grafana 10 and later, is made from the table of panels below. The ``PrometheusRule`` of
+the Prometheus Operator has the groups of ``rules.yaml`` and ``alerts.yaml``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from beit_dist.errors import exit_cleanly
 
-FILE = Path(__file__).resolve().parents[1] / "cluster" / "monitoring" / "grafana" / "beit.json"
+FOLDER = Path(__file__).resolve().parents[1] / "cluster" / "monitoring"
 _SCHEMA = 39  # of the JSON model, Grafana 10.4
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _COLUMNS = 24
@@ -320,18 +323,41 @@ def _picture(panel: Panel) -> dict[str, Any]:
     }
 
 
+def dashboard_text() -> str:
+    """``beit.json``."""
+    return json.dumps(dashboard(), indent=1) + "\n"
+
+
+def rules_text() -> str:
+    """The ``PrometheusRule``, which holds the groups of both files of rules."""
+    groups = []
+    for name in ("rules.yaml", "alerts.yaml"):
+        groups += yaml.safe_load((FOLDER / "prometheus" / name).read_text(encoding="utf-8"))["groups"]
+    manifest = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "beit", "labels": {"app.kubernetes.io/name": "beit-dist"}},
+        "spec": {"groups": groups},
+    }
+    heading = "# Made by tools/make_monitoring.py from ../prometheus/rules.yaml and alerts.yaml.\n"
+    return heading + yaml.safe_dump(manifest, sort_keys=False, width=115)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 1 where ``--check`` finds the file out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; say whether the file is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; say what is out of date")
     check = parser.parse_args(arguments).check
-    text = json.dumps(dashboard(), indent=1) + "\n"
-    if FILE.exists() and FILE.read_text(encoding="utf-8") == text:
-        return 0
-    if not check:
-        FILE.write_text(text, encoding="utf-8")
-    print(f"{FILE.name}: {'out of date; run tools/make_dashboard.py' if check else 'updated'}", file=sys.stderr)
-    return int(check)
+    stale = False
+    for name, made in (("grafana/beit.json", dashboard_text), ("kubernetes/rules.yaml", rules_text)):
+        file, text = FOLDER / name, made()
+        if file.exists() and file.read_text(encoding="utf-8") == text:
+            continue
+        stale = True
+        if not check:
+            file.write_text(text, encoding="utf-8")
+        print(f"{name}: {'out of date; run tools/make_monitoring.py' if check else 'updated'}", file=sys.stderr)
+    return int(check and stale)
 
 
 if __name__ == "__main__":
