@@ -26,6 +26,7 @@ from beit_dist.tasks.finetuning.classification import Classification
 from beit_dist.tasks.finetuning.segmentation import Segmentation
 from beit_dist.tasks.pretraining.task import Pretraining
 from beit_dist.tasks.tokenizer.task import TokenizerTraining
+from beit_dist.tokenizing.metrics import METRICS as TOKENISING
 from doc_scaling import BATCH, breaking, memory, speed
 from doc_settings import own, shared
 
@@ -81,6 +82,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics-tokenizer": lambda: text_of(metric_rows(metrics_of("tokenizer"))),
     "metrics-classification": lambda: text_of(metric_rows(metrics_of("classification"))),
     "metrics-segmentation": lambda: text_of(metric_rows(metrics_of("segmentation"))),
+    "metrics-tokenising": lambda: text_of(metric_rows(TOKENISING)),
     "settings": shared,
     "settings-pretraining": lambda: own("pre-training"),
     "settings-tokenizer": lambda: own("tokenizer"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from beit_dist.config.run import LoggingConfig
-from beit_dist.engine.endpoint import Endpoint
+from beit_dist.engine.endpoint import Endpoint, Health
 from beit_dist.step_numbers import Number
 
 ADDRESS = "logging.metrics_address"
@@ -27,6 +27,9 @@ class Metric:
 
 METRICS = (
     Metric("beit_build", "info", "Kind of training, run, versions, ZeRO stage and precision of this process."),
+    Metric("beit_train_attempt", "gauge", "Number of this start of the run; each start has the next one."),
+    Metric("beit_train_first_step", "gauge", "Step after which this start continues; 0 for a new run."),
+    Metric("beit_train_start_timestamp_seconds", "gauge", "Unix time at which this start was ready to train."),
     Metric("beit_train_steps", "counter", "Optimizer steps attempted, over all starts of the run."),
     Metric("beit_train_steps_skipped", "counter", "Steps without an update, because gradients were not finite."),
     Metric("beit_train_loss_spikes", "counter", "Steps whose loss was far above that of the steps before."),
@@ -39,7 +42,16 @@ METRICS = (
     Metric(
         "beit_train_model_flops_per_second", "gauge", "Model FLOPs a second over the last interval, all ranks."
     ),
-    Metric("beit_train_last_step_timestamp_seconds", "gauge", "Unix time at which the last step ended."),
+    Metric(
+        "beit_train_last_step_timestamp_seconds",
+        "gauge",
+        "Unix time at which the last step ended on rank 0, or a measurement or save for which the steps waited.",
+    ),
+    Metric(
+        "beit_train_stall_limit_seconds",
+        "gauge",
+        "Time without a step after which a rank counts as hanging (watchdog.stall_seconds).",
+    ),
     Metric("beit_train_stalls", "counter", "Times that no step ended on rank 0 for watchdog.stall_seconds."),
     Metric(
         "beit_train_step_duration_max_over_mean_ratio",
@@ -47,6 +59,11 @@ METRICS = (
         "Own time (data and forward) in a step: the slowest rank's, divided by the mean.",
     ),
     Metric("beit_train_slowest_rank", "gauge", "Rank that spent the most time of its own in a step."),
+    Metric(
+        "beit_train_straggler_cost_ratio",
+        "gauge",
+        "Share of a step by which the slowest rank's own time exceeds the mean.",
+    ),
     Metric("beit_train_world_size", "gauge", "Ranks."),
     Metric(
         "beit_train_baseline",
@@ -62,7 +79,16 @@ METRICS = (
     Metric("beit_checkpoint_stall_seconds", "histogram", "Time that a save held up training."),
     Metric("beit_checkpoint_duration_seconds", "histogram", "Time from the start of a save to its commit."),
     Metric(
-        "beit_checkpoint_last_success_timestamp_seconds", "gauge", "Unix time of the last committed checkpoint."
+        "beit_checkpoint_last_success_timestamp_seconds",
+        "gauge",
+        "Unix time of the last checkpoint that this start committed.",
+    ),
+    Metric("beit_checkpoint_every_seconds", "gauge", "Time between checkpoints (checkpoint.every_minutes)."),
+    Metric("beit_checkpoint_every_steps", "gauge", "Steps between checkpoints (checkpoint.every_steps)."),
+    Metric(
+        "beit_run_disk_free_bytes",
+        "gauge",
+        "Space left for the run folder; of a run in a store, for the temporary files of rank 0.",
     ),
 )
 """What every kind of training exports; its numbers come to it, and what it has besides."""
@@ -138,15 +164,20 @@ class Metrics:
         """Set the labels of ``beit_build_info``."""
         self._collectors["beit_build"].info(facts)
 
-    def serve(self, settings: LoggingConfig) -> int | None:
+    def serve(self, settings: LoggingConfig, health: Callable[[], Health] | None = None) -> int | None:
         """Start the endpoint; the port it listens on, or None when it is off.
+
+        Args:
+            settings: where it listens.
+            health: what ``/healthz`` says.
 
         Raises:
             ConfigError: the address is not one of this host.
         """
         if settings.metrics_port is None:
             return None
-        self._endpoint = Endpoint(self.registry, settings.metrics_address, settings.metrics_port, ADDRESS)
+        address, port = settings.metrics_address, settings.metrics_port
+        self._endpoint = Endpoint(self.registry, address, port, ADDRESS, health)
         return self._endpoint.port
 
     def close(self) -> None:

@@ -6,8 +6,10 @@ sinks, the progress line. Which numbers there are, and how each is shown, the ta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,6 +104,7 @@ class Recorder:
         self._steps: list[Taken] = []
         self._none_fetched = True
         self._numbers: list[tuple[Tensor, Tensor | None]] = []
+        self._folder = run.path
         self._lines = Lines(run.metrics) if metrics is not None else None
         self._results = Lines(run.validation) if metrics is not None and task.evaluates else None
         self._since = time.perf_counter()
@@ -271,10 +274,11 @@ class Recorder:
                 "beit_train_learning_rate": line["lr"],
                 "beit_train_samples_per_second": speed,
                 "beit_train_model_flops_per_second": speed * self._scope.flops_per_sample,
-                "beit_train_last_step_timestamp_seconds": time.time(),
                 "beit_data_wait_ratio": pace.data_wait,
             }
         )
+        with contextlib.suppress(OSError):
+            metrics.set({"beit_run_disk_free_bytes": shutil.disk_usage(self._folder).free})
         self._sinks.write(line["step"], {"speed/samples_per_second": speed, "speed/data_wait": pace.data_wait})
         self._sinks.write(line["step"], constants("train", self.baselines.training))
 

@@ -113,6 +113,11 @@ class RunFolder:
         """Leave the marker of a start that ended well."""
         self.place.write(marker, _as_bytes(facts))
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a rank of this start has left ``FAILED``; of a run in a store that is not looked up."""
+        return self.place.is_local and (self.path / FAILED).exists()
+
     def mark_failed(self, since: float, **facts: Any) -> dict[str, Any] | None:
         """Leave ``FAILED`` unless another rank has; what that one says, or None when this is the first.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from beit_dist.engine.average import WeightAverage, gathered
 from beit_dist.engine.checkpoint.fragments import EngineState
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.compiled import CompiledBlocks
+from beit_dist.engine.endpoint import Health
 from beit_dist.engine.guard import Guard
 from beit_dist.engine.initialisation import Origin, find_origin, initialise_from
 from beit_dist.engine.introduction import aligned, introduction_rows
@@ -133,7 +135,8 @@ def start(
     process.watchdog.metrics = metrics
     facts = _facts(task, resolved, engine, shapes, origin)
     told = _short(facts, prepared) | {"total_steps": total_steps, "baselines": baselines.plain()}
-    hosts = introduce(run, store, agreement, saved, _serve(metrics, config.logging), told)
+    port = _serve(metrics, config.logging, lambda: _health(process, run))
+    hosts = introduce(run, store, agreement, saved, port, told)
     watchers = Watchers(
         recorder=_recorder(task, run, metrics, store.attempt, total_steps, progress, baselines),
         guard=_guard(task, engine, resolved, agreement, metrics, manifest),
@@ -186,9 +189,15 @@ def _fill(
     return origin
 
 
-def _serve(metrics: Metrics | None, settings: LoggingConfig) -> int | None:
+def _health(process: Process, run: RunFolder) -> Health:
+    """Of the run. A rank that failed leaves its marker at once, and rank 0 may wait for it for long."""
+    health = process.watchdog.health()
+    return replace(health, state="failed") if run.has_failed else health
+
+
+def _serve(metrics: Metrics | None, settings: LoggingConfig, health: Callable[[], Health]) -> int | None:
     """Rank 0: begin to serve the metrics; the port."""
-    port = metrics.serve(settings) if metrics else None
+    port = metrics.serve(settings, health) if metrics else None
     if port is not None:
         print(f"metrics: http://{settings.metrics_address}:{port}/metrics", flush=True)
     return port
@@ -282,7 +291,23 @@ def open_metrics(
     for number in task.known:
         if number.kind == "counter" and number.metric is not None:
             metrics.add(number.metric, progress.counters[number.name])
-    metrics.set({"beit_train_target_steps": total_steps, "beit_train_world_size": resolved.ranks})
+    for result in ("ok", "failed"):  # the first failure must be an increase, not a new series
+        metrics.add("beit_checkpoint_saves", 0, result=result)
+    metrics.set(
+        {
+            "beit_train_attempt": store.attempt,
+            "beit_train_first_step": progress.step,
+            "beit_train_start_timestamp_seconds": time.time(),
+            "beit_train_target_steps": total_steps,
+            "beit_train_world_size": resolved.ranks,
+            "beit_train_stall_limit_seconds": task.config.watchdog.stall_seconds,
+        }
+    )
+    saved = task.config.checkpoint
+    if saved.every_minutes is not None:
+        metrics.set({"beit_checkpoint_every_seconds": 60 * saved.every_minutes})
+    if saved.every_steps is not None:
+        metrics.set({"beit_checkpoint_every_steps": saved.every_steps})
     for data, numbers in (("training", baselines.training), ("held_out", baselines.held_out)):
         for name, known in numbers.items():
             for baseline in known:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, write_to_textfile
 
-from beit_dist.engine.endpoint import Endpoint, check_address
+from beit_dist.engine.endpoint import Endpoint, Health, check_address
+from beit_dist.engine.metrics import Metric
 from beit_dist.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -20,7 +21,47 @@ _log = logging.getLogger(__name__)
 Stage = Literal["read", "decode", "encode", "write", "publish"]
 STAGES: tuple[Stage, ...] = ("read", "decode", "encode", "write", "publish")
 _FILE_SECONDS = 15.0
+STALL_SECONDS = 600.0
+"""Time in which nothing is written and after which a worker counts as stalled."""
 _ADDRESS = "--metrics-address"
+
+
+METRICS = (
+    Metric(
+        "beit_tokenize_images",
+        "counter",
+        "Images of this worker's shards that are done, including those of earlier starts.",
+        ("worker",),
+    ),
+    Metric("beit_tokenize_images_planned", "gauge", "Images of this worker's shards, done or not.", ("worker",)),
+    Metric(
+        "beit_tokenize_images_rejected",
+        "counter",
+        "Images found unusable since the start, by kind of reason.",
+        ("worker", "reason"),
+    ),
+    Metric("beit_tokenize_shards_finished", "gauge", "Shards of this worker that are committed.", ("worker",)),
+    Metric("beit_tokenize_shards_planned", "gauge", "Shards of this worker, committed or not.", ("worker",)),
+    Metric(
+        "beit_tokenize_stage_seconds",
+        "counter",
+        "Time spent in each stage, over all its processes.",
+        ("worker", "stage"),
+    ),
+    Metric(
+        "beit_tokenize_last_progress_timestamp_seconds",
+        "gauge",
+        "Unix time at which images were last written.",
+        ("worker",),
+    ),
+    Metric(
+        "beit_storage_retries",
+        "counter",
+        "Requests to a store that were sent again, by cause.",
+        ("worker", "cause"),
+    ),
+)
+"""What a worker exports."""
 
 
 class Metrics:
@@ -32,70 +73,61 @@ class Metrics:
     def __init__(self, worker: int) -> None:
         self.registry = CollectorRegistry()
         self._worker = str(worker)
-        self._images = self._new(
-            Counter, "images", "Images of this worker's shards that are done, including those of earlier starts."
-        )
-        self._planned = self._new(Gauge, "images_planned", "Images of this worker's shards, done or not.")
-        self._rejected = self._new(
-            Counter, "images_rejected", "Images found unusable since the start, by kind of reason.", "reason"
-        )
-        self._shards = self._new(Gauge, "shards_finished", "Shards of this worker that are committed.")
-        self._shards_planned = self._new(Gauge, "shards_planned", "Shards of this worker, committed or not.")
-        self._stages = self._new(
-            Counter, "stage_seconds", "Time spent in each stage, over all its processes.", "stage"
-        )
-        self._progress = self._new(
-            Gauge, "last_progress_timestamp_seconds", "Unix time at which images were last written."
-        )
-        self._retries = Counter(
-            "beit_storage_retries",
-            "Requests to a store that were sent again, by cause.",
-            ("worker", "cause"),
-            registry=self.registry,
-        )
+        self._written = time.monotonic()
+        self._begun = False
+        kinds: dict[str, type[Any]] = {"counter": Counter, "gauge": Gauge}
+        self._collectors = {
+            metric.name: kinds[metric.kind](metric.name, metric.help, metric.labels, registry=self.registry)
+            for metric in METRICS
+        }
         for stage in STAGES:
             self.spent(stage, 0.0)
 
     def plan(self, images: int, shards: int, images_done: int, shards_done: int) -> None:
         """What there is to do in one part of the job, and what an earlier start has done of it."""
-        self._of(self._planned).inc(images)
-        self._of(self._shards_planned).inc(shards)
-        self._of(self._shards).inc(shards_done)
-        self._of(self._images).inc(images_done)
-        self._of(self._progress).set_to_current_time()
+        self._of("beit_tokenize_images_planned").inc(images)
+        self._of("beit_tokenize_shards_planned").inc(shards)
+        self._of("beit_tokenize_shards_finished").inc(shards_done)
+        self._of("beit_tokenize_images").inc(images_done)
+        self._advanced()
 
     def images(self, count: int) -> None:
         """So many more images are written or rejected."""
-        self._of(self._images).inc(count)
-        self._of(self._progress).set_to_current_time()
+        self._of("beit_tokenize_images").inc(count)
+        self._advanced()
 
     def rejected(self, kind: str) -> None:
         """One more image is rejected."""
-        self._rejected.labels(self._worker, kind).inc()
+        self._of("beit_tokenize_images_rejected", kind).inc()
 
     def shard(self) -> None:
         """One more shard is committed."""
-        self._of(self._shards).inc()
+        self._of("beit_tokenize_shards_finished").inc()
 
     def spent(self, stage: Stage, seconds: float) -> None:
         """A stage took so long."""
-        self._stages.labels(self._worker, stage).inc(seconds)
+        self._of("beit_tokenize_stage_seconds", stage).inc(seconds)
 
     def retried(self, causes: Mapping[str, int]) -> None:
         """Requests were tried again, so many for each cause."""
         for cause, count in causes.items():
-            self._retries.labels(self._worker, cause).inc(count)
+            self._of("beit_storage_retries", cause).inc(count)
+
+    def health(self) -> Health:
+        """Whether images are written."""
+        silent = time.monotonic() - self._written
+        return Health.by_time(silent, STALL_SECONDS if self._begun else None, self._begun)
 
     def timed(self, stage: Stage) -> _Timer:
         """``with metrics.timed("encode"): ...``"""
         return _Timer(self, stage)
 
-    def _new(self, kind: type[Any], name: str, about: str, label: str = "") -> Any:
-        labels = ("worker", label) if label else ("worker",)
-        return kind(f"beit_tokenize_{name}", about, labels, registry=self.registry)
+    def _advanced(self) -> None:
+        self._begun, self._written = True, time.monotonic()
+        self._of("beit_tokenize_last_progress_timestamp_seconds").set_to_current_time()
 
-    def _of(self, collector: Any) -> Any:
-        return collector.labels(self._worker)
+    def _of(self, name: str, *labels: str) -> Any:
+        return self._collectors[name].labels(self._worker, *labels)
 
 
 class _Timer:
@@ -137,7 +169,8 @@ class Exporter:
 
     def __enter__(self) -> Exporter:
         if self._wanted is not None:
-            self._endpoint = Endpoint(self._metrics.registry, self._address, self._wanted, _ADDRESS)
+            registry, health = self._metrics.registry, self._metrics.health
+            self._endpoint = Endpoint(registry, self._address, self._wanted, _ADDRESS, health)
             self.port = self._endpoint.port
         if self._file is not None:
             self._write()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -75,9 +76,10 @@ def test_one_rank_for_each_task_with_one_rendezvous_and_the_overrides(job: Path)
     assert rendezvous == f"node7:{10000 + 16 * 20}"
     assert arguments[arguments.index("-c") + 1] == "8", "srun does not inherit --cpus-per-task"
     assert "--kill-on-bad-exit=1" in arguments
-    *given, metrics, override = arguments[-4:]
+    *given, metrics, port, override = arguments[-5:]
     assert given == ["run=run", "data=shards"]
     assert metrics == "logging.metrics_address=0.0.0.0", "Prometheus asks from another host"
+    assert port == f"logging.metrics_port={10000 + 16 * 20 + 10}"
     assert override == "optimizer.lr=1e-3"
     assert not (job / "requeued").exists()
 
@@ -89,6 +91,28 @@ def test_ports_of_neighbouring_jobs_and_restarts_differ(job: Path) -> None:
             ended(start(job, "done", SLURM_JOB_ID=number, SLURM_RESTART_COUNT=restart))
             ports.add((job / "srun.called").read_text().splitlines()[0])
     assert len(ports) == 6
+
+
+def test_prometheus_finds_the_job_as_long_as_it_runs(job: Path) -> None:
+    (job / "targets").mkdir()
+    process = start(job, "waits", BEIT_TARGETS=str(job / "targets"), SLURM_RESTART_COUNT="13")
+    while not (job / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    (target,) = (job / "targets").iterdir()
+    labels = {"run": "run", "slurm_job_id": "41016"}
+    assert target.suffix == ".json"
+    assert json.loads(target.read_text()) == [{"targets": [f"node7:{10000 + 16 * 20 + 10}"], "labels": labels}]
+    process.send_signal(signal.SIGUSR1)
+    assert ended(process)[0] == 0
+    assert not list((job / "targets").iterdir())
+
+
+def test_a_folder_of_targets_that_is_not_there_does_not_stop_the_job(job: Path) -> None:
+    code, output = ended(start(job, "done", BEIT_TARGETS=str(job / "nowhere")))
+    assert code == 0
+    assert "warning:" in output
+    assert "Prometheus will not find this job" in output
 
 
 @pytest.mark.parametrize("stop", [signal.SIGUSR1, signal.SIGTERM])

@@ -104,11 +104,15 @@ def test_what_is_not_known_yet_is_absent_and_not_zero() -> None:
 
 def test_a_new_run_exports_no_number_that_was_not_measured_yet() -> None:
     task = Pretraining(PretrainingConfig(run="r", model={"size": "tiny"}))
-    resolved, store = Resolved(1, 1, 1, 0, "fp32", "fp32", {}), SimpleNamespace(passed_over=0)
+    resolved, store = Resolved(1, 1, 1, 0, "fp32", "fp32", {}), SimpleNamespace(passed_over=0, attempt=1)
     metrics = open_metrics(task, resolved, store, progress_of(task, None), 10, KnownBaselines())  # type: ignore[arg-type]
     exported = {sample.name for family in metrics.registry.collect() for sample in family.samples}
-    told = {"beit_train_target_steps", "beit_train_world_size"}
+    told = {f"beit_train_{name}" for name in ("attempt", "first_step", "start_timestamp_seconds", "target_steps")}
+    told |= {"beit_train_world_size", "beit_train_stall_limit_seconds", "beit_checkpoint_every_seconds"}
     assert exported & {metric.name for metric in GAUGES} == told
+    value = metrics.registry.get_sample_value
+    assert value("beit_checkpoint_saves_total", {"result": "failed"}) == 0  # the first one shall be an increase
+    assert value("beit_checkpoint_every_seconds") == 15 * 60
 
 
 @pytest.fixture
@@ -139,6 +143,22 @@ def test_the_endpoint_serves_every_metric_of_the_table(scraped: str) -> None:
     assert "beit_train_steps_total 5.0" in text
     assert 'beit_checkpoint_saves_total{result="ok"} 1.0' in text
     assert 'run="r"' in text
+
+
+def test_the_space_left_is_exported_and_a_disk_that_does_not_tell_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(path: Path) -> None:
+        raise OSError(116, "Stale file handle", path)
+
+    writer = a_recorder(RunFolder(tmp_path), every=1)
+    metrics = writer._metrics
+    assert metrics is not None
+    for usage, free in ((gone, None), (lambda path: SimpleNamespace(free=5 if path == tmp_path else 0), 5)):
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        writer.add(taken(1), sums_of(1.0), None, 0.5)
+        assert metrics.registry.get_sample_value("beit_run_disk_free_bytes") == free
+    writer.close()
 
 
 def test_what_reading_took_is_exported_with_the_steps(tmp_path: Path) -> None:

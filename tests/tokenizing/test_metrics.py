@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import urllib.request
 from pathlib import Path
@@ -156,11 +155,3 @@ def test_the_summary_counts_by_class_and_gives_examples() -> None:
     assert summary([]) == []
     hostile = Rejected(9, "a\n\x1b[2J\udcff.jpg", "empty", "not_an_image")
     assert summary([hostile])[1] == r"  a\n\x1b[2J\udcff.jpg: empty"
-
-
-def test_the_page_lists_the_metrics_with_their_kinds_and_meanings() -> None:
-    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
-    rows = re.findall(r"^\| `(beit_\w+)` \| (\w+) \|[^|]*\| ([^|]*) \|$", page, re.MULTILINE)
-    families = Metrics(0).registry.collect()
-    endings = {"counter": "_total", "gauge": ""}
-    assert rows == [(one.name + endings[one.type], one.type, one.documentation) for one in families]

@@ -103,7 +103,11 @@ class Stragglers:
         ratio = most / mean if mean > 0 else 1.0
         if self._metrics is not None:
             self._metrics.set(
-                {"beit_train_step_duration_max_over_mean_ratio": ratio, "beit_train_slowest_rank": slowest}
+                {
+                    "beit_train_step_duration_max_over_mean_ratio": ratio,
+                    "beit_train_slowest_rank": slowest,
+                    "beit_train_straggler_cost_ratio": min(1.0, (most - mean) / max(step_seconds, 1e-9)),
+                }
             )
         if ratio <= RATIO or most - mean < _SHARE * step_seconds:
             self._suspect, self._intervals = -1, 0

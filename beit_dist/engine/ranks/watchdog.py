@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from beit_dist.config.run import WatchdogConfig
+from beit_dist.engine.endpoint import Health
 from beit_dist.engine.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Watchdog:
         self._last = time.monotonic()
         self._limit = settings.start_seconds  # None: not watched
         self._dumped = False
+        self._begun = False  # a first step, or a measurement before it, has ended
         self._closed = threading.Event()
         self._file: TextIO | None = None  # stderr
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -65,6 +67,13 @@ class Watchdog:
         self._last = time.monotonic()
         self._limit = self._settings.stall_seconds
         self._dumped = False
+        if self.metrics is not None:
+            self._begun = True
+            self.metrics.set({"beit_train_last_step_timestamp_seconds": time.time()})
+
+    def health(self) -> Health:
+        """Whether steps end; the same limit as for the stacks."""
+        return Health.by_time(time.monotonic() - self._last, self._limit, self._begun)
 
     def close(self) -> None:
         """Stop watching and put the handlers back."""

@@ -45,6 +45,7 @@ def test_the_slowest_rank_is_exported_and_named_once_after_several_intervals(
     value = metrics.registry.get_sample_value
     assert value("beit_train_slowest_rank") == 2
     assert value("beit_train_step_duration_max_over_mean_ratio") == pytest.approx(2.0)
+    assert value("beit_train_straggler_cost_ratio") == pytest.approx(0.15, abs=0.01)  # of a second
 
 
 @pytest.mark.parametrize(
