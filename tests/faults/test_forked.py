@@ -21,6 +21,7 @@ LOOKS = """\
 import json, multiprocessing.spawn, os, random, signal, sys, tempfile, threading
 main = sys.modules["__main__"]
 print(json.dumps({
+    "open": sorted(n for n in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{n}")),
     "arguments": sys.argv,
     "as typed": sys.orig_argv,
     "folder": os.getcwd(),
@@ -29,7 +30,6 @@ print(json.dumps({
     "known to C": os.popen("env | grep ^OWN=").read(),
     "signals": {n: str(signal.getsignal(n)).partition(" at ")[0] for n in range(1, 32) if n not in (9, 19)},
     "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
-    "open": sorted(n for n in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{n}")),
     "streams": [[f.fileno(), f.encoding, f.errors, f.line_buffering, f.isatty()] for f in (sys.stdout, sys.stderr)],
     "input": sys.stdin.read(),
     "threads": [thread.name for thread in threading.enumerate()],
