@@ -218,11 +218,15 @@ def test_following_a_run_that_fails_ends_with_one(folder: Path, capsys: pytest.C
 def test_following_a_folder_tells_of_new_runs_and_of_changes_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+
+    def interrupt() -> None:  # raised: a signal would end the test process where it is not Python's to handle
+        raise KeyboardInterrupt
+
     make_run(LocalPlace(tmp_path / "a"), time.time(), marker="DONE", step=5)
     changes: list[Callable[[], object]] = [
         lambda: make_run(LocalPlace(tmp_path / "b"), time.time(), rank=ELSEWHERE),
         lambda: None,
-        lambda: signal.raise_signal(signal.SIGINT),
+        interrupt,
     ]
     monkeypatch.setattr(runs.time, "sleep", lambda seconds: changes.pop(0)())
     look = Look([str(tmp_path)], 3, Access())
