@@ -69,15 +69,16 @@ attend() {
   return $code
 }
 
-# requeue WHAT [CODE]: put the job back after WHAT; if that was done too often, exit with CODE. Ends the script.
+# requeue WHAT [CODE]: put the job back after WHAT and end the script, with CODE if the job is not put back.
 requeue() {
   if ((RESTART >= MAX_RESTARTS)); then
     echo "$1; not requeued after $RESTART restarts (MAX_RESTARTS=$MAX_RESTARTS)"
     exit "${2:-0}"
   fi
   echo "$1; back into the queue"
-  scontrol requeue "$JOB" || echo "requeue was refused: SLURM may have done it already" >&2
-  exit 0
+  scontrol requeue "$JOB" && exit 0
+  echo "requeue was refused: SLURM may have done it already" >&2
+  exit "${2:-0}"
 }
 
 # train COMMAND...: one rank for each task of the job, in the run folder RUN; ends the script.
