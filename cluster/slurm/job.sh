@@ -52,18 +52,19 @@ announce() {
 # attend SIGNAL COMMAND...: run a command that gets SIGNAL when SLURM tells the script to stop. Its exit code; STOPPED
 # is not empty if there was such a signal.
 attend() {
-  local code
+  local code step
   # shellcheck disable=SC2034 # for the script that called
-  STOPPED='' STEP=''
+  STOPPED=
+  # $! is set before bash looks at its traps again; a variable would be set too late for a signal that comes at once.
   # shellcheck disable=SC2064 # the signal is known now
-  trap "STOPPED=yes; [[ -n \$STEP ]] && kill -$1 \"\$STEP\" 2>/dev/null" USR1 TERM
+  trap "STOPPED=yes; [[ -n \${!-} ]] && kill -$1 \"\$!\" 2>/dev/null" USR1 TERM
   shift
   "$@" & # in the background, since bash runs a trap only between commands
-  STEP=$!
-  wait "$STEP"
+  step=$!
+  wait "$step"
   code=$?
-  while kill -0 "$STEP" 2>/dev/null; do # each signal ends `wait` early
-    wait "$STEP"
+  while kill -0 "$step" 2>/dev/null; do # each signal ends `wait` early
+    wait "$step"
     code=$?
   done
   return $code
