@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 from support.slurm import Slurm
 
-from beit_dist.models.dvae import DVAE, DVAEConfig
+from beit_dist.config.dvae import DVAEConfig
+from beit_dist.models.dvae import DVAE
 from beit_dist.shards.manifest import load_manifest
 from beit_dist.weights.tokenizer_files import save_tokenizer
 
@@ -144,10 +145,10 @@ def _tensors(run: Path) -> list[str]:
 
 
 def test_a_pipeline_turns_images_into_weights(slurm: Slurm, tmp_path: Path) -> None:
-    for number in range(24):
-        path = tmp_path / "images" / f"{number}.png"
+    for image in range(24):
+        path = tmp_path / "images" / f"{image}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(np.random.default_rng(image).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
     config = DVAEConfig(vocabulary=64, hidden=4, blocks_per_group=1, decoder_input=4)
     save_tokenizer(tmp_path / "tokenizer.safetensors", DVAE(config, 0), config, {})
     (tmp_path / "recipe.yaml").write_text(RECIPE)
