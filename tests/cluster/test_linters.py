@@ -24,6 +24,7 @@ def shell_scripts() -> list[str]:
 
 def test_the_scripts_are_found() -> None:
     expected = {".ci/run", "cluster/slurm/pretrain.sbatch", "cluster/kubernetes/base/entry.sh"}
+    expected |= {"cluster/slurm/job.sh", "cluster/slurm/pipeline.sh", "cluster/slurm/site.sh.example"}
     assert expected <= set(shell_scripts())
 
 

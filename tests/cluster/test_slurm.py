@@ -1,22 +1,31 @@
-"""The batch script on a real SLURM of two nodes: told to stop, put back, and ended as if nothing had happened."""
+"""The batch scripts on a real SLURM of two nodes: a run that is stopped and put back, and images to weights."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from support.slurm import Slurm
+
+from beit_dist.config.dvae import DVAEConfig
+from beit_dist.models.dvae import DVAE
+from beit_dist.shards.manifest import load_manifest
+from beit_dist.weights.tokenizer_files import save_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "cluster" / "slurm" / "pretrain.sbatch"
+SCRIPTS = ROOT / "cluster" / "slurm"
+SCRIPT = SCRIPTS / "pretrain.sbatch"
 RECIPE = """\
 run: unused
 model: {size: tiny, width: 128, depth: 6, heads: 2, image_size: 32, patch_size: 8, vocabulary: 64, drop_path: 0.2}
@@ -45,7 +54,12 @@ class Job:
         settings = {"RUN": run, "DATA": data, "RECIPE": recipe, "PYTHON": sys.executable}
         settings["DS_CONFIG"] = ROOT / "configs" / "deepspeed" / "zero1.json"
         environment = {name: str(value) for name, value in settings.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment |= {
+            "BEIT_SLURM": str(SCRIPTS),
+            "MASTER_ADDR": "127.0.0.1",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
         command = ["sbatch", "--parsable", *fewer.split(), f"--output={self._output}", f"--chdir={run.parent}"]
         self.number = slurm(*command, str(SCRIPT), "seed=3", **environment).strip()
 
@@ -128,3 +142,66 @@ def _tensors(run: Path) -> list[str]:
     newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
     files = json.loads((newest / "manifest.json").read_text())["files"]
     return [file["sha256"] for file in files if file["file"].endswith(".safetensors")]
+
+
+def test_a_pipeline_turns_images_into_weights(slurm: Slurm, tmp_path: Path) -> None:
+    for image in range(24):
+        path = tmp_path / "images" / f"{image}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(image).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(path)
+    config = DVAEConfig(vocabulary=64, hidden=4, blocks_per_group=1, decoder_input=4)
+    save_tokenizer(tmp_path / "tokenizer.safetensors", DVAE(config, 0), config, {})
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    targets = tmp_path / "targets" / "tokenize"
+    targets.mkdir(parents=True)
+
+    environment = {
+        **slurm.environment,
+        "PYTHON": sys.executable,
+        "RUN": "run",
+        "RECIPE": "recipe.yaml",
+        "DS_CONFIG": str(ROOT / "configs" / "deepspeed" / "zero1.json"),
+        "BEIT_WORKERS": "2",
+        "BEIT_TARGETS": str(targets.parent),
+        "STEP_SBATCH": "--cpus-per-task=1 --time=30",
+        "TOKENIZE_SBATCH": "--cpus-per-task=1 --gpus-per-node=0 --time=30",
+        "PRETRAIN_SBATCH": "--nodes=2 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1 --time=30",
+        "MASTER_ADDR": "127.0.0.1",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "AWS_SECRET_ACCESS_KEY": "hunter2-of-tests",
+    }
+    shards = ["--image-size", "32", "--patch-size", "8", "--shard-samples", "4", "--decoders", "0"]
+    command = ["bash", str(SCRIPTS / "pipeline.sh"), "steps=8", "--", *shards]
+
+    def pipeline() -> list[str]:
+        submitting = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert submitting.returncode == 0, submitting.stderr
+        return submitting.stdout.splitlines()
+
+    *_, export = pipeline()
+    number = export.rpartition(" ")[2]
+    deadline = time.monotonic() + 400
+    while slurm.job(number)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
+        assert time.monotonic() < deadline, said(tmp_path)
+        time.sleep(0.2)
+    assert slurm.job(number)["JobState"] == "COMPLETED", said(tmp_path)
+
+    workers = [path.read_text() for path in sorted(tmp_path.glob("beit-tokenize-*_[01].out"))]
+    assert ["3 shards made" in text for text in workers] == [True, True], workers
+    manifest = load_manifest(str(tmp_path / "shards"))
+    assert (manifest.samples, len(manifest.shards)) == (24, 6)
+    check = [sys.executable, "-m", "beit_dist", "check", str(tmp_path / "shards")]
+    assert subprocess.run(check, env=environment, capture_output=True, timeout=120).returncode == 0
+    assert (tmp_path / "run" / "DONE").exists()
+    assert (tmp_path / "run" / "exported" / "model.safetensors").stat().st_size > 0
+    assert not list(targets.parent.rglob("*.json*"))
+    assert "hunter2-of-tests" not in said(tmp_path)
+    assert [line.endswith("is there") for line in pipeline()] == [True] * 3
+
+
+def said(folder: Path) -> str:
+    """What all jobs have printed."""
+    return "\n".join(f"{path.name}: {path.read_text()}" for path in sorted(folder.glob("*.out")))

@@ -1,10 +1,11 @@
-"""``cluster/slurm/pretrain.sbatch`` run by bash, with small programs in the place of ``srun`` and ``scontrol``."""
+"""The scripts of ``cluster/slurm`` run by bash, with small programs in the place of SLURM's and of Python."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "slurm" / "pretrain.sbatch"
+FOLDER = Path(__file__).resolve().parents[2] / "cluster" / "slurm"
+SCRIPTS = ("pretrain", "finetune", "tokenize", "beit")
+TRAININGS = ("pretrain", "finetune")
 
-# srun: notes its arguments and the rendezvous, then does what $BEHAVIOUR says.
+# srun: notes its arguments and the rendezvous, then does what $BEHAVIOUR says. So does a worker's Python.
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$MASTER_ADDR:$MASTER_PORT" "$@" > srun.called
 case $BEHAVIOUR in
@@ -28,6 +31,15 @@ case $BEHAVIOUR in
     for _ in $(seq 600); do sleep 0.05; done ;;  # not for ever, should no signal come
 esac
 """
+PYTHON = """#!/usr/bin/env bash
+printf '%s\\n' "${BEIT_WORKERS:-}" "$@" > python.called
+case $BEHAVIOUR in
+  fails) exit 3 ;;
+  waits)
+    touch ready
+    exec sleep 30 ;;
+esac
+"""
 SCONTROL = """#!/usr/bin/env bash
 [[ $1 == show ]] && printf 'node7\\nnode8\\n'
 [[ $1 == requeue ]] && echo "$2" >> requeued
@@ -37,19 +49,28 @@ exit 0
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """A folder to submit from, with an empty run folder and the two stand-ins."""
+    """A folder to submit from, with an empty run folder and the stand-ins."""
     (tmp_path / "run").mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     return tmp_path
 
 
-def start(job: Path, behaviour: str, without: Collection[str] = (), **settings: str) -> subprocess.Popen[str]:
-    """The script as slurmd would start it, without some of the variables."""
+def start(
+    job: Path,
+    behaviour: str,
+    without: Collection[str] = (),
+    script: str = "pretrain",
+    arguments: Collection[str] = ("optimizer.lr=1e-3",),
+    **settings: str,
+) -> subprocess.Popen[str]:
+    """A copy of the script as slurmd would start it, without some of the variables."""
+    copy = shutil.copy(FOLDER / f"{script}.sbatch", job / "slurm_script")
     environment = {
         "PATH": f"{job}:{os.environ['PATH']}",
         "BEHAVIOUR": behaviour,
+        "BEIT_SLURM": str(FOLDER),
         "RUN": "run",
         "SLURM_SUBMIT_DIR": str(job),
         "SLURM_JOB_ID": "41016",
@@ -59,7 +80,7 @@ def start(job: Path, behaviour: str, without: Collection[str] = (), **settings: 
         **settings,
     }
     environment = {name: value for name, value in environment.items() if name not in without}
-    command = ["bash", str(SCRIPT), "optimizer.lr=1e-3"]
+    command = ["bash", str(copy), *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, cwd=job, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
@@ -153,12 +174,18 @@ def test_an_end_without_a_marker_is_a_failure_whatever_srun_says(job: Path) -> N
     assert ended(start(job, "nothing"))[0] == 1
 
 
-def test_the_batch_shell_is_warned_in_time_and_the_job_may_be_requeued() -> None:
-    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", SCRIPT.read_text(), re.MULTILINE))
-    assert options["signal"] == "B:USR1@180"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_batch_shell_is_warned_in_time_and_the_job_may_be_requeued(script: str) -> None:
+    text = (FOLDER / f"{script}.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, re.MULTILINE))
     assert "requeue" in options
     assert options["open-mode"] == "append"
-    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    if script in TRAININGS:
+        assert options["signal"] == "B:USR1@180"
+        assert options["ntasks-per-node"] == options["gpus-per-node"]
+    elif script == "tokenize":
+        assert options["signal"].startswith("B:USR1@")
+        assert options["array"].startswith("0-")
 
 
 @pytest.mark.parametrize(
@@ -188,3 +215,131 @@ def test_outside_a_job_and_with_a_wrong_setting_it_says_so(job: Path) -> None:
     assert code == 2
     assert "MAX_RESTARTS: got 'many'" in output
     assert not (job / "srun.called").exists()
+
+
+def test_fine_tuning_has_the_same_body_and_its_own_settings(job: Path) -> None:
+    code, output = ended(start(job, "done", script="finetune", TEST="val", INIT_FROM="", DATA="labelled"))
+    assert code == 0, output
+    arguments = (job / "srun.called").read_text().splitlines()
+    assert arguments[arguments.index("-m") + 1] == "beit_dist.finetune"
+    assert arguments[-6:-3] == ["run=run", "data=labelled", "validation.data=val"], "no init_from, as it is empty"
+    assert ended(start(job, "fails", script="finetune"))[0] == 3
+    assert "init_from=runs/base" in (job / "srun.called").read_text().splitlines()
+
+
+ARRAY = {
+    "SLURM_ARRAY_JOB_ID": "41010",
+    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_ARRAY_TASK_COUNT": "4",
+    "SLURM_ARRAY_TASK_MIN": "0",
+    "SLURM_ARRAY_TASK_MAX": "3",
+    "PYTHON": "./python",
+    "IMAGES": "photos and more",
+    "DATA": "out/shards/",
+}
+
+
+def array_task(job: Path, behaviour: str = "done", **settings: str) -> subprocess.Popen[str]:
+    """A task of an array, by default the last of four."""
+    return start(job, behaviour, script="tokenize", arguments=["--views", "4"], **{**ARRAY, **settings})
+
+
+def test_a_whole_array_gives_the_number_of_workers(job: Path) -> None:
+    code, output = ended(array_task(job))
+    assert code == 0, output
+    workers, *arguments = (job / "python.called").read_text().splitlines()
+    assert workers == "4"
+    assert arguments[:7] == ["-m", "beit_dist", "shards", "--images", "photos and more", "--out", "out/shards/"]
+    assert arguments[-4:] == ["--metrics-port", f"{10000 + 16 * 20 + 10}", "--views", "4"]
+
+
+@pytest.mark.parametrize("part", [(3, 3), (0, 1), (2, 3)])
+def test_parts_of_an_array_are_the_same_workers(job: Path, part: tuple[int, int]) -> None:
+    first, last = part
+    ids = {"SLURM_ARRAY_TASK_COUNT": str(last - first + 1), "SLURM_ARRAY_TASK_ID": str(last)}
+    ids |= {"SLURM_ARRAY_TASK_MIN": str(first), "SLURM_ARRAY_TASK_MAX": str(last)}
+    assert ended(array_task(job, BEIT_WORKERS="4", **ids))[0] == 0
+    assert (job / "python.called").read_text().splitlines()[0] == "4"
+    if first:
+        (job / "python.called").unlink()
+        code, output = ended(array_task(job, **ids))
+        assert code == 2
+        assert "BEIT_WORKERS is not set" in output
+        assert not (job / "python.called").exists()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_task_that_is_stopped_goes_back_alone_and_prometheus_forgets_it(job: Path, stop: signal.Signals) -> None:
+    (job / "targets" / "tokenize").mkdir(parents=True)
+    process = array_task(job, "waits", BEIT_TARGETS=str(job / "targets"), MASTER_ADDR="elsewhere")
+    while not (job / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    (target,) = (job / "targets" / "tokenize").iterdir()
+    labels = {"run": "shards", "slurm_job_id": "41010_3"}
+    assert json.loads(target.read_text()) == [{"targets": [f"node7:{10000 + 16 * 20 + 10}"], "labels": labels}]
+    process.send_signal(stop)
+    code, output = ended(process)
+    assert code == 0, output
+    assert (job / "requeued").read_text() == "41010_3\n", "the number alone may be that of the whole array"
+    assert not list((job / "targets" / "tokenize").iterdir())
+
+
+def test_a_task_that_fails_or_is_stopped_too_often_fails(job: Path) -> None:
+    code, output = ended(array_task(job, "fails"))
+    assert code == 3
+    assert "BEIT_WORKERS=4 sbatch --array=3" in output
+    process = array_task(job, "waits", MAX_RESTARTS="1", SLURM_RESTART_COUNT="1")
+    while not (job / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert ended(process)[0] == 1, "the next step must not begin"
+    assert not (job / "requeued").exists()
+
+
+def test_a_worker_that_is_in_no_array_says_so(job: Path) -> None:
+    code, output = ended(array_task(job, SLURM_ARRAY_TASK_ID=""))
+    assert code == 2
+    assert "no task of an array" in output
+
+
+def test_one_command_runs_once_what_it_needs_is_there(job: Path) -> None:
+    settings = {"PYTHON": "./python", "BEIT_NEEDS": "run/DONE"}
+    code, output = ended(start(job, "done", script="beit", arguments=["export", "a run"], **settings))
+    assert code == 1
+    assert "run/DONE is not there" in output
+    (job / "run" / "DONE").touch()
+    assert ended(start(job, "done", script="beit", arguments=["export", "a run"], **settings))[0] == 0
+    assert (job / "python.called").read_text().splitlines()[1:] == ["-m", "beit_dist", "export", "a run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_site_gives_settings_that_the_environment_does_not(job: Path, script: str) -> None:
+    site = job / "site"
+    shutil.copytree(FOLDER, site)
+    (site / "site.sh").write_text("echo $UNSET_BY_ALL\nPYTHON=${PYTHON:-./python}\nMAX_RESTARTS=many\n")
+    code, output = ended(start(job, "done", script=script, BEIT_SLURM=str(site), **{**ARRAY, "MAX_RESTARTS": "1"}))
+    assert (code, "MAX_RESTARTS: got 'many'" in output) == (2, True), output
+    (site / "site.sh").write_text("echo $UNSET_BY_ALL\nPYTHON=${PYTHON:-./python}\n")
+    settings = {name: value for name, value in ARRAY.items() if name != "PYTHON"}
+    code, output = ended(start(job, "done", script=script, BEIT_SLURM=str(site), **settings))
+    assert code == 0, output
+    if script in TRAININGS:
+        assert "./python" in (job / "srun.called").read_text().splitlines()
+    else:
+        assert (job / "python.called").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_that_does_not_find_the_others_says_so(job: Path, script: str) -> None:
+    code, output = ended(start(job, "done", script=script, without={"BEIT_SLURM"}))
+    assert code == 2
+    assert "submit from the checkout, or set BEIT_SLURM" in output
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("behaviour", ["done", "fails"])
+def test_a_secret_of_the_environment_is_not_printed(job: Path, script: str, behaviour: str) -> None:
+    _, output = ended(start(job, behaviour, script=script, AWS_SECRET_ACCESS_KEY="hunter2-of-tests", **ARRAY))
+    assert "hunter2-of-tests" not in output

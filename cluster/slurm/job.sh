@@ -1,0 +1,107 @@
+# shellcheck shell=bash
+# What the batch scripts share. They read it after `cd` into the folder that sbatch was called in.
+#
+# Sets PYTHON, MAX_RESTARTS, JOB (its name for scontrol), RESTART, NODE, MASTER_ADDR, MASTER_PORT and METRICS_PORT.
+
+ulimit -c 0
+
+# The environment of sbatch first, then the site's file, then the defaults.
+if [[ -f $BEIT_SLURM/site.sh ]]; then
+  set +u # modules and conda use variables that are not set
+  # shellcheck source=/dev/null
+  . "$BEIT_SLURM/site.sh"
+  set -u
+fi
+PYTHON=${PYTHON:-.venv/bin/python}
+MAX_RESTARTS=${MAX_RESTARTS:-200}
+
+# SLURM sets many of its variables only for options that were given.
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  echo "error: SLURM_JOB_ID is not set: start this script with sbatch" >&2
+  exit 2
+fi
+if [[ ! $MAX_RESTARTS =~ ^[0-9]+$ ]]; then
+  echo "error: MAX_RESTARTS: got '$MAX_RESTARTS', expected a whole number" >&2
+  exit 2
+fi
+# The last task of an array has the array's own number, which to scontrol means all tasks.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+JOB=${JOB:-$SLURM_JOB_ID}
+RESTART=${SLURM_RESTART_COUNT:-0}
+NODE=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" | head -n 1)
+NODE=${NODE:-$(hostname)} # the script runs on the first node
+export MASTER_ADDR=${MASTER_ADDR:-$NODE}
+# Twenty ports for each job: neighbouring jobs and the restarts of one never share a port. All are below 32768,
+# from where Linux takes ports for outgoing connections. Each task of an array is a job with a number of its own.
+export MASTER_PORT=$((10000 + (SLURM_JOB_ID % 1000) * 20 + RESTART % 10))
+METRICS_PORT=$((MASTER_PORT / 20 * 20 + 10)) # of the same twenty, and no restart's own
+
+# announce train|tokenize FOLDER HOST: tell Prometheus where the metrics are for as long as this script runs.
+announce() {
+  [[ -n ${BEIT_TARGETS:-} ]] || return 0
+  local folder=$BEIT_TARGETS name=${2%/}
+  [[ -d $folder/$1 ]] && folder=$folder/$1
+  target=$folder/beit-$SLURM_JOB_ID.json
+  trap 'rm -f "$target" "$target.new"' EXIT
+  # Under another name first: Prometheus must not read half a file.
+  printf '[{"targets": ["%s:%d"], "labels": {"run": "%s", "slurm_job_id": "%s"}}]\n' \
+    "$3" "$METRICS_PORT" "${name##*/}" "$JOB" >"$target.new" && mv "$target.new" "$target" ||
+    echo "warning: $target could not be written; Prometheus will not find this job" >&2
+}
+
+# attend SIGNAL COMMAND...: run a command that gets SIGNAL when SLURM tells the script to stop. Its exit code; STOPPED
+# is not empty if there was such a signal.
+attend() {
+  local code step
+  # shellcheck disable=SC2034 # for the script that called
+  STOPPED=
+  # $! is set before bash looks at its traps again; a variable would be set too late for a signal that comes at once.
+  # shellcheck disable=SC2064 # the signal is known now
+  trap "STOPPED=yes; [[ -n \${!-} ]] && kill -$1 \"\$!\" 2>/dev/null" USR1 TERM
+  shift
+  "$@" & # in the background, since bash runs a trap only between commands
+  step=$!
+  wait "$step"
+  code=$?
+  while kill -0 "$step" 2>/dev/null; do # each signal ends `wait` early
+    wait "$step"
+    code=$?
+  done
+  return $code
+}
+
+# requeue WHAT [CODE]: put the job back after WHAT and end the script, with CODE if the job is not put back.
+requeue() {
+  if ((RESTART >= MAX_RESTARTS)); then
+    echo "$1; not requeued after $RESTART restarts (MAX_RESTARTS=$MAX_RESTARTS)"
+    exit "${2:-0}"
+  fi
+  echo "$1; back into the queue"
+  scontrol requeue "$JOB" && exit 0
+  echo "requeue was refused: SLURM may have done it already" >&2
+  exit "${2:-0}"
+}
+
+# train COMMAND...: one rank for each task of the job, in the run folder RUN; ends the script.
+train() {
+  local code
+  echo "job $SLURM_JOB_ID, restart $RESTART, ${SLURM_NTASKS:-?} ranks, rank 0 on $MASTER_ADDR:$MASTER_PORT"
+
+  # Markers of the last start would mislead the end of this script if the trainer fails before it removes them.
+  rm -f "$RUN/DONE" "$RUN/PREEMPTED"
+  announce train "$RUN" "$MASTER_ADDR"
+
+  # srun passes USR1 on to all ranks. `-c` again: srun does not inherit it.
+  attend USR1 srun --export=ALL --kill-on-bad-exit=1 --cpu-bind=cores \
+    ${SLURM_CPUS_PER_TASK:+-c "$SLURM_CPUS_PER_TASK"} "$@"
+  code=$?
+
+  # The markers tell the truth; exit codes pass through too many hands.
+  if [[ -f $RUN/DONE ]]; then
+    echo "done"
+    exit 0
+  fi
+  [[ -f $RUN/PREEMPTED ]] && requeue "stopped with a complete checkpoint"
+  echo "failed with exit code $code and not requeued; see $RUN/FAILED and $RUN/ranks" >&2
+  exit $((code == 0 ? 1 : code))
+}
