@@ -11,17 +11,14 @@ import torch
 
 from beit_dist.benches.contender import largest_product
 from beit_dist.benches.measuring import Row, in_turn, row
-from beit_dist.engine.precision import LOW, speeds
-
-_EMULATED = 0.5
-"""Products slower than this share of fp32's speed are not worth their minutes."""
+from beit_dist.engine.precision import EMULATED, LOW, speeds
 
 
 def measure(quick: bool) -> Iterator[Row]:
     """Products of square matrices, a copy on the device, and a file read through the page cache and past it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = 512 if quick and device.type == "cpu" else largest_product(device)
-    fast = [name for name, speed in speeds(device).items() if speed >= _EMULATED]
+    fast = [name for name, speed in speeds(device).items() if speed >= EMULATED]
     for name in ["fp32", *fast]:
         left, right = (torch.randn(side, side, device=device, dtype=LOW.get(name)) for _ in range(2))
 

@@ -16,6 +16,7 @@ import torch
 from beit_dist.benches.made_shards import write_shards
 from beit_dist.benches.measuring import Row, row
 from beit_dist.benches.trainer import environment
+from beit_dist.errors import TrainingError
 
 
 def measure(quick: bool) -> Iterator[Row]:
@@ -56,7 +57,7 @@ def _train(folder: str, name: str, settings: list[str], kill_at: int | None = No
         time.sleep(0.02)
     _, said = process.communicate()
     if process.returncode and kill_at is None:
-        raise RuntimeError(f"{' '.join(command)}: {(said.strip().splitlines() or ['no message'])[-1]}")
+        raise TrainingError(f"{' '.join(command)}: {(said.strip().splitlines() or ['no message'])[-1]}")
     return _lines(metrics)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from beit_dist.benches.made_shards import write_shards
 from beit_dist.benches.measuring import Row, row
 from beit_dist.benches.trainer import environment
+from beit_dist.errors import TrainingError
 
 _SETTINGS = ("micro_batch=1", "global_batch=1", "precision=fp32", "optimizer.warmup_epochs=null")
 _LOGGED = ("logging.every_steps=1", "logging.metrics_port=null", "preflight=true")
@@ -56,7 +57,9 @@ def _until_a_step(folder: str, size: str, step: int) -> float:
         while not (metrics.exists() and metrics.read_text().count("\n") >= step):
             if process.poll() is not None:
                 assert process.stderr is not None  # for the type checker: it was asked for
-                raise RuntimeError(f"{' '.join(command)}: {process.stderr.read().strip().splitlines()[-1:]}")
+                raise TrainingError(
+                    f"{' '.join(command)}: {(process.stderr.read().strip().splitlines() or ['no message'])[-1]}"
+                )
             time.sleep(0.01)
         taken = time.perf_counter() - began
         process.communicate()

@@ -15,7 +15,7 @@ from beit_dist.benches.contenders import CONTENDERS, UnavailableError
 from beit_dist.benches.inputs import MASKED
 from beit_dist.benches.measuring import Row, row
 from beit_dist.config.model import ModelConfig
-from beit_dist.engine.precision import speeds
+from beit_dist.engine.precision import EMULATED, speeds
 from beit_dist.engine.task import OPERATIONS
 from beit_dist.models.flops import multiply_adds
 from beit_dist.planning.devices import known_gpu
@@ -24,8 +24,6 @@ _CPU = {"small": (8, 4), "base": (8, 3)}
 """Images of a step, and how often each contender takes one."""
 _GPU = {"base": (128, 20), "large": (64, 20)}
 _QUICK = {"tiny": (4, 2)}
-_EMULATED = 0.5
-"""Precisions whose products are slower than this share of fp32's are left out: a step would take minutes."""
 
 
 def measure(
@@ -132,7 +130,7 @@ def _precisions(device: torch.device) -> list[str]:
     known = speeds(device)
     if device.type == "cuda":
         return [max(known, key=lambda name: known[name])]
-    slow = {name: speed for name, speed in known.items() if speed < _EMULATED}
+    slow = {name: speed for name, speed in known.items() if speed < EMULATED}
     for name, speed in slow.items():
         _note(f"{name}: left out, its products run at {speed:.2g} of the speed of fp32's here")
     return ["fp32", *(name for name in known if name not in slow)]

@@ -27,6 +27,7 @@ from beit_dist.benches.step import mfu_rows
 from beit_dist.config.model import ModelConfig
 from beit_dist.engine.precision import choose, speeds
 from beit_dist.engine.task import OPERATIONS
+from beit_dist.errors import TrainingError
 from beit_dist.models.flops import multiply_adds
 
 _MEASURED = re.compile(
@@ -95,7 +96,7 @@ def through_trainer(data: str, case: Case, precision: str, ranks: int) -> tuple[
     """Seconds of a step, the median first, then the least and the most; and the share of data wait.
 
     Raises:
-        RuntimeError: the trainer failed; the text is its last line.
+        TrainingError: the trainer failed; the text is its last line.
     """
     batch = case.batch * ranks
     settings = [f"model.size={case.size}", f"global_batch={batch}", f"micro_batch={case.batch}", "steps=100000"]
@@ -105,7 +106,7 @@ def through_trainer(data: str, case: Case, precision: str, ranks: int) -> tuple[
     command += ["--config", recipe, "--data", data, "--run", str(Path(data, "run")), *settings]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if (found := _MEASURED.search(done.stdout)) is None:
-        raise RuntimeError(f"{' '.join(command)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        raise TrainingError(f"{' '.join(command)}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return [float(found[number]) for number in (1, 2, 3)], float(found[4]) / 100
 
 

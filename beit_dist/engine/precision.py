@@ -28,8 +28,8 @@ _SMALL = (128, 256, 256)
 """Rows, inputs and outputs of a linear layer: enough to tell an emulation, which takes 1 to 20 ms for it."""
 _LARGE = {"cpu": (512, 768, 768), "cuda": (2048, 2048, 2048)}
 """Enough to keep matrix units busy."""
-_EMULATED = 0.5
-"""Where the small product is slower than this, the large one would only take long."""
+EMULATED = 0.5
+"""Where small products are slower than this share of fp32's, large ones would only take long."""
 _TRIES = 5
 
 Speeds = Mapping[str, float]
@@ -189,7 +189,7 @@ def _fastest(found: Sequence[tuple[str, Speeds]], excluded: Collection[str]) -> 
 def _speed(name: str, device: torch.device) -> float:
     """Speed of products in ``name``, as a multiple of their speed in fp32."""
     speed = _ratio(name, _SMALL, device)
-    return speed if speed < _EMULATED else _ratio(name, _LARGE.get(device.type, _LARGE["cuda"]), device)
+    return speed if speed < EMULATED else _ratio(name, _LARGE.get(device.type, _LARGE["cuda"]), device)
 
 
 def _ratio(name: str, shape: tuple[int, int, int], device: torch.device) -> float:
