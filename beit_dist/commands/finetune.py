@@ -15,6 +15,7 @@ from beit_dist.commands.training import (
     add_overrides,
     as_ranks,
     ds_config_of,
+    import_for,
     parse,
     ranks_of,
     recipe_of,
@@ -85,9 +86,10 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     from beit_dist.engine.device import choose_accelerator
 
     choose_accelerator(args.device, ranks.world)  # before anything of DeepSpeed is imported
+    config = settings(args)
+    import_for(config.loader.workers, "beit_dist.stream.labelled.pipeline", args)
     from beit_dist.engine.resolve import resolve
 
-    config = settings(args)
     resolved = resolve(config, ds_config_of(args), ranks_of(args, ranks))
     return start(task_of(config), resolved, args, ranks)
 

@@ -14,6 +14,7 @@ from beit_dist.commands.training import (
     add_overrides,
     as_ranks,
     ds_config_of,
+    import_for,
     parse,
     ranks_of,
     recipe_of,
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
 
     flags = given(args, ("run", "data", "precision"))
     config = load_recipe(PretrainingConfig, recipe_of(args, "pretraining"), args.overrides, flags=flags)
+    import_for(config.loader.workers, "beit_dist.stream.pipeline", args)
     choose_accelerator(args.device, ranks.world)
     resolved = resolve(config, ds_config_of(args), ranks_of(args, ranks))  # imports DeepSpeed, which looks for one
 

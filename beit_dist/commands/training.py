@@ -119,6 +119,20 @@ def as_ranks(args: argparse.Namespace, run: Callable[[Ranks], int]) -> int:
     return as_one_rank(run)
 
 
+def import_for(workers: int, pipeline: str, args: argparse.Namespace) -> None:
+    """Have what the loader's workers need imported beside what comes next here, DeepSpeed above all.
+
+    Args:
+        workers: how many there will be.
+        pipeline: the module of what they run.
+        args: of the command; a dry run has no workers.
+    """
+    from beit_dist.stream.workers import start_early
+
+    if workers and (args.measure or not args.dry_run):
+        start_early(pipeline)
+
+
 def start(task: Task[Any, Any, Any], resolved: Resolved, args: argparse.Namespace, ranks: Ranks) -> int:
     """Print the resolved run with ``--dry-run``, else train; the exit code."""
     from beit_dist.engine.dry_run import dry_run

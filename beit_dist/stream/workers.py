@@ -42,6 +42,16 @@ def start_method(imported: str) -> str:
     return "forkserver"
 
 
+def start_early(imported: str) -> None:
+    """Start the fork server now, so that it imports ``imported`` while this process imports what it needs itself.
+
+    For the main thread of a rank that will have workers, before its long imports.
+    """
+    thread = threading.Thread(target=start_method, args=(imported,), name="fork-server")
+    thread.start()
+    thread.join()
+
+
 class WorkerStart:
     """What a worker does first; given to the loader as ``worker_init_fn``.
 
