@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogFormatterSciNotation, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
+from PIL import Image
 
 from beit_dist.engine.durations import duration
 from beit_dist.errors import DataError, exit_cleanly
-from beit_dist.reports.names import save, verbatim
+from beit_dist.reports.names import verbatim
 
 DASHBOARD = Path(__file__).resolve().parents[1] / "cluster" / "monitoring" / "grafana" / "beit.json"
 EXAMPLES = """\
@@ -35,9 +37,10 @@ examples:
 """
 _WIDTH, _UNIT, _COLUMNS = 9.0, 0.185, 24
 """Inches of the picture's width and of a unit of height; columns of Grafana's grid."""
-_DPI, _POINTS = 170, 250
-"""A picture that is shown 900 points wide has letters of 9; most values of a line."""
+_SIDE, _DPI, _POINTS = 0.5, 170, 300
+"""Inches for the numbers of an axis; shown 900 points wide, a picture has letters of 8; values of a line."""
 _COLOURS = ("#3b7dd8", "#e0752d", "#4a9a3f", "#8d5fc9", "#c0392b", "#7f8c8d", "#b8860b", "#16a0a0")
+_PALETTE = 128
 _QUIET, _FRAME, _START = "0.40", "0.85", "#f2a03d"
 
 
@@ -116,12 +119,20 @@ def window_of(server: Prometheus, run: str, hours: float) -> Window:
     """
     now, interval = time.time(), server.scrape_interval()
     coarse = max(interval, hours * 3600 / 10_000)  # Prometheus answers at most 11,000 values
-    seen = server.range(f'up{{run="{run}"}}', now - hours * 3600, now, coarse)
+    seen = server.range(f'up{{run="{run}"}} > 0', now - hours * 3600, now, coarse)
     if not seen:
-        raise DataError(f"--run {run}: nothing was scraped with this label in the last {hours:g} hours")
+        raise DataError(f"--run {run}: no target with this label answered in the last {hours:g} hours")
     begin, end = min(line.times[0] for line in seen), max(line.times[-1] for line in seen)
     step = max(interval, (end - begin) / _POINTS)
     return Window(begin, end, step, max(step + interval, 4 * interval))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, and the panels that have no data in it."""
+
+    figure: Figure
+    empty: tuple[str, ...]
 
 
 def draw(dashboard: Mapping[str, Any], server: Prometheus, run: str, window: Window, rows: Sequence[str]) -> Drawn:
@@ -158,12 +169,14 @@ def draw(dashboard: Mapping[str, Any], server: Prometheus, run: str, window: Win
     return Drawn(figure, tuple(empty))
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A picture, and the panels that have no data in it."""
-
-    figure: Figure
-    empty: tuple[str, ...]
+def write(figure: Figure, out: Path) -> None:
+    """Write a PNG of few colours, which is a third as large."""
+    drawn = BytesIO()
+    figure.savefig(drawn)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(drawn).convert("RGB").quantize(_PALETTE, Image.Quantize.MAXCOVERAGE).save(
+        out, format="PNG", optimize=True
+    )
 
 
 def _in_rows(panels: Sequence[dict[str, Any]], rows: Sequence[str]) -> list[dict[str, Any]]:
@@ -213,7 +226,7 @@ def _framed(figure: Figure, panel: Mapping[str, Any], units: int) -> None:
     inches = height * units * _UNIT
     at = (left + 0.008, bottom + height * (1 - 0.15 / inches))
     size = 7 if width > 0.2 else 6.5
-    figure.text(*at, panel["title"], fontsize=size, va="center", fontweight="medium")
+    figure.text(*at, panel["title"], fontsize=size, va="center")
 
 
 def _axes(figure: Figure, panel: Mapping[str, Any], units: int) -> Axes:
@@ -222,7 +235,7 @@ def _axes(figure: Figure, panel: Mapping[str, Any], units: int) -> Axes:
     inches = height * units * _UNIT
     if panel["type"] == "stat":
         return figure.add_axes((left + 0.004, bottom + 0.004, width - 0.008, height * 0.42))
-    side, low, high = 0.46 / _WIDTH, 0.20 / inches, 0.42 / inches
+    side, low, high = _SIDE / _WIDTH, 0.20 / inches, 0.42 / inches
     return figure.add_axes((left + side, bottom + low * height, width - side - 0.010, height * (1 - low - high)))
 
 
@@ -254,7 +267,7 @@ def _timeseries(
 ) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     for place, (legend, line) in enumerate(lines):
-        label = re.sub(r"{{\s*(\w+)\s*}}", lambda found: line.labels.get(found[1], ""), legend)
+        label = named(legend, line.labels)
         times, values = _with_gaps(line, window)
         axes.plot(times, values, color=_COLOURS[place % len(_COLOURS)], linewidth=1.0, label=label)
     for moment in starts:
@@ -271,6 +284,11 @@ def _timeseries(
     _dress(axes, defaults["unit"], window, bool(lines))
 
 
+def named(legend: str, labels: Mapping[str, str]) -> str:
+    """Grafana's name of a line: ``{{label}}`` stands for its value."""
+    return re.sub(r"{{\s*(\w+)\s*}}", lambda found: labels.get(found[1], ""), legend)
+
+
 def _dress(axes: Axes, unit: str, window: Window, filled: bool) -> None:
     """Scales, their numbers, and the legend below the title."""
     axes.grid(color="0.93", linewidth=0.6)
@@ -278,35 +296,32 @@ def _dress(axes: Axes, unit: str, window: Window, filled: bool) -> None:
     axes.tick_params(labelsize=6, length=2, pad=2, colors=_QUIET)
     for spine in axes.spines.values():
         spine.set_color(_FRAME)
-    ticks = np.linspace(window.begin, window.end, 5)[1:-1]
-    clock = "%H:%M" if window.end - window.begin > 600 else "%H:%M:%S"
+    inches = axes.get_position().width * _WIDTH
+    ticks = np.linspace(window.begin, window.end, 5 if inches > 2 else 3)[1:-1]
+    clock = "%H:%M" if window.end - window.begin > 300 else "%H:%M:%S"
     axes.set_xticks(ticks, [datetime.fromtimestamp(tick).strftime(clock) for tick in ticks])
     if not filled:
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "No data", transform=axes.transAxes, ha="center", va="center", fontsize=8, color=_QUIET)
+        middle: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+        axes.text(0.5, 0.5, "No data", fontsize=8, color=_QUIET, **middle)
         return
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value, unit)))
     if axes.get_yscale() == "log":
         low, high = axes.get_ylim()
-        if high / low < 100:
-            axes.yaxis.set_minor_formatter(_formatter(unit))
-            axes.yaxis.set_major_formatter(_formatter(unit))
-            axes.tick_params(which="minor", labelsize=6, length=2, pad=2, colors=_QUIET)
-            axes.set_yticks([tick for tick in _one_two_five(low, high)], minor=True)
-        else:
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.yaxis.set_major_formatter(LogFormatterSciNotation())
+        bases = (1, 2, 5) if high < 100 * low else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=bases, numticks=6))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, min_n_ticks=2))
-        axes.yaxis.set_major_formatter(_formatter(unit))
     legend = axes.legend(
         loc="lower left",
-        bbox_to_anchor=(-0.02, 0.99),
+        bbox_to_anchor=((0.06 - _SIDE) / inches, 1.02),
         ncols=6,
         frameon=False,
         fontsize=6,
-        handlelength=1.0,
-        handletextpad=0.4,
-        columnspacing=0.9,
+        handlelength=1.0 if inches > 1.5 else 0.7,
+        handletextpad=0.4 if inches > 1.5 else 0.3,
+        columnspacing=0.9 if inches > 1.5 else 0.5,
         borderpad=0.1,
         borderaxespad=0.1,
     )
@@ -320,21 +335,7 @@ def _with_gaps(line: Line, window: Window) -> tuple[NDArray[np.float64], NDArray
     return np.insert(line.times, breaks + 1, line.times[breaks]), np.insert(line.values, breaks + 1, math.nan)
 
 
-def _one_two_five(low: float, high: float) -> list[float]:
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [
-        base * 10.0**power
-        for power in powers
-        for base in (1, 2, 5)
-        if low <= base * 10.0**power <= high and (base != 1 or low > 0)
-    ]
-
-
 # ------------------------------------------------------------------------------------------------------ the units
-
-
-def _formatter(unit: str) -> Any:
-    return FuncFormatter(lambda value, _: form(value, unit))
 
 
 def _last(values: NDArray[np.float64], unit: str) -> str:
@@ -356,7 +357,7 @@ def _binary(value: float) -> str:
         if abs(value) < 1024 or prefix == "Ti":
             return f"{value:.4g} {prefix}B"
         value /= 1024
-    raise AssertionError
+    raise ValueError(value)
 
 
 def _plain(value: float) -> str:
@@ -383,16 +384,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prometheus", default="http://localhost:9090", metavar="URL", help="(default: %(default)s)")
+    server = "where it listens (default: %(default)s)"
+    parser.add_argument("--prometheus", default="http://localhost:9090", metavar="URL", help=server)
     parser.add_argument("--run", required=True, help="label of the run's targets")
     parser.add_argument("--hours", type=float, default=6, help="how far to look back (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows, help="those to draw (default: all)")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the PNG")
     options = parser.parse_args(arguments)
-    server = Prometheus(options.prometheus)
-    window = window_of(server, options.run, options.hours)
-    drawn = draw(dashboard, server, options.run, window, options.rows)
-    save(drawn.figure, options.out)
+    prometheus = Prometheus(options.prometheus)
+    window = window_of(prometheus, options.run, options.hours)
+    drawn = draw(dashboard, prometheus, options.run, window, options.rows)
+    write(drawn.figure, options.out)
     print(f"wrote {options.out}: {duration(window.end - window.begin)} of {options.run}")
     if drawn.empty:
         print(f"no data in: {', '.join(drawn.empty)}")

@@ -1,7 +1,7 @@
 """Alerts of runs that are really broken: the right one fires, no other critical one does, and it ends once mended.
 
-The rules are the committed ones, with all their times 150 times as short (:func:`support.prometheus.hurried`). The
-warnings about speed fire in the hurry of a busy machine and say nothing here, except where speed is what is broken.
+The rules are the committed ones, with all their times 150 times as short (:func:`support.prometheus.hurried`).
+Warnings about speed may fire on a busy machine, and say nothing here, except where speed is what is broken.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -34,7 +33,8 @@ ALERTS = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"]
 CRITICAL = {
     rule["alert"] for group in ALERTS for rule in group["rules"] if rule["labels"]["severity"] == "critical"
 }
-SETTINGS = ["epochs=100000", "watchdog.stall_seconds=2", "checkpoint.every_steps=null", "checkpoint.every_minutes=60"]
+SETTINGS = ["epochs=100000", "watchdog.stall_seconds=2"]
+SETTINGS += ["checkpoint.every_steps=null", "checkpoint.every_minutes=60"]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,9 @@ def test_a_source_that_is_slow_binds_the_run_and_one_that_hangs_stalls_it(
         run.trains_well()
 
 
-def test_a_full_disk_fails_saves_and_then_lacks_checkpoints(small_disk: Path, watch: Callable[..., Watched]) -> None:
+def test_a_full_disk_fails_saves_and_then_lacks_checkpoints(
+    small_disk: Path, watch: Callable[..., Watched]
+) -> None:
     often = ["checkpoint.every_minutes=0.03", "checkpoint.max_failed_saves=1000", "checkpoint.keep=1"]
     run = watch("disk/full", *often)
     run.start()
@@ -213,7 +215,7 @@ def test_a_run_that_is_killed_again_and_again_is_a_crash_loop_until_it_comes_fur
     run.start()
     for _ in range(3):
         run.kill()
-        run.expected |= {"BeitTargetDown", "BeitCrashLoop"}  # the next start may take longer than the first is patient
+        run.expected |= {"BeitTargetDown", "BeitCrashLoop"}  # a start may take long
         run.start()
     run.alert("BeitCrashLoop")
     os.kill(run.ranks()[0], signal.SIGTERM)  # which saves, so that the next start comes further

@@ -35,8 +35,8 @@ def installed(program: str) -> str:
 def hurried(rules: str, times: int) -> str:
     """The text of a file of rules in which every time is shorter, and nothing else is another.
 
-    Times are the windows (``[10m]``), ``offset``, ``for``, and the seconds that a number of seconds is compared with
-    or foreseen for (``> 900``, ``4 * 3600``).
+    Times are the windows (``[10m]``), ``offset``, ``for``, and the seconds that a metric in seconds is compared
+    with or that are foreseen (``> 900``, ``4 * 3600``).
     """
 
     def shorter(found: re.Match[str]) -> str:
@@ -118,7 +118,9 @@ def running(folder: Path, times: int = 1) -> Iterator[Server]:
             process.terminate()
 
 
-def until(holds: Callable[[], Any], what: str, seconds: float = 60, watched: Callable[[], None] | None = None) -> Any:
+def until(
+    holds: Callable[[], Any], what: str, seconds: float = 60, watched: Callable[[], None] | None = None
+) -> Any:
     """Ask again and again until the answer is true, and return it.
 
     Args:
