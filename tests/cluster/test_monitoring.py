@@ -225,7 +225,12 @@ def _work(metrics: Metrics) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 def test_every_query_of_the_dashboard_returns_data_of_a_real_run(
-    new_run: Callable[..., Run], make_shards: Callable[..., Any], tmp_path: Path
+    new_run: Callable[..., Run],
+    make_shards: Callable[..., Any],
+    promtool: Callable[..., str],
+    load_tool: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     folder, held_out, (port,) = tmp_path / "prometheus", tmp_path / "held-out", free_ports(1)
     for data, sizes in ((tmp_path / "shards", [50, 64]), (held_out, [8])):
@@ -260,6 +265,15 @@ def test_every_query_of_the_dashboard_returns_data_of_a_real_run(
             assert "exported_run" not in told["metric"]
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as answer:
                 assert json.load(answer)["state"] == "working"
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                assert promtool("check", "metrics", text=answer.read().decode()) == ""
+            drawn = tmp_path / "drawn.png"
+            arguments = ["--prometheus", prometheus.url, "--run", "tiny", "--out", str(drawn)]
+            assert load_tool("draw_dashboard").main(arguments) == 0
+            said = capsys.readouterr().out
+            assert f"wrote {drawn}" in said
+            assert "no data in" not in said
+            assert drawn.read_bytes().startswith(b"\x89PNG")
         finally:
             _stop(run, training)
 
