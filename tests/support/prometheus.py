@@ -119,7 +119,7 @@ def running(folder: Path, times: int = 1) -> Iterator[Server]:
 
 
 def until(
-    holds: Callable[[], Any], what: str, seconds: float = 60, watched: Callable[[], None] | None = None
+    holds: Callable[[], Any], what: str, seconds: float = 120, watched: Callable[[], None] | None = None
 ) -> Any:
     """Ask again and again until the answer is true, and return it.
 
