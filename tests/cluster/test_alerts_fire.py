@@ -125,10 +125,12 @@ class Watched:
         """Stop it, and take its target back."""
         self._target.unlink()
         if self.process is not None and self.process.poll() is None:
-            for pid in self.ranks():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
-                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(FileNotFoundError):  # it had not come as far as run.json
+                for pid in self.ranks():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
             wait(self.process, 60)
 
 
