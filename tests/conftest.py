@@ -27,7 +27,7 @@ from beit_dist.shards.manifest import Manifest, ShardInfo, shard_name
 from beit_dist.shards.sample import SampleLayout, SampleNotes, sample_key
 from beit_dist.shards.writer import ShardWriter
 
-pytest_plugins = ["support.figures", "support.runs", "support.servers"]
+pytest_plugins = ["support.disks", "support.figures", "support.runs", "support.servers"]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -105,6 +105,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 *(_baseline("loss", "training"), "{{baseline}}"),
             ),
             "Baselines are what the loss would be without learning from images.",
+            width=6,
         ),
         Panel(
             "Accuracy",
@@ -114,6 +115,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 *("beit_validation_accuracy_ratio{RUN}", "held out"),
                 *(_baseline("accuracy", "training"), "{{baseline}}"),
             ),
+            width=6,
         ),
         Panel("Learning rate", "sci", of("beit_train_learning_rate{RUN}", "learning rate"), width=4),
         Panel(
@@ -125,13 +127,15 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             log=True,
         ),
         Panel(
-            "Steps with an unusual loss or none applied",
+            "Unusual steps",
             "none",
             of(
                 *("increase(beit_train_steps_skipped_total{RUN}[$__rate_interval])", "skipped"),
-                *("increase(beit_train_loss_spikes_total{RUN}[$__rate_interval])", "loss spikes"),
-                *("increase(beit_data_bad_samples_total{RUN}[$__rate_interval])", "damaged samples"),
+                *("increase(beit_train_loss_spikes_total{RUN}[$__rate_interval])", "spikes"),
+                *("increase(beit_data_bad_samples_total{RUN}[$__rate_interval])", "damaged"),
             ),
+            "Skipped: gradients not finite, no update. Spikes: a loss far above those before. Damaged: samples.",
+            width=4,
         ),
     ),
     "Speed": (
@@ -184,7 +188,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             of(
                 *(_mean("beit_checkpoint_duration_seconds"), "until committed"),
                 *(_mean("beit_checkpoint_stall_seconds"), "of which training waits"),
-                *(_mean("beit_validation_duration_seconds"), "a measurement on held-out data"),
+                *(_mean("beit_validation_duration_seconds"), "a measurement"),
             ),
             log=True,
         ),
@@ -279,7 +283,8 @@ def _starts() -> dict[str, Any]:
         "datasource": _SOURCE,
         "enable": True,
         "iconColor": "orange",
-        "expr": f"changes(beit_train_start_timestamp_seconds{_RUN}[1m]) > 0",
+        "expr": f"1000 * beit_train_start_timestamp_seconds{_RUN}",
+        "useValueForTime": True,
         "titleFormat": "start of the run",
     }
 

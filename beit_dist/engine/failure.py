@@ -23,6 +23,8 @@ _UNMET = re.compile(
     r"client socket has timed out|waiting for clients|ping failed|failed to connect|device/all", re.IGNORECASE
 )
 _TAKEN = re.compile(r"EADDRINUSE|address already in use|server socket has failed", re.IGNORECASE)
+_GENERAL = re.compile(r"\. This is typically caused by")
+"""Where gloo's advice on any failure begins, which says nothing of this one."""
 _GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|read error|write error|socket", re.IGNORECASE)
 
 
@@ -87,7 +89,7 @@ def _explained(error: BaseException, limit: str) -> str | None:
     collective = "dist" in kind or "gloo" in said.lower() or "nccl" in said.lower() or "pair closure" in said
     if not collective:
         return None
-    cause = said.splitlines()[0]
+    cause = _GENERAL.split(said.splitlines()[0])[0]
     port = os.environ.get("MASTER_PORT")
     if _UNMET.search(said):
         return (

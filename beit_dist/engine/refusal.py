@@ -17,7 +17,7 @@ import torch.distributed as dist
 from beit_dist.checkpoints.layout import committed
 from beit_dist.engine.checkpoint.attempts import Attempts
 from beit_dist.engine.endpoint import check_address
-from beit_dist.engine.memory import size_of_checkpoint
+from beit_dist.engine.memory import in_words, size_of_checkpoint
 from beit_dist.engine.metrics import ADDRESS
 from beit_dist.engine.ranks.distributed import Agreement, Ranks, store_of_ranks
 from beit_dist.engine.ranks.launchers import speaks_for_its_host
@@ -146,7 +146,7 @@ def check_space(folder: Path, size: int, keep: int) -> int:
     needed, free = size * (keep + 1), free_space(folder)
     if free < needed:
         raise SpaceError(
-            f"run: {folder} has {free / 2**30:.1f} GiB free, expected {needed / 2**30:.1f} GiB for "
+            f"run: {folder} has {in_words(free)} free, expected {in_words(needed)} for "
             f"{keep} checkpoints and the one being written. Free some, or lower checkpoint.keep."
         )
     return free

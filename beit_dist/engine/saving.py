@@ -130,5 +130,5 @@ class Saving:
         if self._failed >= limit:
             raise TrainingError(
                 f"{limit} checkpoints in a row could not be saved, the last at step {result.step}: "
-                f"{result.fault}. Check the disk, or raise checkpoint.max_failed_saves."
+                f"{result.fault.rstrip('.')}. Check the disk, or raise checkpoint.max_failed_saves."
             )

@@ -22,6 +22,7 @@ from beit_dist.engine.checkpoint.attempts import Attempts
 from beit_dist.engine.durations import duration
 from beit_dist.engine.run_folder import DONE, FAILED, METRICS, PREEMPTED
 from beit_dist.reports.history import Series, read_tail
+from beit_dist.reports.stacks import waits_of
 from beit_dist.step_numbers import Baseline, KnownBaselines, Number
 from beit_dist.storage.place import Place
 
@@ -58,6 +59,8 @@ class RunState:
     baseline: Baseline | None = None
     """The strongest of the loss."""
     images_per_second: float | None = None
+    data_wait: float | None = None
+    """Share of the last logging interval in which rank 0 waited for data."""
     seconds_left: float | None = None
     """Of a running run, at the pace of its last steps, saves and measurements included."""
     saved_step: int | None = None
@@ -70,6 +73,8 @@ class RunState:
     """Unix time of the last sign of life."""
     note: str = ""
     """Why it is in this state, where that needs a word."""
+    waits: tuple[str, ...] = ()
+    """Of a stalled run: what its ranks wait in, as far as they have written it."""
     damage: tuple[str, ...] = ()
     """Files that cannot be read, with what is wrong with them."""
 
@@ -86,11 +91,13 @@ class RunState:
             "loss": number if number is None or math.isfinite(number) else None,
             "baseline": self.baseline and {"name": self.baseline.name, "value": self.baseline.value},
             "images_per_second": self.images_per_second,
+            "data_wait": self.data_wait,
             "seconds_left": self.seconds_left,
             "checkpoint": None if self.saved_step is None else {"step": self.saved_step, "time": self.saved_at},
             "attempts": self.attempts,
             "last_activity": self.active_at,
             "note": self.note,
+            "waits": list(self.waits),
             "damage": list(self.damage),
         }
 
@@ -146,12 +153,14 @@ def read_state(run: Place, name: str, now: float) -> RunState:
         loss=_loss(steps),
         baseline=_baseline(facts),
         images_per_second=_number(last, "images_per_second"),
+        data_wait=_number(last, "data_wait"),
         seconds_left=left,
         saved_step=saved_step,
         saved_at=saved_at,
         attempts=start.number,
         active_at=active_at,
         note=note,
+        waits=tuple(waits_of(run.path / "ranks", active_at or 0.0)) if state == STALLED and run.is_local else (),
         damage=tuple(dict.fromkeys(damage)),
     )
 
@@ -188,7 +197,8 @@ def _judged(start: _Start, stepping: bool, quiet: float, limit: float) -> tuple[
     if start.marker is not None:
         return start.marker["state"], _reason(start.marker)
     if start.alive is False:
-        return DEAD, "its processes on this host ended and left no marker; start it again with the same command"
+        ended = "its processes on this host ended and left no marker: killed, or unable to write it"
+        return DEAD, f"{ended}; start it again with the same command"
     if quiet > limit:
         since = f"no sign of life for {duration(quiet)}" if math.isfinite(quiet) else "no sign of life"
         if start.alive:

@@ -14,6 +14,8 @@ _GAP = "  "
 _NAME = 16
 """Columns that a shortened name keeps before another column is left out for it ..."""
 _CUT = ".."
+_NOTICED = 0.05
+"""Share of the time from which on waiting for data is told."""
 _COLOURS = {"running": 32, "done": 32, "waiting": 33, "preempted": 33, "stalled": 31, "dead": 31, "failed": 31}
 """By state: green, yellow and red, as terminals number them."""
 
@@ -138,17 +140,25 @@ def _subjects(run: RunState, now: float) -> Iterator[tuple[str, str]]:
     yield "state", run.state
     for remark in remarks(run):
         yield "note", remark
+    for wait in run.waits:
+        yield "waits", printable(wait)
     share = f" ({run.step / run.total:.1%})" if run.step is not None and run.total else ""
     yield _unit(run), _step(run, now).replace("/", " of ") + share
     yield "loss", _loss(run, now)
     yield "baseline", _baseline(run, now)
-    yield "images/s", "" if run.images_per_second is None else f"{run.images_per_second:,.4g}"
+    yield "images/s", "" if run.images_per_second is None else f"{run.images_per_second:,.4g}{_waiting(run)}"
     yield "left", "" if run.seconds_left is None else duration(run.seconds_left)
     if run.saved_step is not None:
         ago = "" if run.saved_at is None else f", {_ago(run.saved_at, now)} ago"
         yield "checkpoint", f"of step {run.saved_step:,}{ago}"
     yield "active", "" if run.active_at is None else f"{_ago(run.active_at, now)} ago"
     yield "started", counted(run.attempts, "time") if run.attempts else ""
+
+
+def _waiting(run: RunState) -> str:
+    """As the progress line says it, from a few per cent on."""
+    share = run.data_wait
+    return f" (data wait {share:.0%})" if share is not None and share >= _NOTICED else ""
 
 
 def _unit(run: RunState) -> str:

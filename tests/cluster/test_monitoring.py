@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from support.ports import free_ports
+from support.prometheus import installed, running
 from support.runs import Run, wait
 
 from beit_dist.commands import inspect
@@ -49,7 +48,7 @@ AlertRule = dict[str, Any]
 @pytest.fixture
 def promtool() -> Callable[..., str]:
     """``promtool(*arguments)``: what it says; it must be satisfied."""
-    program = _installed("promtool")
+    program = installed("promtool")
 
     def call(*arguments: str, text: str | None = None) -> str:
         command = [program, *arguments]
@@ -58,13 +57,6 @@ def promtool() -> Callable[..., str]:
         return done.stdout + done.stderr
 
     return call
-
-
-def _installed(program: str) -> str:
-    found = shutil.which(program)
-    if found is None:
-        pytest.skip(f"{program} is missing: apt-get install prometheus")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -222,43 +214,6 @@ def test_no_two_panels_have_the_same_number_or_overlap() -> None:
     assert all(target["datasource"]["uid"] == "${datasource}" for panel in PANELS for target in panel["targets"])
 
 
-@contextlib.contextmanager
-def _prometheus(folder: Path) -> Iterator[str]:
-    """A server with our configuration, but in a hurry; its URL."""
-    program, port = _installed("prometheus"), free_ports(1)[0]
-    for name in ("rules.yaml", "alerts.yaml"):
-        shutil.copy(PROMETHEUS / name, folder)
-    config = yaml.safe_load((PROMETHEUS / "prometheus.yaml").read_text())
-    config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
-    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
-    command = [program, f"--config.file={folder / 'prometheus.yaml'}", f"--storage.tsdb.path={folder / 'data'}"]
-    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
-    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-
-
-def _asked(url: str, path: str, **parameters: str) -> Any:
-    """What the API answers; an error of the query is raised with its text."""
-    query = urllib.parse.urlencode(parameters)
-    try:
-        with urllib.request.urlopen(f"{url}/api/v1/{path}?{query}", timeout=10) as answer:
-            return json.load(answer)["data"]
-    except urllib.error.HTTPError as error:
-        pytest.fail(f"{parameters}: {error.read().decode()}")
-    except OSError:  # it does not listen yet
-        return {"result": []}
-
-
-def _target(folder: Path, job: str, run: str, port: int) -> None:
-    (folder / "targets" / job).mkdir(parents=True, exist_ok=True)
-    labels = {"run": run, "slurm_job_id": "7"}
-    text = json.dumps([{"targets": [f"127.0.0.1:{port}"], "labels": labels}])
-    (folder / "targets" / job / f"{port}.json").write_text(text)
-
-
 def _work(metrics: Metrics) -> None:
     """What a worker of the array does in a moment, some of it badly."""
     metrics.images(8)
@@ -270,23 +225,26 @@ def _work(metrics: Metrics) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 def test_every_query_of_the_dashboard_returns_data_of_a_real_run(
-    new_run: Callable[..., Run], make_shards: Callable[..., Any], tmp_path: Path
+    new_run: Callable[..., Run],
+    make_shards: Callable[..., Any],
+    promtool: Callable[..., str],
+    load_tool: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     folder, held_out, (port,) = tmp_path / "prometheus", tmp_path / "held-out", free_ports(1)
-    folder.mkdir()
     for data, sizes in ((tmp_path / "shards", [50, 64]), (held_out, [8])):
         make_shards(data, sizes, views=2, seed=len(sizes))
         assert inspect.main([str(data)]) == 0  # counts tokens: baselines rest on that
     places = [f"data={tmp_path / 'shards'}", f"validation.data={held_out}", f"logging.metrics_port={port}"]
     run = new_run("tiny", overrides=[*places, "validation.every_steps=5", "epochs=4000"])
-    _target(folder, "train", "tiny", port)
     metrics = Metrics(0)
     metrics.plan(images=100_000, shards=2, images_done=0, shards_done=0)
     left = {query.replace("$run", "tiny").replace("$__rate_interval", "20s"): title for title, query in QUERIES}
-    with Exporter(metrics, 0, None) as exporter, _cached_reads() as cached, _prometheus(folder) as url:
+    with Exporter(metrics, 0, None) as exporter, _cached_reads() as cached, running(folder) as prometheus:
         assert exporter.port is not None
-        _target(folder, "tokenize", "tiny", exporter.port)
-        _target(folder, "train", "tiny", cached)
+        for job, served in (("train", port), ("tokenize", exporter.port), ("train", cached)):
+            prometheus.target(job, "tiny", served)
         training = run.start()
         try:
             deadline = time.monotonic() + 60
@@ -295,18 +253,27 @@ def test_every_query_of_the_dashboard_returns_data_of_a_real_run(
                 left = {
                     query: title
                     for query, title in left.items()
-                    if not _asked(url, "query", query=query)["result"]
+                    if not prometheus.asked("query", query=query)["result"]
                 }
                 time.sleep(0.3)
-            assert not left, f"no data in {left}: {(folder / 'log').read_text()}"
-            groups = _asked(url, "rules")["groups"]
+            assert not left, f"no data in {left}: {prometheus.log()}"
+            groups = prometheus.asked("rules")["groups"]
             assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
-            assert _asked(url, "query", query='ALERTS{alertstate="firing"}')["result"] == []
-            (told,) = _asked(url, "query", query='beit_build_info{kind="pretraining"}')["result"]
+            assert prometheus.asked("query", query='ALERTS{alertstate="firing"}')["result"] == []
+            (told,) = prometheus.asked("query", query='beit_build_info{kind="pretraining"}')["result"]
             assert told["metric"]["run"] == "tiny"
             assert "exported_run" not in told["metric"]
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as answer:
                 assert json.load(answer)["state"] == "working"
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                assert promtool("check", "metrics", text=answer.read().decode()) == ""
+            drawn = tmp_path / "drawn.png"
+            arguments = ["--prometheus", prometheus.url, "--run", "tiny", "--out", str(drawn)]
+            assert load_tool("draw_dashboard").main(arguments) == 0
+            said = capsys.readouterr().out
+            assert f"wrote {drawn}" in said
+            assert "no data in" not in said
+            assert drawn.read_bytes().startswith(b"\x89PNG")
         finally:
             _stop(run, training)
 

@@ -86,7 +86,7 @@ def test_room_for_checkpoints_is_told_and_too_little_is_refused(disk: Callable[[
     said = f"{kept} are kept while one is written: {(kept + 1) * size:.2f} GiB needed, 100.00 GiB free"
     assert f"checkpoint  {size:.2f} GiB; {said}\n" in describe(Pretraining(config), resolved)
     disk(2)
-    with pytest.raises(SpaceError, match=r"runs/.* has 2\.0 GiB free, expected 4\.1 GiB for 3 checkpoints"):
+    with pytest.raises(SpaceError, match=r"runs/.* has 2\.00 GiB free, expected 4\.\d\d GiB for 3 checkpoints"):
         describe(Pretraining(config), resolved)
 
 

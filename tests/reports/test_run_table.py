@@ -102,6 +102,11 @@ def test_colours_change_nothing_but_the_colour_of_the_state(width: int) -> None:
     assert details(BASE, NOW, width, colours=True)[2].endswith("\x1b[32mrunning\x1b[0m")
 
 
+def test_a_run_that_waits_for_data_says_it() -> None:
+    assert "images/s    8,123 (data wait 37%)" in details(dataclasses.replace(BASE, data_wait=0.37), NOW, 80)
+    assert "images/s    8,123" in details(dataclasses.replace(BASE, data_wait=0.02), NOW, 80)
+
+
 def test_the_facts_of_one_run_are_all_told() -> None:
     assert details(BASE, NOW, 80) == [
         "run         /data/runs/base",
