@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -63,8 +63,13 @@ class Work(ABC, Generic[Made]):
         """Called in threads, with an upright RGB image."""
 
     @abstractmethod
-    def make(self, prepared: Sequence[Made], numbers: Sequence[int]) -> NDArray[np.float32]:
-        """(layers, n, width) of some images of one part, which are those of these numbers."""
+    def make(self, prepared: Sequence[Made], numbers: Sequence[int] | None) -> NDArray[np.float32]:
+        """(layers, n, width) of some images of one part.
+
+        Args:
+            prepared: the images.
+            numbers: of them in the collection; None: nothing shall be written, as they are only measured.
+        """
 
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:
@@ -102,7 +107,7 @@ class Job(Generic[Made]):
         return {
             "made": self.work.made,
             "weights": model.provenance.digest,
-            "model": model.config.model_dump(mode="json"),
+            "model": model.prepare.config.model_dump(mode="json"),
             **self.work.facts,
             "images": self.images.digest,
         }
@@ -113,9 +118,7 @@ class Job(Generic[Made]):
         count = len(self.images)
         size = min(_MOST, max(_LEAST, count // _PARTS // _LEAST * _LEAST))
         work = self.work
-        return Parts(
-            self.target.parts, self.facts, images=count, size=size, layers=work.layers, width=work.width
-        )
+        return Parts(self.target.parts, self.facts, images=count, size=size, layers=work.layers, width=work.width)
 
     @cached_property
     def is_done(self) -> bool:
@@ -176,6 +179,8 @@ class Job(Generic[Made]):
                 "the ranks see different images, weights or --out. Copy the images to every host, name a folder "
                 "for --out that all hosts reach, and of a run that is still training a step folder"
             )
+        if self.is_done:
+            return self._done(rank)
         if rank == 0:
             self.target.begin(self.facts)
         missing = agreement.from_rank_0(self.parts.missing())
@@ -183,6 +188,11 @@ class Job(Generic[Made]):
         agreement.gather(None)  # all parts are there
         found = self._finish() if rank == 0 else 0
         return int(agreement.from_rank_0(found))
+
+    def _done(self, rank: int) -> int:
+        if rank == 0:
+            self.target.remove_parts()  # where a start was killed after the file was there
+        return len(unreadable_of(self.target))
 
     def unreadable(self) -> Iterator[tuple[int, str]]:
         """Number and reason of every image that cannot be read, of the parts that are there."""
@@ -292,6 +302,3 @@ def unreadable_of(target: Target) -> list[list[str]]:
         return []
     text = io.StringIO(target.place.read(target.unreadable).decode(), newline="")
     return list(csv.reader(text))[1:]
-
-
-__all__ = ["Job", "Progress", "Work", "partial", "unreadable_of"]

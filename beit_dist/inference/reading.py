@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from PIL import Image
@@ -33,7 +33,7 @@ def read(
     *,
     workers: int,
     access: Access,
-) -> Iterator[Read[Made]]:
+) -> Generator[Read[Made], None, None]:
     """What ``prepare`` makes of each of the images, in the order of ``numbers``.
 
     An image that is damaged, or none, or may not be read is unreadable: its reason is told. One that is gone or

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -118,7 +118,7 @@ def held_out_images(
         yield None
 
 
-def made_ahead(make: Callable[[int], Made], numbers: Sequence[int], workers: int) -> Iterator[Made]:
+def made_ahead(make: Callable[[int], Made], numbers: Sequence[int], workers: int) -> Generator[Made, None, None]:
     """What ``make`` makes of each number, in threads, in the order of ``numbers``; a few more are under way."""
     workers = max(1, workers)
     with ThreadPoolExecutor(workers, "held-out") as threads:
