@@ -1,4 +1,4 @@
-"""What commands that look at many images with a model have in common: options, and how the work is done and told."""
+"""What commands that look at many images with a model have in common: options, and the course of the work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _SHOWN = 3
 """Unreadable images that are named."""
 _BATCH = 64
 
-RUN_HELP = "run folder, one of its step folders, or its URL; or a file or folder of weights of Hugging Face, timm or unilm"
+RUN_HELP = (
+    "run folder, one of its step folders, or its URL; or a file or folder of weights of Hugging Face, timm or "
+    "unilm"
+)
 
 
 def add_model(parser: CommandParser, title: str) -> None:
@@ -127,7 +130,7 @@ def introduction(job: Job[Any]) -> Iterator[str]:
     from beit_dist.engine.durations import counted
     from beit_dist.engine.memory import in_words
 
-    provenance, images, parts = job.work.model.provenance, job.images, job.parts
+    provenance, images = job.work.model.provenance, job.images
     yield f"model   {provenance.name}"
     yield from (f"note    {note}" for note in provenance.notes)
     labelled = f" of {len(images.classes):,} classes" if images.classes else ""

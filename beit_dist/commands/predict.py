@@ -28,8 +28,8 @@ EXAMPLES = """\
 MORE = """\
 Of a classification, F has a row for each image that can be read, source by source, by name in each: source, name,
 label (where the images lie in class folders, or their source has labels), and the likeliest classes with their
-probabilities. Of a segmentation, DIR has maps/NAME.png, whose values are the numbers that the run's own label maps
-have and whose colours are told in DIR/predictions.json, with the share that each class has of an image.
+probabilities. Of a segmentation, F is a folder with maps/NAME.png, whose values are the numbers that the run's own
+label maps have. F/predictions.json tells their colours, and the share that each class has of an image.
 
 Images that cannot be read are listed in F.unreadable.csv, and counted at the end. The same command, on any number of
 ranks, continues a job that was stopped or killed.

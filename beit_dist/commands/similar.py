@@ -37,9 +37,9 @@ EXAMPLES = """\
 """
 
 MORE = """\
-The picture has a row for each query: the query, and beside it the images that are most similar to it, by the cosine
-of their features, which is told below each. Above 0.999 an image is marked as a duplicate: most likely it is the same
-one in another file or size. For many queries of many images, embed the images once with beit embed and name that file.
+The picture has a row for each query: the query, and beside it the images that are most similar to it, by the
+cosine of their features, which is told below each. Above 0.999 an image is marked as a duplicate: most likely it is
+the same one in another file or size. To ask more than once, embed the images with beit embed and name that file.
 """
 
 
@@ -54,8 +54,8 @@ def parser() -> CommandParser:
         "--layer",
         type=at_least("--layer", 1),
         metavar="N",
-        help="block whose output is compared, from 1 (default: of a pre-trained model the one at two thirds of the "
-        "depth, of a fine-tuned one the last; or the only one in F)",
+        help="block whose output is compared, from 1 (default: of a pre-trained model the one at two thirds of "
+        "the depth, of a fine-tuned one the last; or the only one in F)",
     )
     what.add_argument(
         "--token", choices=("mean", "class"), metavar="T", help="mean (of the patches, the default) or class"
@@ -182,7 +182,8 @@ def _lines(queries: Sequence[str], answer: Answer) -> Iterator[str]:
         for rank, each in enumerate(similar, 1):
             label = "" if each.row.label is None else f"  ({printable(each.row.label)})"
             mark = "  duplicate" if each.neighbour.is_duplicate else ""
-            yield f"{rank:>4}  {each.neighbour.cosine:.3f}  {printable(f'{each.row.source}/{each.row.name}')}{label}{mark}"
+            where = printable(f"{each.row.source}/{each.row.name}")
+            yield f"{rank:>4}  {each.neighbour.cosine:.3f}  {where}{label}{mark}"
     if answer.unreadable:
         yield f"{answer.unreadable:,} of {answer.looked_at:,} images cannot be read and were left out"
 

@@ -34,8 +34,8 @@ Made = TypeVar("Made")
 Progress = Callable[[int], object]
 
 _LEAST, _MOST, _PARTS = 64, 1024, 64
-"""Images of a part, fewest and most, and about how many parts there are of fewer than 64 · 1024 images. It is what a
-restart does again, at most, on each rank; and a rank without a part has nothing to do."""
+"""Images of a part, fewest and most, and about how many parts there are of fewer than 64 · 1024 images. A restart
+does a part again, at most, on each rank; and a rank without a part has nothing to do."""
 
 
 class Work(ABC, Generic[Made]):

@@ -1,4 +1,4 @@
-"""The images that are most similar to others: by the cosine of their features, from blocks of any number of rows."""
+"""The rows that are most similar to some: by the cosine of their features, from blocks of any number of rows."""
 
 from __future__ import annotations
 

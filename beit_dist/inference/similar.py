@@ -50,7 +50,8 @@ def query_features(work: Embedding, queries: Sequence[str]) -> NDArray[np.float3
     Raises:
         DataError: one cannot be used.
     """
-    return work.make([work.model.prepare(query) for query in queries])[0]
+    found: NDArray[np.float32] = work.make([work.model.prepare(query) for query in queries])[0]
+    return found
 
 
 def similar_in_file(

@@ -25,7 +25,7 @@ _JOB = "job.json"
 
 @dataclass(frozen=True)
 class Target:
-    """``F``; while it is made, ``F.parts``; ``F.unreadable.csv`` if some images are; of CSV, ``F.metadata.json``."""
+    """``F``; while it is made ``F.parts``; ``F.unreadable.csv`` if images are; of CSV, ``F.metadata.json``."""
 
     place: Place
     """The folder that ``F`` lies in."""

@@ -90,9 +90,10 @@ def _write(archive: zipfile.ZipFile, column: Column, table: Table) -> None:
     title = column.title
     if column.kind == "text":
         longest = max((len(text or "") for block in table.blocks() for text in block.text(title)), default=0)
-        kind, shape = np.dtype(f"<U{max(1, longest)}"), (table.rows,)
+        kind: np.dtype[Any] = np.dtype(f"<U{max(1, longest)}")
     else:
-        kind, shape = np.dtype("<f4"), (table.rows, *([column.width] if column.kind == "vector" else []))
+        kind = np.dtype("<f4")
+    shape = (table.rows, column.width) if column.kind == "vector" else (table.rows,)
     header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
     with _member(archive, title) as member:
         np.lib.format.write_array_header_1_0(member, header)

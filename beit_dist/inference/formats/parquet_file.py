@@ -74,7 +74,7 @@ def texts(file: BinaryIO, titles: Sequence[str], rows: Sequence[int]) -> list[di
     """The texts of some rows."""
     table = _pyarrow().parquet.ParquetFile(file)
     ends = np.cumsum([table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)])
-    held: dict[int, list[dict[str, str | None]]] = {}
+    held: dict[int, dict[str, str | None]] = {}
     for group in sorted({int(np.searchsorted(ends, row, "right")) for row in rows}):
         start = int(ends[group - 1]) if group else 0
         within = sorted(row for row in set(rows) if start <= row < ends[group])
