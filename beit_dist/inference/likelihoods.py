@@ -23,7 +23,10 @@ def ranked_columns(top: int, number: str) -> tuple[Column, ...]:
 def ranked_values(
     read: Callable[[], NDArray[np.float32]], classes: Sequence[str], top: int, number: str
 ) -> Mapping[str, Callable[[], Any]]:
-    """Their values for the rows that ``read`` reads: (n, K). Of equals, the first class comes first."""
+    """Their values for the rows that ``read`` reads: (n, K). Of equals, the first class comes first.
+
+    A class that has no share is not named.
+    """
     names = [told(name) for name in classes]
 
     @cache
@@ -32,8 +35,12 @@ def ranked_values(
         order = np.argsort(-values, axis=1, kind="stable")[:, :top]
         return order, np.take_along_axis(values, order, 1)
 
-    def class_of(place: int) -> Callable[[], list[str]]:
-        return lambda: [names[each] for each in ranked()[0][:, place - 1]]
+    def class_of(place: int) -> Callable[[], list[str | None]]:
+        def named() -> list[str | None]:
+            order, values = (each[:, place - 1].tolist() for each in ranked())
+            return [names[each] if value or number != SHARE else None for each, value in zip(order, values, strict=True)]
+
+        return named
 
     def number_of(place: int) -> Callable[[], NDArray[np.float32]]:
         return lambda: ranked()[1][:, place - 1]

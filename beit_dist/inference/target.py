@@ -33,7 +33,8 @@ class Target:
     suffix: str
 
     def __str__(self) -> str:
-        return f"{str(self.place).rstrip('/')}/{self.name}"
+        folder = str(self.place).rstrip("/")
+        return self.name if folder == "." else f"{folder}/{self.name}"
 
     @property
     def parts(self) -> Place:
@@ -101,7 +102,7 @@ def target_of(out: str, suffixes: Sequence[str], access: Access) -> Target:
     folder, slash, name = out.rpartition("/")
     suffix = next((each for each in suffixes if name.lower().endswith(each)), None)
     if suffix is None or name == suffix:
-        raise ConfigError("--out", out, f"a file that ends in {' or '.join(suffixes)}")
+        raise ConfigError("--out", out, f"a file that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     place = open_place(folder or slash or ".", access, "--out")
     if place.is_local and (place.path / name).is_dir():
         raise ConfigError("--out", out, "a file (this is a folder)")

@@ -60,4 +60,7 @@ def _objects(table: Table, block: Block) -> list[dict[str, Any]]:
             if len(ranked) < column.place:
                 ranked.append({})
             ranked[-1][column.name] = said
+    for row in rows:
+        if "classes" in row:
+            row["classes"] = [each for each in row["classes"] if None not in each.values()]
     return rows
