@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from support.archives import picture, tar_of, zip_of
 
-ODD = 'c1/a "b", c\nd\t\'é\'.jpg'
+ODD = "c1/a \"b\", c\nd\t'é'.jpg"
 BROKEN = {"c0/cut.jpg": picture(0)[:200], "c1/empty.jpg": b"", "c1/text.jpg": b"no image at all " * 9}
 REASONS = ("OSError: ", "not an image that Pillow reads", "not an image that Pillow reads")
 
