@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load(args.run, ema=args.ema, device=device_of(args.device), access=access)
     silent = args.json == "-"
     answer, title = _answer(args, model, access, silent)
-    name = f"{model.provenance.name}: {title} of {answer.looked_at:,} images"
+    name = f"{model.provenance.name}: {title} of {answer.compared:,} images"
     draw_similar(list(_rows(args.queries, answer, model, access)), args.out, name)
     if not silent:
         print("\n".join(_lines(args.queries, answer)))
@@ -166,14 +166,13 @@ def _rows(queries: Sequence[str], answer: Answer, model: LoadedModel, access: Ac
         row = [Shown(model.prepare.whole(query), query, "query")]
         for each in similar:
             pixels = None if each.file is None else np.asarray(read_image(each.file, access))
-            name = each.row.name if each.row.label is None else f"{each.row.label}: {each.row.name}"
-            row.append(Shown(pixels, name, _said(each), each.neighbour.is_duplicate))
+            row.append(Shown(pixels, each.row.name, _said(each), each.neighbour.is_duplicate))
         yield row
 
 
 def _said(similar: Similar) -> str:
-    mark = ", duplicate" if similar.neighbour.is_duplicate else ""
-    return f"{similar.neighbour.cosine:.3f}{mark}"
+    words = [f"{similar.neighbour.cosine:.3f}", "duplicate" if similar.neighbour.is_duplicate else ""]
+    return "  ".join(word for word in (*words, similar.row.label or "") if word)
 
 
 def _lines(queries: Sequence[str], answer: Answer) -> Iterator[str]:
@@ -185,7 +184,7 @@ def _lines(queries: Sequence[str], answer: Answer) -> Iterator[str]:
             where = printable(f"{each.row.source}/{each.row.name}")
             yield f"{rank:>4}  {each.neighbour.cosine:.3f}  {where}{label}{mark}"
     if answer.unreadable:
-        yield f"{answer.unreadable:,} of {answer.looked_at:,} images cannot be read and were left out"
+        yield f"{answer.unreadable:,} of {answer.compared + answer.unreadable:,} images cannot be read and were left out"
 
 
 def _facts(query: str, similar: Sequence[Similar]) -> dict[str, Any]:

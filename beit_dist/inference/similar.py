@@ -40,8 +40,10 @@ class Answer(NamedTuple):
 
     similar: list[list[Similar]]
     """Of each query, the most similar first."""
-    looked_at: int
+    compared: int
+    """Images."""
     unreadable: int
+    """Images that were left out, where they were looked at now."""
 
 
 def query_features(work: Embedding, queries: Sequence[str]) -> NDArray[np.float32]:
@@ -109,7 +111,7 @@ def similar_in_images(
     if not numbers:
         raise DataError(f"none of the {len(images):,} images can be read")
     similar = [[_of_collection(images, numbers[one.row], one) for one in each] for each in found]
-    return Answer(similar, len(images), len(images) - len(numbers))
+    return Answer(similar, len(numbers), len(images) - len(numbers))
 
 
 def _of_collection(images: Collection, number: int, neighbour: Neighbour) -> Similar:

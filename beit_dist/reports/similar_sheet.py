@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from beit_dist.images.decoding import Pixels
-from beit_dist.lettering import shortened
+from beit_dist.lettering import fitted, shortened
 from beit_dist.reports.names import file_name, save, verbatim
 
 _DPI, _SIDE = 130, 1.35
@@ -69,7 +69,7 @@ def _draw(axes: Axes, shown: Shown, *, is_query: bool) -> None:
         axes.spines[:].set_visible(True)
         axes.spines[:].set(color=_QUERY if is_query else _DUPLICATE, linewidth=2)
     room = 72 * (_SIDE - 0.1)
-    lines = f"{shown.said}\n{file_name(shown.name, room, _LETTERS)}"
+    lines = f"{fitted(shown.said, room, _LETTERS)}\n{file_name(shown.name, room, _LETTERS)}"
     text = axes.text(0, 1.04, lines, fontsize=_LETTERS, va="top", linespacing=1.3)
     text.set_color(_DUPLICATE if shown.duplicate else "black")
     verbatim(text)
