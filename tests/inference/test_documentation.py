@@ -1,4 +1,4 @@
-"""Every block of the page on backbones runs, from top to bottom, and so does the README's as it is printed."""
+"""Every block of the pages on loaded models runs, from top to bottom, and so does the README's as it is printed."""
 
 from __future__ import annotations
 
@@ -78,6 +78,18 @@ def test_every_block_of_the_page_runs(
         run(language, text, names, page.name, line)
     assert (desk / "masked.png").exists()
     assert "% right" in capsys.readouterr().out
+
+
+def test_every_block_of_the_page_on_many_images_runs(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyarrow", reason="pip install 'beit_dist[parquet]'")
+    page, names = REPOSITORY / "docs" / "many-images.md", {"__name__": "page"}
+    found = blocks(page)
+    assert len(found) == 6
+    for language, text, line in found:
+        run(language, text, names, page.name, line)
+    assert len(names["nearest"]) == 8
+    assert {path.stem for path in (desk / "predicted" / "overlays").iterdir()} == {"cat", "dog"}
+    assert "duplicate" in capsys.readouterr().out
 
 
 def test_the_block_of_the_readme_runs_as_printed(
