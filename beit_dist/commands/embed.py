@@ -31,8 +31,8 @@ EXAMPLES = """\
 
 MORE = """\
 There is a row for each image that can be read: source by source, in each by name, whatever the ranks. Columns are
-source, name, label (where the images lie in class folders, or their source has labels), and for each layer a vector
-such as mean_8. Images that cannot be read are listed in F.unreadable.csv, and counted at the end.
+source, name, label (where the images lie in class folders, or their source has labels), and for each layer a
+vector such as mean_8. Images that cannot be read are listed in F.unreadable.csv, and counted at the end.
 
 The same command, on any number of ranks, continues a job that was stopped or killed: what is finished lies in
 F.parts until F is there. .npz needs NumPy alone, .parquet pyarrow: pip install 'beit_dist[parquet]'.

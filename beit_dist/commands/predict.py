@@ -31,8 +31,8 @@ label (where the images lie in class folders, or their source has labels), and t
 probabilities. Of a segmentation, F is a folder with maps/NAME.png, whose values are the numbers that the run's own
 label maps have. F/predictions.json tells their colours, and the share that each class has of an image.
 
-Images that cannot be read are listed in F.unreadable.csv, and counted at the end. The same command, on any number of
-ranks, continues a job that was stopped or killed.
+Images that cannot be read are listed in F.unreadable.csv, and counted at the end. The same command, on any number
+of ranks, continues a job that was stopped or killed.
 """
 
 _SUFFIXES = (".json", ".csv", ".parquet")

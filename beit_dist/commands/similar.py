@@ -38,8 +38,8 @@ EXAMPLES = """\
 
 MORE = """\
 The picture has a row for each query: the query, and beside it the images that are most similar to it, by the
-cosine of their features, which is told below each. Above 0.999 an image is marked as a duplicate: most likely it is
-the same one in another file or size. To ask more than once, embed the images with beit embed and name that file.
+cosine of their features, which is told below each. Above 0.999 an image is marked as a duplicate: most likely it
+is the same one in another file or size. To ask more than once, name a file of beit embed in place of the images.
 """
 
 
@@ -184,7 +184,8 @@ def _lines(queries: Sequence[str], answer: Answer) -> Iterator[str]:
             where = printable(f"{each.row.source}/{each.row.name}")
             yield f"{rank:>4}  {each.neighbour.cosine:.3f}  {where}{label}{mark}"
     if answer.unreadable:
-        yield f"{answer.unreadable:,} of {answer.compared + answer.unreadable:,} images cannot be read and were left out"
+        images = answer.compared + answer.unreadable
+        yield f"{answer.unreadable:,} of {images:,} images cannot be read and were left out"
 
 
 def _facts(query: str, similar: Sequence[Similar]) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def ranked_values(
     def class_of(place: int) -> Callable[[], list[str | None]]:
         def named() -> list[str | None]:
             order, values = (each[:, place - 1].tolist() for each in ranked())
-            return [names[each] if value or number != SHARE else None for each, value in zip(order, values, strict=True)]
+            there = [bool(value) or number != SHARE for value in values]
+            return [names[each] if own else None for each, own in zip(order, there, strict=True)]
 
         return named
 

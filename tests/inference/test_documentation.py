@@ -1,4 +1,4 @@
-"""Every block of the pages on loaded models runs, from top to bottom, and so does the README's as it is printed."""
+"""Every block of the pages on loaded models runs, from top to bottom, and so does the README's as printed."""
 
 from __future__ import annotations
 

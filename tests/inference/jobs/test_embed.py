@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def words(run: Path, mixed: Mixed, out: Path, *more: str) -> list[str]:
     return [str(run), "--images", *mixed.sources, "--out", str(out), "--device", "cpu", "--batch", "3", *more]
+
+
+def as_rank(command: Sequence[str], seen: list[int], agreement: Any) -> int:
+    """Do the command's job as one of the ranks; ``seen`` gets how many images it has looked at."""
+    return job_of(parser().parse(command)).run(agreement, CPU, seen.append)
 
 
 def unreadable(out: Path) -> list[list[str]]:
@@ -103,21 +109,18 @@ def test_ranks_and_threads_change_no_byte(run: Path, mixed: Mixed, tmp_path: Pat
     alone = tmp_path / f"alone.{suffix}"
     main(words(run, mixed, alone))
     for world in (2, 3):
-        out = tmp_path / f"{world}.{suffix}"
-        seen: list[int] = []
-
-        def one(agreement: Any) -> int:
-            job = job_of(parser().parse(words(run, mixed, out, "--workers", str(world + 2))))
-            return job.run(agreement, CPU, seen.append)
-
-        assert together(world, one) == [3] * world
+        out, seen = tmp_path / f"{world}.{suffix}", list[int]()
+        command = words(run, mixed, out, "--workers", str(world + 2))
+        assert together(world, partial(as_rank, command, seen)) == [3] * world
         assert sum(seen) == 42
         assert out.read_bytes() == alone.read_bytes()
 
 
 def killed(command: Sequence[str], at: int, folder: Path) -> bool:
-    """Whether the command was killed when it had given a file its name for the ``at``-th time, or just before that;
-    else it has come to its end first."""
+    """Whether the command was killed when it had given a file its name for the ``at``-th time, or just before.
+
+    Else it has come to its end first.
+    """
     when = "after" if at % 2 else "before"
     process = Forked([str(DYING), str(at), when, "embed", *command], os.environ, folder)
     process.communicate(timeout=120)
@@ -137,9 +140,8 @@ def test_a_job_killed_at_any_moment_and_started_again_gives_the_same_file(
         if not killed(words(run, mixed, out), at, tmp_path):
             break
         left = 0 if out.exists() else 42 - min(42, 8 * len(list(folder.rglob("*.f32"))))
-        job = job_of(parser().parse(words(run, mixed, out)))
         seen: list[int] = []
-        assert together(1, lambda agreement, job=job, seen=seen: job.run(agreement, CPU, seen.append)) == [3]
+        assert together(1, partial(as_rank, words(run, mixed, out), seen)) == [3]
         assert sum(seen) == left  # what was finished is not made again
         assert out.read_bytes() == whole.read_bytes()
         assert unreadable(out) == unreadable(whole)

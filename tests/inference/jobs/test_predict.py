@@ -162,7 +162,7 @@ def test_maps_that_would_lie_on_one_another_or_elsewhere_are_refused(segments: P
             main(words(segments, [str(tar)], tmp_path / "out"))
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(picture(0))
-    with pytest.raises(ConfigError, match="--out: got .*, expected a folder outside of --images"):
+    with pytest.raises(ConfigError, match=r"--out: got .*, expected a folder outside of --images"):
         main(words(segments, [str(tmp_path / "in")], tmp_path / "in" / "maps"))
 
 

@@ -112,7 +112,7 @@ def test_images_that_have_gone_since_are_told_and_not_drawn(
     (folder / "3.png").unlink()
     capsys.readouterr()
     answer = asked(capsys, str(pretrained), queries[0], "--embedded", file, "--out", sheet)
-    assert [each["name"] for each in answer[0]["similar"]][0] == "3.png"
+    assert answer[0]["similar"][0]["name"] == "3.png"
     assert len(answer[0]["similar"]) == 4
 
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_compared_is_refused(
     ):
         with pytest.raises(ConfigError, match=said):
             main([str(run), queries[0], "--out", str(tmp_path / "s.png"), "--device", "cpu", *words])
-    with pytest.raises(DataError, match="none.img"):
+    with pytest.raises(DataError, match=r"none\.img"):
         main(
             [
                 str(pretrained),
