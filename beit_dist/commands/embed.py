@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from beit_dist.inference.job import Job
     from beit_dist.inference.model import LoadedModel
 
-SENTENCE = "Write the features of images to a file, for search, clustering and classifiers."
+SENTENCE = "Write the features of images to a file."
 
 EXAMPLES = """\
   beit embed runs/base --images photos/ --out features.parquet

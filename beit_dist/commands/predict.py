@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from beit_dist.inference.segmentation import SegmentationModel
     from beit_dist.storage.access import Access
 
-SENTENCE = "Predict the classes of images, or of their pixels, with a fine-tuned model."
+SENTENCE = "Predict classes of images or of their pixels."
 
 EXAMPLES = """\
   beit predict runs/flowers --images photos/ --out predictions.csv
-  beit predict runs/flowers --images 'photos-{00..09}.tar' --top 1 --ranks auto --out predictions.parquet
+  beit predict runs/flowers --images 'photos-{00..09}.tar' --top 1 --ranks auto \\
+      --out predictions.parquet
   beit predict runs/streets --images photos/ --out predicted/ --overlays
 """
 

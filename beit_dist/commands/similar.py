@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from beit_dist.reports.similar_sheet import Shown
     from beit_dist.storage.access import Access
 
-SENTENCE = "Find the images most similar to some: see whether a model learnt anything."
+SENTENCE = "Show the images that are most similar to some."
 
 EXAMPLES = """\
   beit similar runs/base cat.jpg --images photos/ --out similar.png
-  beit similar runs/base cat.jpg car.jpg --embedded features.parquet --top 12 --out similar.png
-  beit similar beit-base-patch16-224/ cat.jpg --images photos/ --layer 8 --out similar.png --json -
+  beit similar runs/base cat.jpg car.jpg --embedded features.parquet --out similar.png
+  beit similar beit-base-patch16-224/ cat.jpg --images photos/ --layer 8 \\
+      --out similar.png --json -
 """
 
 MORE = """\
