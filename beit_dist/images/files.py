@@ -51,19 +51,20 @@ class ImageFile(NamedTuple):
             DataError: it is not what was listed, or cannot be read.
             StorageError: a store failed for as long as it was tried again.
         """
-        with self._errors():
+        with self.errors():
             return self.source.read(self.entry, access)
 
     def read_middle(self, size: int, access: Access) -> bytes:
         """Up to ``size`` bytes from its middle, or why it is rejected; raises what :meth:`read` does otherwise."""
         try:
-            with self._errors():
+            with self.errors():
                 return self.source.read_middle(self.entry, size, access)
         except ImageRejectedError as error:
             return str(error).encode()
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
+        """Turn what its source raises while it is read into what :meth:`read` raises."""
         try:
             yield
         except ChangedError as error:

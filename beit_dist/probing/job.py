@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 import torch
 
 from beit_dist.config.labelled import AugmentationConfig, LabelledLoaderConfig
-from beit_dist.engine.memory import in_words
 from beit_dist.engine.ranks.distributed import Agreement
-from beit_dist.errors import DataError, SpaceError
+from beit_dist.errors import DataError
 from beit_dist.images.labelled.views import ClassificationView
 from beit_dist.probing.features import features_of, frozen, width_of
 from beit_dist.probing.origin import Origin
 from beit_dist.probing.parts import Parts
 from beit_dist.probing.pictures import Pictures, taken
+from beit_dist.probing.room import check_room
 from beit_dist.probing.scores import LayerScores, best_knn, best_linear, scores_of
 from beit_dist.storage.access import Access
 from beit_dist.storage.place import Place
@@ -77,18 +76,12 @@ class Job:
             SpaceError: it has too little.
         """
         parts = self.parts
-        needed = sum(map(parts.bytes_of, parts.missing()))
-        if not self.out.is_local or not needed:
-            return
-        folder = self.out.path.absolute()
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        if free < needed:
-            raise SpaceError(
-                f"--out: {folder} has {in_words(free)} free, expected {in_words(needed)} for the features of "
-                f"{parts.images:,} images in {parts.layers} layers. Free some, or ask for fewer --layers or "
-                "--samples."
-            )
+        check_room(
+            self.out,
+            sum(map(parts.bytes_of, parts.missing())),
+            f"the features of {parts.images:,} images in {parts.layers} layers. Free some, or ask for fewer "
+            "--layers or --samples.",
+        )
 
     def run(self, agreement: Agreement, device: torch.device, progress: Progress) -> list[LayerScores]:
         """Make the features that are not there yet, and probe each layer; the same on every rank. Collective.

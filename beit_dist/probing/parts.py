@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from beit_dist.storage.place import Place
@@ -65,14 +66,23 @@ class Parts:
         self.place.make()
         self.place.write(_name(part), content.tobytes())
 
+    def read(self, part: int, place: int) -> NDArray[np.float32]:
+        """The features (n, D) of a part, of one of the layers."""
+        found = np.empty((len(self.rows(part)), self.width), "<f4")
+        self._read_into(found, part, place)
+        return found
+
     def layer(self, place: int) -> Tensor:
         """The features (N, D) of all images, of one of the layers."""
         found = np.empty((self.images, self.width), "<f4")
         for part in range(len(self)):
             rows = self.rows(part)
-            memory = found[rows.start : rows.stop].reshape(-1).view(np.uint8).data
-            self.place.read_into(_name(part), place * len(memory), memory)
+            self._read_into(found[rows.start : rows.stop], part, place)
         return torch.from_numpy(found)
+
+    def _read_into(self, found: NDArray[np.float32], part: int, place: int) -> None:
+        memory = found.reshape(-1).view(np.uint8).data
+        self.place.read_into(_name(part), place * len(memory), memory)
 
     def remove(self) -> None:
         """They are not needed any more."""

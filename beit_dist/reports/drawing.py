@@ -17,14 +17,16 @@ from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.config.reading import recorded
 from beit_dist.config.run import RunConfig
 from beit_dist.errors import ConfigError, DataError, printable
+from beit_dist.inference.painting import pixel_painter, token_painter
+from beit_dist.inference.tokenizers import find_tokenizer
 from beit_dist.models.heads.pixels import PixelsHead
 from beit_dist.models.heads.tokens import TokensHead
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.reports.curves import Curves, draw_curves
 from beit_dist.reports.history import read_history
-from beit_dist.reports.panels import check_fit, draw_panel, pixel_painter, reconstruct, token_painter
+from beit_dist.reports.panels import check_fit, draw_panel, reconstruct
 from beit_dist.reports.samples import read_spread
-from beit_dist.reports.sources import Images, find_tokenizer, open_images, read_recipe
+from beit_dist.reports.sources import Images, open_images, read_recipe
 from beit_dist.step_numbers import KnownBaselines, Number
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import open_place
@@ -160,7 +162,7 @@ def _draw_panel(named: Place, curves: Curves, wishes: Wishes, out: Path, access:
     if isinstance(head, PixelsHead):
         paint = pixel_painter(head)
     elif isinstance(head, TokensHead):
-        dvae = find_tokenizer(wishes.tokenizer, config, images, torch.device(wishes.device))
+        dvae = find_tokenizer(wishes.tokenizer, config, images.manifest.tokenizer, torch.device(wishes.device))
         if dvae is None:
             return f"no {PANEL}: it needs the tokenizer that made the shards. Name its file with --tokenizer FILE"
         paint = token_painter(dvae, _guessing(curves, images))

@@ -23,12 +23,15 @@ SHIMS = {
     "bench": "bench",
     "check": "check_shards",
     "convert": "convert_dalle",
+    "embed": "embed",
     "export": "export_checkpoint",
     "inspect": "inspect_shards",
     "plan": "plan_run",
     "pictures": "draw_pictures",
+    "predict": "predict",
     "runs": "runs",
     "shards": "shard_tokens",
+    "similar": "similar",
     "tokenizer": "train_tokenizer",
 }
 

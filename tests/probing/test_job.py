@@ -15,6 +15,7 @@ from beit_dist.errors import ConfigError, DataError, SpaceError
 from beit_dist.images.labelled.images import find_labelled
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.probing import job as jobs
+from beit_dist.probing import room
 from beit_dist.probing.job import Job, result_of
 from beit_dist.probing.origin import Origin
 from beit_dist.probing.pictures import Pictures, pictures_of
@@ -95,7 +96,7 @@ def test_ranks_that_see_other_weights_or_images_are_refused(
 def test_a_disk_without_room_is_refused(
     model: MaskedImageModel, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 11_519}))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 11_519}))
     with pytest.raises(SpaceError, match=r"--out: .* has 11.2 KiB free, expected 11.2 KiB"):
         a_job(model, pictures, tmp_path / "not" / "there").check_space()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -85,7 +85,7 @@ def held_out_batches(
     def make(number: int) -> Pixels:
         return patchify(view.held_out(images, number, access).pixels, model.patch_size)
 
-    made = _ahead(make, own, loader.workers)
+    made = made_ahead(make, own, loader.workers)
     for first in range(0, -(-len(numbers) // world), batch):
         rows = own[first : first + batch]
         patches = torch.zeros(batch, model.patches, model.patch_bytes, dtype=torch.uint8)
@@ -113,13 +113,13 @@ def held_out_images(
     def make(number: int) -> HeldOutImage:
         return HeldOutImage(*view.held_out(images, number, access), number)
 
-    yield from _ahead(make, own, loader.workers)
+    yield from made_ahead(make, own, loader.workers)
     if len(own) < -(-len(numbers) // world):
         yield None
 
 
-def _ahead(make: Callable[[int], Made], numbers: Sequence[int], workers: int) -> Iterator[Made]:
-    """What is made of each number, in order; a few more are under way."""
+def made_ahead(make: Callable[[int], Made], numbers: Sequence[int], workers: int) -> Generator[Made, None, None]:
+    """What ``make`` makes of each number, in threads, in the order of ``numbers``; a few more are under way."""
     workers = max(1, workers)
     with ThreadPoolExecutor(workers, "held-out") as threads:
         waiting: deque[Future[Made]] = deque()

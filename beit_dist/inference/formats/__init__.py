@@ -1,0 +1,1 @@
+"""Tables of what was found in images, in files of several formats."""
