@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"weights", "stream"},
     {"engine"},
     {"probing"},
+    {"inference"},
     {"tasks", "tokenizing", "reports", "planning"},
     {"benches"},
     {"commands"},

@@ -1,0 +1,1 @@
+"""Trained models for who has images: features, predictions, reconstructions, attention."""
