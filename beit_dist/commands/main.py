@@ -22,6 +22,7 @@ COMMANDS = {
     "runs": "beit_dist.commands.runs",
     "pictures": "beit_dist.commands.pictures",
     "probe": "beit_dist.commands.probe",
+    "report": "beit_dist.commands.report",
     "export": "beit_dist.commands.export",
     "convert": "beit_dist.commands.convert",
     "plan": "beit_dist.commands.plan",

@@ -54,7 +54,8 @@ class Drawn:
     """A line as a path, or as dots."""
 
     path: str
-    dots: tuple[tuple[float, float], ...]
+    dots: tuple[tuple[float, float, str], ...]
+    """Places, and what each says."""
     style: str
     colour: int
 
@@ -150,7 +151,7 @@ def draw(
         summary=summary,
         help=help,
         along=along,
-        lines=tuple(_drawn(line, x, y) for line in lines),
+        lines=tuple(_drawn(line, x, y, along, unit) for line in lines),
         levels=tuple((round(float(y(np.array([one.value]))[0]), 1), one) for one in levels),
         marks=tuple(round(float(place), 1) for place in x(np.array(marks, np.float64))),
         across=_labelled(x, x.ticks(5, whole=whole), ""),
@@ -194,13 +195,16 @@ def short(value: float) -> str:
     return f"{value:,.6g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _drawn(line: Line, x: _Scale, y: _Scale) -> Drawn:
+def _drawn(line: Line, x: _Scale, y: _Scale, along: str, unit: str) -> Drawn:
     at, values = thinned(line.at, line.values, line.style)
     places = np.stack([x(at), y(values)], 1)
     known = np.isfinite(places).all(1)
-    dots: list[tuple[float, float]] = []
+    dots: list[tuple[float, float, str]] = []
     if line.style in ("held-out", "measured") or known.sum() < 2:
-        dots = [(round(float(a), 1), round(float(b), 1)) for a, b in places[known]]
+        dots = [
+            (round(float(a), 1), round(float(b), 1), f"{along} {where:,.0f}: {value:.4g}{unit}")
+            for (a, b), where, value in zip(places[known], at[known], values[known], strict=True)
+        ]
     pieces, begun = [], False
     if line.style != "held-out":
         for (a, b), there in zip(places, known, strict=True):
