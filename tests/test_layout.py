@@ -34,6 +34,9 @@ LAYERS: list[set[str]] = [
 
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 
+LAZY = f"{PACKAGE}.inference.loading"
+"""What the package itself imports, and only when its attribute ``load`` is asked for."""
+
 MOST_LINES = 500
 
 # Written in pieces, so that these lines do not match themselves.
@@ -69,7 +72,9 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
 def graph() -> dict[str, set[str]]:
     """Each of our modules with those of ours that it imports."""
     known = modules()
-    return {name: set(imports(name, path, known)) - {name} for name, path in known.items()}
+    found = {name: set(imports(name, path, known)) - {name} for name, path in known.items()}
+    found[PACKAGE].discard(LAZY)
+    return found
 
 
 def part(module: str) -> str:
@@ -92,6 +97,17 @@ def test_imports_point_one_way_and_siblings_do_not_import_one_another() -> None:
         and (not part(module) or LEVEL[part(imported)] >= LEVEL[part(module)])
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_importing_the_package_loads_nothing_and_load_is_there() -> None:
+    script = f"""
+import sys, {PACKAGE}
+loaded = {{name.partition(".")[0] for name in sys.modules}} & {{"torch", "numpy", "PIL", "pydantic"}}
+assert not loaded and "load" in dir({PACKAGE}), loaded
+assert "{LAZY}" not in sys.modules
+assert {PACKAGE}.load.__module__ == "{LAZY}"
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True, timeout=300)
 
 
 def test_tools_do_not_import_one_another() -> None:

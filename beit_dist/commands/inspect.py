@@ -109,11 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _redrawn(tokenizer: str, access: Access, found: Inspection) -> list[Pixels]:
-    from beit_dist.reports.panels import check_tokenizer, decode_tokens
+    from beit_dist.inference.painting import decode_tokens
+    from beit_dist.inference.tokenizers import check_tokenizer
     from beit_dist.tokenizing.tokenizer_file import tokenizer_at
     from beit_dist.weights.tokenizer_files import load_tokenizer
 
     with tokenizer_at(tokenizer, access) as path:
         dvae = load_tokenizer(path)
-    check_tokenizer(dvae, found.manifest)
+    check_tokenizer(dvae, found.manifest.tokenizer)
     return list(decode_tokens(dvae, [sample.tokens for sample in found.sheet]))

@@ -27,8 +27,9 @@ EXAMPLES = """\
 
 MORE = """\
 The page says first what the run came to beside its baselines. Then come curves, settings, and what its newest
-checkpoint makes of held-out images: reconstructions of masked patches, confused classes, label maps, self-attention.
-Data and time follow. What is not there (data that was moved, no checkpoint) is left out, with a line that says why.
+checkpoint makes of held-out images: reconstructions of masked patches, confused classes, label maps,
+self-attention. Data and time follow. What is not there (data that was moved, no checkpoint) is left out, with a
+line that says why.
 
 The page is one file, which needs no network and runs no script. Runs of several kinds may be named. A run that is
 still training is not disturbed. The curve of a probe by layer is shown for runs with a probe.json in their folder:
@@ -85,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked.error("expected --out F.html, the file of the page")
     out = Path(arguments.out)
     if out.is_dir():
-        raise ConfigError("--out", arguments.out, "a file, and not a folder", f"For instance {out / 'report.html'}.")
+        raise ConfigError(
+            "--out", arguments.out, "a file, and not a folder", f"For instance {out / 'report.html'}."
+        )
     from beit_dist.commands.pictures import kinds
     from beit_dist.engine.device import device_of
     from beit_dist.engine.durations import counted

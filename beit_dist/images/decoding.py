@@ -24,7 +24,7 @@ from beit_dist.images.heif import heif_version
 from beit_dist.images.jpeg_decoders import Decoder, can_shrink, load
 from beit_dist.images.left_out import Kind
 from beit_dist.images.rejection import ImageRejectedError
-from beit_dist.images.to_rgb import samples, to_rgb
+from beit_dist.images.to_rgb import Samples, samples, to_rgb
 
 Augment = Literal["random", "center"]
 JitterName = Literal["brightness", "contrast", "saturation"]
@@ -112,6 +112,24 @@ def decode(raw: bytes, decoder: Decoder = "pillow") -> Image.Image:
         MemoryError: this machine cannot hold the image.
     """
     return decode_picture(raw, None, decoder).image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image that Pillow has opened or made, upright and in RGB, as :func:`decode` gives that of its file.
+
+    Raises:
+        ImageRejectedError, MemoryError: as :func:`decode`.
+    """
+    try:
+        _check_size(*image.size)
+        said = samples(image, b"") if image.format == "TIFF" else Samples(16 if image.mode.startswith("I") else 8)
+        image.load()
+        turn, upright = _turn(image), to_rgb(image, b"", said)
+        return upright if turn is None else upright.transpose(turn)
+    except (ImageRejectedError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers let errors of any type through for damaged files
+        raise ImageRejectedError(f"{type(error).__name__}: {str(error)[:200]}", "damaged") from None
 
 
 def decode_picture(raw: bytes, scale_of: Callable[[int, int], int] | None, decoder: Decoder = "pillow") -> Picture:

@@ -42,13 +42,24 @@ class Attention(nn.Module):
         ``bias`` (1, H, N, N) is added to the logits. With a table of its own it is the index, int64 (N, N), into
         that instead.
         """
+        qkv, bias = self._projected(x, bias)
+        mixed: Tensor = self.proj(self.attend(qkv, bias))
+        return mixed
+
+    def shares(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """How much each token attends to each, (B, H, N, N): rows are queries and sum to 1; fp32.
+
+        Arguments are those of :meth:`forward`.
+        """
+        return shares(*self._projected(x, bias))
+
+    def _projected(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys and values (B, N, 3, H, D), and what is added to the logits."""
         batch, length, width = x.shape
         if self.relative_position_bias_table is not None and bias is not None:
             bias = position_bias(self.relative_position_bias_table, bias)
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = self.qkv(x, qkv_bias).view(batch, length, 3, self.heads, width // self.heads)
-        mixed: Tensor = self.proj(self.attend(qkv, bias))
-        return mixed
+        return self.qkv(x, qkv_bias).view(batch, length, 3, self.heads, width // self.heads), bias
 
 
 def attend(qkv: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,6 +86,15 @@ def spelt_out(qkv: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         logits = logits + bias
     return torch.matmul(logits.softmax(-1), value).transpose(1, 2).flatten(2)
+
+
+def shares(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """By what values are weighted in :func:`attend`: fp32 (B, H, N, N)."""
+    query, key = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float().unbind()
+    logits = torch.matmul(query * query.shape[-1] ** -0.5, key.mT)
+    if bias is not None:
+        logits = logits + bias.float()
+    return logits.softmax(-1)
 
 
 class _Projection(nn.Linear):

@@ -164,7 +164,7 @@ class BeitBackbone(nn.Module):
     ) -> Iterator[Tensor]:
         """The output (B, 1 + P, C) of each block, one after the other; arguments as of :meth:`encode`."""
         x = self.embed(patches, masked)
-        bias = self.relative_position_index if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias = self._position_bias()
         scaled = None if keeps is None else keeps.to(x.dtype) * self.kept_gains.to(x.dtype)
         for index, block in enumerate(self.blocks):
             factors = None if scaled is None else scaled[:, index]
@@ -174,6 +174,17 @@ class BeitBackbone(nn.Module):
             else:
                 x = block(x, bias, factors)
             yield x
+
+    def attention(self, patches: Tensor, layer: int) -> Tensor:
+        """How much each token attends to each in block ``layer``, from 1: fp32 (B, H, N, N), rows are queries."""
+        x = self.embed(patches)
+        for number, output in enumerate(self.layers(patches) if layer > 1 else (), start=2):
+            x = output
+            if number == layer:
+                break
+        block = self.blocks[layer - 1]
+        assert isinstance(block, Block)
+        return block.attn.shares(block.norm1(x), self._position_bias())
 
     def forward(self, patches: Tensor, masked: Tensor | None = None, keeps: Tensor | None = None) -> Tensor:
         """See :meth:`encode`."""
@@ -187,6 +198,10 @@ class BeitBackbone(nn.Module):
             self.relative_position_index.copy_(relative_position_index(self.config.grid))
         if self.rel_pos_bias is not None:
             self.rel_pos_bias.reset_constants()
+
+    def _position_bias(self) -> Tensor | None:
+        """What each block gets beside its input; see :meth:`Attention.forward`."""
+        return self.relative_position_index if self.rel_pos_bias is None else _tensor(self.rel_pos_bias())
 
     def _kept_gains(self) -> Tensor:
         """(depth, 1): by how much each block scales a branch that stochastic depth keeps."""

@@ -52,6 +52,11 @@ def frozen(config: BackboneConfig, weights: Mapping[str, Tensor], device: torch.
     return backbone.requires_grad_(False).eval()
 
 
+def pooled(tokens: Tensor) -> Tensor:
+    """(B, 1 + P, C) to fp32 (B, 2 · C): the class token, and the mean of the patches' tokens."""
+    return torch.cat((tokens[:, 0].float(), tokens[:, 1:].mean(1, dtype=torch.float32)), dim=1)
+
+
 @torch.no_grad()
 def features_of(backbone: BeitBackbone, patches: Tensor, layers: Sequence[int]) -> Tensor:
     """Features of images in several layers, as unilm's ``run_linear_eval.py`` has them, without the final norm.
@@ -66,7 +71,7 @@ def features_of(backbone: BeitBackbone, patches: Tensor, layers: Sequence[int]) 
     found = []
     for layer, tokens in enumerate(backbone.layers(patches), start=1):
         if layer in layers:
-            found.append(torch.cat((tokens[:, 0], tokens[:, 1:].mean(1)), dim=1).float())
+            found.append(pooled(tokens))
         if layer == layers[-1]:
             break
     return torch.stack(found)

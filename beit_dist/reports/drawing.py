@@ -17,21 +17,16 @@ from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.config.reading import recorded
 from beit_dist.config.run import RunConfig
 from beit_dist.errors import ConfigError, DataError, printable
+from beit_dist.inference.painting import Reconstruction, pixel_painter, token_painter
+from beit_dist.inference.tokenizers import find_tokenizer
 from beit_dist.models.heads.pixels import PixelsHead
 from beit_dist.models.heads.tokens import TokensHead
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.reports.curves import Curves, draw_curves
 from beit_dist.reports.history import read_history
-from beit_dist.reports.panels import (
-    Reconstruction,
-    check_fit,
-    draw_panel,
-    pixel_painter,
-    reconstruct,
-    token_painter,
-)
+from beit_dist.reports.panels import check_fit, draw_panel, reconstruct
 from beit_dist.reports.samples import read_spread
-from beit_dist.reports.sources import Images, find_tokenizer, open_images, read_recipe
+from beit_dist.reports.sources import Images, open_images, read_recipe
 from beit_dist.step_numbers import KnownBaselines, Number
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import open_place
@@ -158,7 +153,7 @@ def reaching(config: ConfigT, access: Access) -> ConfigT:
 
 
 @dataclass(frozen=True)
-class Painted:
+class Panel:
     """Images with what a model paints into their masked patches."""
 
     columns: list[Reconstruction]
@@ -166,7 +161,7 @@ class Painted:
     title: str
 
 
-def painted(named: Place, baselines: KnownBaselines, wishes: Wishes, access: Access) -> Painted | str:
+def panel_of(named: Place, baselines: KnownBaselines, wishes: Wishes, access: Access) -> Panel | str:
     """Have a pre-trained model paint masked patches; or, in words, why it cannot be drawn.
 
     Args:
@@ -187,7 +182,7 @@ def painted(named: Place, baselines: KnownBaselines, wishes: Wishes, access: Acc
     if isinstance(head, PixelsHead):
         paint = pixel_painter(head)
     elif isinstance(head, TokensHead):
-        dvae = find_tokenizer(wishes.tokenizer, config, images, torch.device(wishes.device))
+        dvae = find_tokenizer(wishes.tokenizer, config, images.manifest.tokenizer, torch.device(wishes.device))
         if dvae is None:
             return "it needs the tokenizer that made the shards. Name its file with --tokenizer FILE"
         paint = token_painter(dvae, _guessing(baselines, images))
@@ -199,11 +194,11 @@ def painted(named: Place, baselines: KnownBaselines, wishes: Wishes, access: Acc
     columns = reconstruct(model.to(wishes.device), samples, masks, paint)
     averaged = ", averaged weights" if wishes.ema else ""
     title = f"Masked patches painted from predicted {config.model.target}: {images.are}, step {facts['step']:,}"
-    return Painted(columns, images, title + averaged)
+    return Panel(columns, images, title + averaged)
 
 
 def _draw_panel(named: Place, curves: Curves, wishes: Wishes, out: Path, access: Access) -> str:
-    found = painted(named, curves.baselines, wishes, access)
+    found = panel_of(named, curves.baselines, wishes, access)
     if isinstance(found, str):
         return f"no {PANEL}: {found}"
     draw_panel(found.columns, out, found.title)

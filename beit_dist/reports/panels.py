@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,47 +13,20 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from beit_dist.errors import ConfigError, TokenizerError
-from beit_dist.images.decoding import unpatchify
-from beit_dist.models.dvae import DVAE
-from beit_dist.models.heads.pixels import PixelsHead
+from beit_dist.errors import ConfigError
+from beit_dist.inference.painting import Painter, Reconstruction, painted
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.reports.names import file_name, save, verbatim
-from beit_dist.reports.samples import Pixels, ShardSample
+from beit_dist.reports.samples import ShardSample
 from beit_dist.shards.manifest import Manifest
 from beit_dist.stream.masking.base import Masks
-from beit_dist.weights.tokenizer_files import digests_of
 
-_GREY = 160
-"""What masked patches are painted with."""
 _ACROSS = 6
 """Samples side by side."""
 _SIDE = 1.3
 """Inches: of a picture and the gap beside it."""
 _LETTERS, _ROOM = 8, 72 * 0.93 * _SIDE
 """Points: size of the letters over a picture, and how wide a line of them may be."""
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """One sample's column of the panel; pictures are (height, width, 3) uint8."""
-
-    name: str
-    """The image's file name."""
-    hidden: NDArray[np.bool_]
-    """(grid, grid), which patches are masked."""
-    image: Pixels
-    masked: Pixels
-    """The image with its masked patches in grey: what the model sees."""
-    painted: dict[str, Pixels]
-    """What comes of the predictions, by what it is called beside its row."""
-    said: str
-    """How good they are, in words."""
-
-
-Painter = Callable[[Sequence[ShardSample], torch.Tensor, torch.Tensor], Iterator[tuple[dict[str, Pixels], str]]]
-"""Makes ``painted`` and ``said`` of each sample from the samples, the masked positions (B, K) padded with -1, and
-the model's predictions (B, K, O), on the CPU."""
 
 
 def check_fit(model: MaskedImageModel, manifest: Manifest) -> None:
@@ -76,21 +46,6 @@ def check_fit(model: MaskedImageModel, manifest: Manifest) -> None:
             )
 
 
-def check_tokenizer(dvae: DVAE, manifest: Manifest) -> None:
-    """Refuse a tokenizer that did not make the shards, or cannot draw.
-
-    Raises:
-        TokenizerError: it is another one, or has no decoder.
-    """
-    dvae.whole_decoder()
-    if manifest.tokenizer not in digests_of(dvae):
-        raise TokenizerError(
-            f"tokenizer: got digest {dvae.digest[:12]}, expected {manifest.tokenizer[:12]}, the one that made the "
-            "shards. Name that file with --tokenizer."
-        )
-
-
-@torch.no_grad()
 def reconstruct(
     model: MaskedImageModel, samples: Sequence[ShardSample], masks: Masks, paint: Painter
 ) -> list[Reconstruction]:
@@ -102,73 +57,15 @@ def reconstruct(
         masks: those of the run; epoch 0's are used.
         paint: for the model's target.
     """
-    device = next(model.parameters()).device
-    positions = torch.from_numpy(
-        masks.positions_of([0] * len(samples), [sample.sample_id for sample in samples])
-    ).long()
-    patches = torch.from_numpy(np.stack([sample.patches for sample in samples]))
-    predicted = model.predict(patches.to(device), positions.to(device)).cpu()
-    size, grid = model.config.patch_size, model.config.grid
-    columns = []
-    for sample, row, (painted, said) in zip(samples, positions, paint(samples, positions, predicted), strict=True):
-        hidden = np.zeros(model.config.patches, np.bool_)
-        hidden[row[row >= 0].numpy()] = True
-        seen = np.where(hidden[:, None], np.uint8(_GREY), sample.patches)
-        columns.append(
-            Reconstruction(
-                name=sample.source,
-                hidden=hidden.reshape(grid, grid),
-                image=unpatchify(sample.patches, size),
-                masked=unpatchify(seen, size),
-                painted=painted,
-                said=said,
-            )
-        )
-    return columns
-
-
-def token_painter(dvae: DVAE, guessing: float = math.nan) -> Painter:
-    """Decodes the true tokens, and then the most likely ones where masked, with the tokenizer of the shards.
-
-    Args:
-        dvae: the tokenizer.
-        guessing: share of the tokens that is right without looking, 0 to 1; NaN if it is not known.
-    """
-    guessed = "" if math.isnan(guessing) else f",\n{100 * guessing:.0f} % by guessing"
-
-    def paint(
-        samples: Sequence[ShardSample], positions: torch.Tensor, predicted: torch.Tensor
-    ) -> Iterator[tuple[dict[str, Pixels], str]]:
-        true = torch.from_numpy(np.stack([sample.tokens for sample in samples])).long()
-        guesses, mixed = predicted.argmax(-1), true.clone()
-        for row, chosen in enumerate(positions):
-            mixed[row, chosen[chosen >= 0]] = guesses[row, chosen >= 0]
-        pictures = zip(_decode(dvae, true), _decode(dvae, mixed), strict=True)
-        for row, (best, painted) in enumerate(pictures):
-            chosen = positions[row][positions[row] >= 0]
-            right = int((mixed[row, chosen] == true[row, chosen]).sum())
-            labelled = {"true tokens,\ndecoded": best, "masked tokens\npredicted,\ndecoded": painted}
-            yield labelled, f"{100 * right / max(1, len(chosen)):.0f} % right{guessed}"
-
-    return paint
-
-
-def pixel_painter(head: PixelsHead) -> Painter:
-    """Puts the predicted pixels in the place of the masked ones."""
-    head = copy.deepcopy(head).cpu()
-
-    def paint(
-        samples: Sequence[ShardSample], positions: torch.Tensor, predicted: torch.Tensor
-    ) -> Iterator[tuple[dict[str, Pixels], str]]:
-        for sample, row, values in zip(samples, positions, predicted, strict=True):
-            patches, tokens = torch.from_numpy(sample.patches), torch.from_numpy(sample.tokens)
-            (loss,) = head.score(values[None], patches[None], tokens[None], row[None])
-            shown, painted = row >= 0, patches.clone()
-            painted[row[shown]] = head.paint(values[shown], patches[row[shown]])
-            picture = unpatchify(painted.numpy(), head.config.patch_size)
-            yield {"masked pixels\npredicted": picture}, f"loss {loss.item() / int(shown.sum()):.3f}"
-
-    return paint
+    ids = [sample.sample_id for sample in samples]
+    return painted(
+        model,
+        torch.from_numpy(np.stack([sample.patches for sample in samples])),
+        torch.from_numpy(np.stack([sample.tokens for sample in samples])).long(),
+        torch.from_numpy(masks.positions_of([0] * len(samples), ids)).long(),
+        [sample.source for sample in samples],
+        paint,
+    )
 
 
 def draw_panel(columns: Sequence[Reconstruction], out: str | Path, title: str = "") -> None:
@@ -216,18 +113,3 @@ def _outline(axes: Axes, hidden: NDArray[np.bool_], side: int) -> None:
     area = np.kron(hidden, np.ones((cell, cell)))
     for colour, width in (("black", 1.6), ("white", 0.8)):  # to be seen on any picture
         axes.contour(area, levels=[0.5], colors=colour, linewidths=width)
-
-
-def decode_tokens(dvae: DVAE, tokens: Sequence[NDArray[np.int16]]) -> Pixels:
-    """What the tokenizer makes of grids of tokens: (B, height, width, 3)."""
-    with torch.no_grad():
-        return _decode(dvae, torch.from_numpy(np.stack(tokens)).long().flatten(1))
-
-
-def _decode(dvae: DVAE, tokens: torch.Tensor) -> Pixels:
-    """Tokens (B, P) to pictures (B, height, width, 3)."""
-    grid = round(tokens.shape[1] ** 0.5)
-    device = next(dvae.parameters()).device
-    images = dvae.decode(tokens.view(-1, grid, grid).to(device)).cpu()
-    pixels: Pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return pixels

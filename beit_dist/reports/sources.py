@@ -1,27 +1,19 @@
-"""What is needed to draw a run besides its numbers: its recipe, images that it has not seen, its tokenizer."""
+"""What is needed to draw a run besides its numbers: its recipe, and images that it has not seen."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from beit_dist.checkpoints.layout import kind_of
 from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.errors import ConfigError, DataError, StorageError
-from beit_dist.models.dvae import DVAE
-from beit_dist.reports.panels import check_tokenizer
 from beit_dist.shards.manifest import HELD_OUT_NAME, Manifest, load_held_out, load_manifest
 from beit_dist.storage.opening import open_place
-from beit_dist.storage.place import Place, is_url
-from beit_dist.weights.tokenizer_files import digests_of, load_tokenizer
-
-TOKENIZER = "tokenizer.safetensors"
-"""Name under which a tokenizer is looked for."""
+from beit_dist.storage.place import Place
 
 
 def read_recipe(run: Place) -> tuple[str, dict[str, Any]]:
@@ -85,33 +77,3 @@ def open_images(named: str | None, config: PretrainingConfig, trained_on: str) -
     manifest = load_manifest(place)
     seen = manifest.digest == trained_on
     return Images(place, manifest, trained_on=seen, measured_on=named is None and not seen)
-
-
-def find_tokenizer(
-    named: str | None, config: PretrainingConfig, images: Images, device: torch.device
-) -> DVAE | None:
-    """The tokenizer that made the shards: the one that is named, the recipe's, or one that lies beside the data.
-
-    None: nothing is named, and no file with its digest is found.
-
-    Raises:
-        TokenizerError: the one that is named is damaged, or another one.
-    """
-    if named is not None:
-        dvae = load_tokenizer(named, device)
-        check_tokenizer(dvae, images.manifest)
-        return dvae
-    for path in _places_to_look(config):
-        if path.is_file():
-            dvae = load_tokenizer(path, device)
-            if dvae.config.decoder_input and images.manifest.tokenizer in digests_of(dvae):
-                return dvae
-    return None
-
-
-def _places_to_look(config: PretrainingConfig) -> list[Path]:
-    found = [] if config.tokenizer is None else [Path(config.tokenizer)]
-    if config.data is not None and not is_url(config.data):
-        data = open_place(config.data).path
-        found += [data / TOKENIZER, data.parent / TOKENIZER]
-    return found

@@ -17,17 +17,12 @@ from beit_dist.config.masking import MaskingConfig
 from beit_dist.config.model import ModelConfig
 from beit_dist.errors import ConfigError, SampleError, TokenizerError
 from beit_dist.images.decoding import unpatchify
+from beit_dist.inference.painting import pixel_painter, token_painter
+from beit_dist.inference.tokenizers import check_tokenizer
 from beit_dist.models.dvae import DVAE
 from beit_dist.models.heads.pixels import PixelsHead
 from beit_dist.models.mim import MaskedImageModel
-from beit_dist.reports.panels import (
-    check_fit,
-    check_tokenizer,
-    draw_panel,
-    pixel_painter,
-    reconstruct,
-    token_painter,
-)
+from beit_dist.reports.panels import check_fit, draw_panel, reconstruct
 from beit_dist.reports.samples import read_spread
 from beit_dist.shards.manifest import Manifest
 from beit_dist.storage.local import LocalPlace
@@ -120,18 +115,18 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, make_shar
     model, dvae = a_model(), a_tokenizer()
     manifest = make_shards(tmp_path / "fits")
     check_fit(model, manifest)
-    check_tokenizer(dvae, manifest)
+    check_tokenizer(dvae, manifest.tokenizer)
     other = make_shards(tmp_path / "other", vocabulary=32)
     with pytest.raises(ConfigError, match="vocabulary"):
         check_fit(model, other)
     check_fit(a_model("pixels"), other)
     dvae.digest = "1" * 64
     with pytest.raises(TokenizerError, match="--tokenizer"):
-        check_tokenizer(dvae, manifest)
+        check_tokenizer(dvae, manifest.tokenizer)
     alone = DVAE(dvae.config.model_copy(update={"decoder_input": 0}))
     alone.digest = "0" * 64
     with pytest.raises(TokenizerError, match=r"without a decoder.*beit convert encoder\.pkl decoder\.pkl"):
-        check_tokenizer(alone, manifest)
+        check_tokenizer(alone, manifest.tokenizer)
 
 
 def test_shards_made_with_the_encoder_alone_are_drawn_by_the_whole_tokenizer(
@@ -140,11 +135,11 @@ def test_shards_made_with_the_encoder_alone_are_drawn_by_the_whole_tokenizer(
     dvae = a_tokenizer()
     dvae.digest, without_decoder = digests_of(dvae)
     manifest = dataclasses.replace(make_shards(tmp_path), tokenizer=without_decoder)
-    check_tokenizer(dvae, manifest)
+    check_tokenizer(dvae, manifest.tokenizer)
     with torch.no_grad():
         dvae.encoder.blocks.input.b += 1
     with pytest.raises(TokenizerError, match="--tokenizer"):
-        check_tokenizer(dvae, manifest)
+        check_tokenizer(dvae, manifest.tokenizer)
 
 
 def test_predicted_pixels_take_the_place_of_masked_ones_only(tmp_path: Path, make_shards: MakeShards) -> None:

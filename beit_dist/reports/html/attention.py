@@ -50,9 +50,7 @@ def attention_of(run: Subject, models: Models, pictures: int) -> Attention | Mis
     with torch.no_grad():
         maps = model.attention(torch.from_numpy(np.stack([image.pixels for image in seen]))).float().cpu()
     grid = model.config.grid
-    found = tuple(
-        _gazes(image, own.mean(0).numpy()[1:, 1:], grid) for image, own in zip(seen, maps, strict=True)
-    )
+    found = tuple(_gazes(image, own.mean(0).numpy()[1:, 1:], grid) for image, own in zip(seen, maps, strict=True))
     return Attention(model.config.depth, maps.shape[1], found)
 
 

@@ -100,7 +100,7 @@ class _Scale:
             found = LogLocator(numticks=count).tick_values(10**self.low, 10**self.high)
             inside = (found >= 10**self.low * 0.999) & (found <= 10**self.high * 1.001)
         else:
-            locator = MaxNLocator(nbins=count, integer=whole, min_n_ticks=1)
+            locator = MaxNLocator(nbins=count, integer=whole, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10])
             found = locator.tick_values(self.low, self.high)
             margin = 1e-9 * (self.high - self.low)
             inside = (found >= self.low - margin) & (found <= self.high + margin)
@@ -116,6 +116,7 @@ def draw(
     help: str = "",
     levels: Sequence[Level] = (),
     marks: Sequence[float] = (),
+    span: tuple[float, float] | None = None,
     percent: bool = False,
     log: bool = False,
     whole: bool = True,
@@ -131,6 +132,7 @@ def draw(
         help: a sentence on what it is.
         levels: drawn across.
         marks: drawn upright.
+        span: what is to the right at least, for charts beside one another.
         percent: whether values are in percent, from 0.
         log: whether the scale upwards is logarithmic; then all values are above 0.
         whole: whether the scale to the right has whole numbers only.
@@ -140,7 +142,8 @@ def draw(
     if not len(at):
         return None
     low, high = _range(lines, levels, percent=percent, log=log)
-    first, last = float(at.min()), float(at.max())
+    ends = np.concatenate([at, np.array(span or (), np.float64)])
+    first, last = float(ends.min()), float(ends.max())
     if first == last:
         first, last = first - 0.5, last + 0.5
     x = _Scale(first, last, LEFT, WIDTH - RIGHT)

@@ -44,19 +44,23 @@ class Named:
         """Whether it is a share, shown in percent."""
         return self._parts[1].endswith("%")
 
+    def form(self, value: float) -> str:
+        """As the progress line shows it, without its unit."""
+        return self.number.form(int(value) if value == int(value) else value)
+
     def value(self, value: float) -> str:
         """With its unit."""
-        unit = self._parts[2]
-        return f"{self.number.form(value)} {unit}".strip()
+        return f"{self.form(value)} {self._parts[2]}".strip()
 
 
 def charts_of(runs: Sequence[Subject]) -> list[Chart]:
     """A chart for each number of the runs that any of them has: steps, or samples where batches differ."""
     drawn = [run for run in runs if run.history is not None and run.kind is not None and run.config is not None]
     unit = "step" if _same_batch(drawn) else "samples"
+    ends = [end for run in drawn if run.history for end in run.history.trained.values(unit)[[0, -1]]]
     charts = []
     for title, having in _numbers(drawn).items():
-        chart = _chart(title, having, unit, alone=len(runs) == 1)
+        chart = _chart(title, having, unit, (min(ends), max(ends)), alone=len(runs) == 1)
         if chart is not None:
             charts.append(chart)
     return charts
@@ -92,7 +96,14 @@ def shown(run: Subject) -> list[Number]:
     return [*numbers.values(), *OF_EVERY_RUN]
 
 
-def _chart(title: str, having: Sequence[tuple[Subject, Number]], unit: str, *, alone: bool) -> Chart | None:
+def _chart(
+    title: str,
+    having: Sequence[tuple[Subject, Number]],
+    unit: str,
+    span: tuple[float, float],
+    *,
+    alone: bool,
+) -> Chart | None:
     number = having[0][1]
     named = Named(number)
     scale = 100.0 if named.percent else 1.0
@@ -117,15 +128,14 @@ def _chart(title: str, having: Sequence[tuple[Subject, Number]], unit: str, *, a
         help=number.help,
         levels=levels,
         marks=_resumes(history, unit) if alone and history is not None else (),
+        span=span,
         percent=named.percent,
         log=number.name == "grad_norm" and _spread_far(values),
         notes=notes,
     )
 
 
-def _lines(
-    run: Subject, history: History, name: str, unit: str, scale: float, *, alone: bool
-) -> Iterator[Line]:
+def _lines(run: Subject, history: History, name: str, unit: str, scale: float, *, alone: bool) -> Iterator[Line]:
     at, values = history.trained.values(unit), scale * history.trained.values(name)
     smooth = len(values) >= _SMOOTHED_FROM and name != "lr"
     if np.isfinite(values).any():

@@ -15,7 +15,7 @@ from beit_dist.images.labelled.images import LabelledImages
 from beit_dist.inference.classification import ClassificationModel
 from beit_dist.inference.segmentation import SegmentationModel
 from beit_dist.models.verdict import TokenUse, judge
-from beit_dist.reports.dataset import inspect
+from beit_dist.reports.dataset import VIEWS_SHOWN, inspect
 from beit_dist.reports.html.charts import Chart, Line, draw
 from beit_dist.reports.html.embedded import data_uri
 from beit_dist.reports.html.models import Models
@@ -78,18 +78,25 @@ def _of_shards(run: Subject, config: PretrainingConfig, pictures: int) -> Data |
         return Missing("The run's recipe names no data.")
     place = open_place(config.data, config.storage.access)
     manifest = load_manifest(place)
-    found = inspect(place, manifest, _LOOKED_AT, pictures)
+    views = min(VIEWS_SHOWN, manifest.views)
+    found = inspect(place, manifest, _LOOKED_AT, pictures * views)
     known = load_statistics(place, manifest) or found.statistics
     layout, use = manifest.layout, TokenUse.of(known.tally.tokens)
     facts = [
         ("images", f"{manifest.samples:,}" + (f", {manifest.views} views of each" if manifest.views > 1 else "")),
         ("held out", counted(found.held_out.samples, "image") if found.held_out else "none"),
-        ("left out", f"{counted(manifest.rejected, 'image')} that could not be used" if manifest.rejected else "none"),
-        ("a sample", f"{layout.image_size} px, patches of {layout.patch_size} px, {layout.grid}×{layout.grid} tokens"),
+        (
+            "left out",
+            f"{counted(manifest.rejected, 'image')} that could not be used" if manifest.rejected else "none",
+        ),
+        (
+            "a sample",
+            f"{layout.image_size} px, patches of {layout.patch_size} px, {layout.grid}×{layout.grid} tokens",
+        ),
         ("size", f"{in_bytes(sum(shard.bytes for shard in manifest.shards))}, {len(manifest.shards):,} shards"),
         ("tokens", str(use)),
         ("entropy of the tokens", f"{known.entropy:.2f} nats; uniform: {math.log(layout.vocabulary):.2f}"),
-        ("their verdict", str(judge(use))),
+        ("verdict on them", str(judge(use))),
         ("digest", manifest.digest[:12]),
     ]
     if run.facts.get("dataset") not in (None, manifest.digest):

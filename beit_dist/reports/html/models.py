@@ -86,8 +86,7 @@ class Models:
             raise ConfigError("RUN", run.state.kind, "a run of a BEiT")
         rows = measured(len(listed), count)
         return [
-            Seen(listed.files[row].name, model.prepare(read_image(listed.files[row], self.access)))
-            for row in rows
+            Seen(listed.files[row].name, model.prepare(read_image(listed.files[row], self.access))) for row in rows
         ]
 
     def labelled(self, run: Subject, classes: Sequence[str]) -> LabelledImages:

@@ -154,7 +154,11 @@ def rendered(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": lambda share: f"{100 * share:.1f} %", "shown": printable, "duration": duration}
+    environment.filters |= {
+        "percent": lambda share: f"{100 * share:.1f} %",
+        "shown": printable,
+        "duration": duration,
+    }
     environment.globals |= {
         "chart": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         "colours": _COLOURS,

@@ -1,4 +1,4 @@
-"""What frozen features are worth, layer by layer: of ``beit probe --json``, or as a run measured it in training."""
+"""What frozen features are worth, layer by layer: by ``beit probe --json``, or as measured in training."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def probe_charts(found: Sequence[tuple[Subject, Probes]]) -> list[Chart]:
             for run, one in found
         ]
         levels = {one.commonest for _, one in found if one.commonest is not None}
-        said = [f"{run.name}: best {one.best(name)[0]:.1f} % with layer {one.best(name)[1]}." for run, one in found]
+        said = [
+            f"{run.name}: best {one.best(name)[0]:.1f} % with layer {one.best(name)[1]}." for run, one in found
+        ]
         chart = draw(
             title,
             lines,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from beit_dist.reports.drawing import Wishes, painted
+from beit_dist.inference.painting import Reconstruction
+from beit_dist.reports.drawing import Wishes, panel_of
 from beit_dist.reports.html.embedded import data_uri, enlarged, outlined
 from beit_dist.reports.html.section import Missing
 from beit_dist.reports.html.subject import Subject
-from beit_dist.reports.panels import Reconstruction
 from beit_dist.storage.access import Access
 
 
@@ -38,7 +38,7 @@ def reconstructions_of(run: Subject, wishes: Wishes, access: Access) -> Reconstr
     """
     if not run.has_checkpoint:
         return Missing("The run has no checkpoint yet. Make the report again when it has saved one.")
-    found = painted(run.named, run.baselines, wishes, access)
+    found = panel_of(run.named, run.baselines, wishes, access)
     if isinstance(found, str):
         return Missing(found[0].upper() + found[1:] + ".")
     return Reconstructions(found.title, tuple(map(_shown, found.columns)))

@@ -13,7 +13,7 @@ from beit_dist.checkpoints.layout import committed
 from beit_dist.config.reading import recorded
 from beit_dist.config.run import RunConfig
 from beit_dist.engine.durations import counted
-from beit_dist.errors import DataError, UserError
+from beit_dist.errors import DataError, UserError, printable
 from beit_dist.reports.drawing import Kind, names_of, reaching, run_of
 from beit_dist.reports.history import History, read_history
 from beit_dist.reports.run_state import RunState, read_mapping, read_state
@@ -68,6 +68,17 @@ class Subject:
         return self.named != self.place or bool(committed(self.place / "checkpoints"))
 
     @property
+    def error(self) -> str:
+        """The whole of what ended it; empty where nothing did."""
+        return "\n".join(map(printable, str(self.marker.get("error", "")).splitlines()))
+
+    @property
+    def versions(self) -> list[tuple[str, str]]:
+        """Of what it ran with."""
+        told = self.facts.get("versions")
+        return [(str(name), str(text)) for name, text in told.items() if text] if isinstance(told, Mapping) else []
+
+    @property
     def progress(self) -> str:
         """How far it has come."""
         step, total = self.state.step, self.state.total
@@ -76,9 +87,7 @@ class Subject:
         return f"step {step:,} of {total:,}" if total else counted(step, "step")
 
 
-def open_subjects(
-    wheres: Sequence[str], kinds: Mapping[str, Kind], access: Access, now: float
-) -> list[Subject]:
+def open_subjects(wheres: Sequence[str], kinds: Mapping[str, Kind], access: Access, now: float) -> list[Subject]:
     """Look at runs.
 
     Raises:
@@ -91,9 +100,7 @@ def open_subjects(
     ]
 
 
-def _opened(
-    number: int, where: str, name: str, kinds: Mapping[str, Kind], access: Access, now: float
-) -> Subject:
+def _opened(number: int, where: str, name: str, kinds: Mapping[str, Kind], access: Access, now: float) -> Subject:
     named = open_place(where, access)
     place = run_of(named)
     state = read_state(place, name, now)
@@ -126,9 +133,7 @@ def _marker(place: Place, state: RunState) -> dict[str, Any]:
     return read_mapping(place, name, json.loads, []) if name in ("DONE", "PREEMPTED", "FAILED") else {}
 
 
-def _config(
-    kind: Kind | None, recipe: Mapping[str, Any], access: Access, damage: list[str]
-) -> RunConfig | None:
+def _config(kind: Kind | None, recipe: Mapping[str, Any], access: Access, damage: list[str]) -> RunConfig | None:
     if kind is None or not recipe:
         return None
     try:

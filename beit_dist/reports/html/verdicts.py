@@ -182,10 +182,10 @@ def _figure(number: Number, value: float, baselines: Sequence[Baseline], best: s
         label=named.title,
         help=number.help,
         value=value,
-        text=number.form(value),
+        text=named.form(value),
         beyond=number.beyond(value, strongest) if strongest else "",
         is_beyond=number.is_better(value, strongest.value) if strongest else None,
-        baselines=tuple((one.name, number.form(one.value)) for one in baselines),
+        baselines=tuple((one.name, named.form(one.value)) for one in baselines),
         best=best,
         better=number.better,
         bar=bar,
@@ -203,7 +203,7 @@ class Comparison:
 
 
 def compared(verdicts: Sequence[Verdict]) -> Comparison:
-    """Put what was measured of runs beside one another; only what was measured on held-out data can be the best."""
+    """Put the figures of runs beside one another; only one that was measured on held-out data can be the best."""
     columns = list(dict.fromkeys(figure.label for verdict in verdicts for figure in verdict.figures))
     best: dict[str, str] = {}
     for label in columns:

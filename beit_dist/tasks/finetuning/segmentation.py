@@ -21,13 +21,13 @@ from beit_dist.engine.task import Described, Step, Sums
 from beit_dist.errors import ConfigError
 from beit_dist.images.labelled.label_maps import IGNORED, LabelMaps, class_pixels, find_label_maps
 from beit_dist.images.labelled.views import SegmentationView
+from beit_dist.inference.sliding import averaged
 from beit_dist.models.guessing import guesses
 from beit_dist.models.segmenter import ImageSegmenter, activation_bytes, head_channels, multiply_adds
 from beit_dist.step_numbers import Baseline, Baselines, KnownBaselines
 from beit_dist.stream.labelled.batches import LabelledBatch
-from beit_dist.stream.labelled.held_out import HeldOutImage, held_out_images
+from beit_dist.stream.labelled.held_out import held_out_images
 from beit_dist.tasks.finetuning.numbers import SEGMENTED, numbers_of
-from beit_dist.tasks.finetuning.sliding import probabilities
 from beit_dist.tasks.finetuning.task import Data, Finetuning
 
 _COUNTED = 256
@@ -179,7 +179,14 @@ class Segmentation(Finetuning[LabelMaps, Rows]):
                     return None
                 around.alive()
                 if image is not None:
-                    found = self._predict(model, image, thoroughly=samples is None)
+                    found = averaged(
+                        lambda patches: model(patches.to(around.device))[0],
+                        image.pixels,
+                        view=self.view,
+                        settings=config.segmentation,
+                        thoroughly=samples is None,
+                        batch=around.resolved.micro_batch,
+                    )
                     loss += _score(found, image.labels, confusion)
         everyone = around.agreement.gather((loss, confusion))
         confusion = sum((theirs for _, theirs in everyone), np.zeros_like(confusion))
@@ -214,33 +221,6 @@ class Segmentation(Finetuning[LabelMaps, Rows]):
         kept = [uniforms(words(config.seed, Purpose.HEAD_DROPOUT, key, channels)) >= rate for key in keys]
         keeps = torch.from_numpy(np.stack(kept)).to(self._around.device, non_blocking=True)
         return keeps.to(next(self._running.engine.module.parameters()).dtype)
-
-    def _predict(self, model: nn.Module, image: HeldOutImage, *, thoroughly: bool) -> Tensor:
-        """(K, H, W): class probabilities.
-
-        Args:
-            thoroughly: with the recipe's scales and mirror images.
-        """
-        config, settings = self.config.model, self.config.segmentation
-        scales, flips = (settings.scales, (False, True)[: 1 + settings.flip]) if thoroughly else ((1.0,), (False,))
-        total: Tensor | None = None
-        for scale in scales:
-            for flip in flips:
-                pixels = self.view.scaled(image.pixels, scale)
-                found = probabilities(
-                    lambda patches: model(patches.to(self._around.device))[0],
-                    np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels,
-                    (image.labels.shape[0], image.labels.shape[1]),
-                    side=config.image_size,
-                    patch=config.patch_size,
-                    stride=max(1, round(settings.stride * config.image_size)),
-                    batch=self._around.resolved.micro_batch,
-                    fill=self.view.mean_pixel,
-                )
-                found = found.flip(2) if flip else found
-                total = found if total is None else total + found
-        assert total is not None
-        return total / (len(scales) * len(flips))
 
     def _numbers(self, confusion: NDArray[np.int64], loss: float) -> dict[str, Any]:
         """From pixels by true and predicted class, and the sum of their losses."""

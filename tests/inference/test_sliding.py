@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from beit_dist.config.finetuning import FinetuningConfig
-from beit_dist.stream.labelled.held_out import HeldOutImage
-from beit_dist.tasks.finetuning.segmentation import Segmentation, _score
-from beit_dist.tasks.finetuning.sliding import probabilities
+from beit_dist.config.finetuning import SegmentationConfig
+from beit_dist.config.labelled import SegmentationViewConfig
+from beit_dist.config.model import BackboneConfig
+from beit_dist.images.labelled.views import SegmentationView
+from beit_dist.inference.sliding import averaged, probabilities
+from beit_dist.tasks.finetuning.segmentation import _score
 
 SIDE, PATCH = 32, 8
 BLACK = (0, 0, 0)
@@ -83,27 +84,21 @@ def test_pixels_are_counted_by_true_and_predicted_class() -> None:
 
 
 def test_mirror_images_and_other_sizes_are_averaged_where_each_pixel_lies() -> None:
-    config = FinetuningConfig(
-        run="r",
-        task="segmentation",
-        model={"width": 32, "depth": 2, "heads": 2, "image_size": SIDE, "patch_size": PATCH},  # type: ignore[arg-type]
-        segmentation={"flip": True, "scales": (1.0, 2.0)},  # type: ignore[arg-type]
-    )
-    task = Segmentation(config)
-    task._around = SimpleNamespace(device=torch.device("cpu"), resolved=SimpleNamespace(micro_batch=2))  # type: ignore[assignment]
+    config = BackboneConfig(width=32, depth=2, heads=2, image_size=SIDE, patch_size=PATCH)
+    view = SegmentationView(config, SegmentationViewConfig())
+    settings = SegmentationConfig(flip=True, scales=(1.0, 2.0))
     # Bright to the left, so that an image that was not mirrored back would show.
     pixels = np.repeat(np.linspace(200, 0, SIDE).astype(np.uint8)[None, :, None], SIDE, 0).repeat(3, 2)
-    image = HeldOutImage(pixels, np.zeros((SIDE, SIDE), np.uint8), 0)
     seen = []
 
-    def model(patches: Tensor) -> tuple[Tensor]:
+    def scores(patches: Tensor) -> Tensor:
         seen.append(unpatched(patches))
         brightness = unpatched(patches).float()[:, :1] / 255
-        return (torch.cat([brightness, 1 - brightness], 1),)
+        return torch.cat([brightness, 1 - brightness], 1)
 
-    once = task._predict(model, image, thoroughly=False)  # type: ignore[arg-type]
+    once = averaged(scores, pixels, view=view, settings=settings, thoroughly=False, batch=2)
     assert len(seen) == 1
-    thorough = task._predict(model, image, thoroughly=True)  # type: ignore[arg-type]
+    thorough = averaged(scores, pixels, view=view, settings=settings, thoroughly=True, batch=2)
     assert any(torch.equal(windows[:1], seen[0].flip(3)) for windows in seen)
     assert torch.allclose(thorough.sum(0), torch.ones(SIDE, SIDE), atol=1e-5)
     assert torch.allclose(thorough, once, atol=0.02)  # but for the interpolation

@@ -10,10 +10,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit_dist.config.finetuning import SegmentationConfig
 from beit_dist.images.decoding import Pixels, patchify
+from beit_dist.images.labelled.views import SegmentationView
 
 Scores = Callable[[Tensor], Tensor]
 """From patches, uint8 (B, P, D), to logits (B, K, S, S)."""
+
+
+def averaged(
+    scores: Scores,
+    pixels: Pixels,
+    *,
+    view: SegmentationView,
+    settings: SegmentationConfig,
+    thoroughly: bool,
+    batch: int,
+) -> Tensor:
+    """(K, H, W): class probabilities as a run measures them.
+
+    Args:
+        scores: the model.
+        pixels: a whole image, uint8 (H, W, 3).
+        view: scales it.
+        settings: step of the windows, scales, mirroring.
+        thoroughly: with all of ``settings``' scales, and mirrored if they say so, and not once as it is.
+        batch: windows at once.
+    """
+    scales, flips = (settings.scales, (False, True)[: 1 + settings.flip]) if thoroughly else ((1.0,), (False,))
+    total: Tensor | None = None
+    for scale in scales:
+        for flip in flips:
+            scaled = view.scaled(pixels, scale)
+            found = probabilities(
+                scores,
+                np.ascontiguousarray(scaled[:, ::-1]) if flip else scaled,
+                (pixels.shape[0], pixels.shape[1]),
+                side=view.model.image_size,
+                patch=view.model.patch_size,
+                stride=max(1, round(settings.stride * view.model.image_size)),
+                batch=batch,
+                fill=view.mean_pixel,
+            )
+            found = found.flip(2) if flip else found
+            total = found if total is None else total + found
+    assert total is not None
+    return total / (len(scales) * len(flips))
 
 
 def probabilities(
