@@ -33,9 +33,9 @@ class Series:
         return np.array([line["step"] for line in self.lines], np.int64)
 
     def values(self, name: str) -> NDArray[np.float64]:
-        """(N,) of a number; NaN where it was not finite, or is not there."""
+        """(N,) of a number; NaN where it was not finite, is not there, or is no number."""
         found = [line.get(name) for line in self.lines]
-        return np.array([math.nan if value is None else value for value in found], np.float64)
+        return np.array([value if isinstance(value, (int, float)) else math.nan for value in found], np.float64)
 
     def not_finite(self, name: str) -> NDArray[np.bool_]:
         """(N,) where a number was taken and was not finite."""

@@ -49,9 +49,10 @@ def attention_of(run: Subject, models: Models, pictures: int) -> Attention | Mis
     model, seen = models.of(run), models.images(run, pictures)
     with torch.no_grad():
         maps = model.attention(torch.from_numpy(np.stack([image.pixels for image in seen]))).float().cpu()
-    grid = model.config.grid
+    config = model.prepare.config
+    grid = config.grid
     found = tuple(_gazes(image, own.mean(0).numpy()[1:, 1:], grid) for image, own in zip(seen, maps, strict=True))
-    return Attention(model.config.depth, maps.shape[1], found)
+    return Attention(config.depth, maps.shape[1], found)
 
 
 def _gazes(seen: Seen, weights: NDArray[np.float32], grid: int) -> Gazes:

@@ -97,13 +97,14 @@ class _Scale:
 
     def ticks(self, count: int, *, whole: bool = False) -> Values:
         if self.log:
-            found = LogLocator(numticks=count).tick_values(10**self.low, 10**self.high)
-            inside = (found >= 10**self.low * 0.999) & (found <= 10**self.high * 1.001)
+            found = np.asarray(LogLocator(numticks=count).tick_values(10**self.low, 10**self.high))
+            low, high = 0.999 * 10**self.low, 1.001 * 10**self.high
         else:
             locator = MaxNLocator(nbins=count, integer=whole, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10])
-            found = locator.tick_values(self.low, self.high)
+            found = np.asarray(locator.tick_values(self.low, self.high))
             margin = 1e-9 * (self.high - self.low)
-            inside = (found >= self.low - margin) & (found <= self.high + margin)
+            low, high = self.low - margin, self.high + margin
+        inside = (found >= low) & (found <= high)
         return np.asarray(found[inside], np.float64)
 
 
@@ -201,7 +202,7 @@ def short(value: float) -> str:
 def _drawn(line: Line, x: _Scale, y: _Scale, along: str, unit: str) -> Drawn:
     at, values = thinned(line.at, line.values, line.style)
     places = np.stack([x(at), y(values)], 1)
-    known = np.isfinite(places).all(1)
+    known = np.asarray(np.isfinite(places).all(1))
     dots: list[tuple[float, float, str]] = []
     if line.style in ("held-out", "measured") or known.sum() < 2:
         dots = [

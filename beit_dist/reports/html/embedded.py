@@ -35,7 +35,8 @@ def as_uri(image: Image.Image, longest: int) -> str:
 def enlarged(pixels: Pixels, side: int = SIDE) -> Pixels:
     """A small picture, each pixel of which becomes a square: its patches stay what they are."""
     factor = max(1, side // max(pixels.shape[:2]))
-    return np.repeat(np.repeat(pixels, factor, 0), factor, 1) if factor > 1 else pixels
+    larger: Pixels = np.repeat(np.repeat(pixels, factor, 0), factor, 1)
+    return larger
 
 
 def outlined(pixels: Pixels, hidden: NDArray[np.bool_]) -> Pixels:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import beit_dist
-from beit_dist.engine.durations import duration
 from beit_dist.errors import printable
 from beit_dist.reports.drawing import Kind, Wishes
 from beit_dist.reports.html.attention import Attention, attention_of
@@ -24,7 +23,7 @@ from beit_dist.reports.html.models import Models
 from beit_dist.reports.html.predictions import Predictions, predictions_of
 from beit_dist.reports.html.probes import Probes, probe_charts, probes_of
 from beit_dist.reports.html.reconstructions import Reconstructions, reconstructions_of
-from beit_dist.reports.html.section import Section, section_of
+from beit_dist.reports.html.section import Missing, Section, attempted, section_of
 from beit_dist.reports.html.settings import Settings, settings_of
 from beit_dist.reports.html.subject import Subject, open_subjects
 from beit_dist.reports.html.timing import Timing, speed_chart, timing_of
@@ -48,23 +47,23 @@ class Page:
     runs: Sequence[Subject]
     verdicts: Sequence[Verdict]
     comparison: Comparison | None
-    charts: Sequence[Chart]
-    settings: Settings
+    charts: Sequence[Chart] | Missing
+    settings: Settings | Missing
     reconstructions: Section[Reconstructions]
     sheets: Section[Sheet]
     predictions: Section[Predictions]
     scenes: Section[Scenes]
     probes: Section[Probes]
-    probe_charts: Sequence[Chart]
+    probe_charts: Sequence[Chart] | Missing
     attention: Section[Attention]
     data: Section[Data]
     timing: Section[Timing]
-    speed: Chart | None
+    speed: Chart | Missing | None
     made: str
 
     @property
-    def left_out(self) -> Iterator[tuple[str, Subject, str]]:
-        """Sections and runs that they do not show, and why."""
+    def left_out(self) -> Iterator[tuple[str, Subject | None, str]]:
+        """Sections and runs that they do not show, and why; no run where all are concerned."""
         sections: Mapping[str, Section[Any]] = {
             "Reconstructions": self.reconstructions,
             "Tokenizer": self.sheets,
@@ -78,6 +77,15 @@ class Page:
         for name, section in sections.items():
             for run, why in section.left_out:
                 yield name, run, why
+        of_all = {
+            "Curves": self.charts,
+            "Settings": self.settings,
+            "Probes": self.probe_charts,
+            "Speed": self.speed,
+        }
+        for name, found in of_all.items():
+            if isinstance(found, Missing):
+                yield name, None, found.why
 
 
 def make_page(
@@ -114,17 +122,17 @@ def make_page(
         return section_of(runs, lambda run: run.state.kind in kinds, find)
 
     backbones = ("pretraining", "classification", "segmentation")
-    verdicts = [verdict_of(run) for run in runs]
+    verdicts = [_verdict(run) for run in runs]
     probes = section("probes", backbones, probes_of)
     return Page(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
         runs=runs,
         verdicts=verdicts,
         comparison=compared(verdicts) if len(runs) > 1 else None,
-        charts=charts_of(runs),
-        settings=settings_of(runs),
+        charts=attempted(lambda: charts_of(runs)),
+        settings=attempted(lambda: settings_of(runs)),
         probes=probes,
-        probe_charts=probe_charts([(part.run, part.content) for part in probes.parts]),
+        probe_charts=attempted(lambda: probe_charts([(part.run, part.content) for part in probes.parts])),
         reconstructions=section(
             "reconstructions", ("pretraining",), lambda run: reconstructions_of(run, wishes, access)
         ),
@@ -140,9 +148,14 @@ def make_page(
         attention=section("attention", backbones, lambda run: attention_of(run, models, few)),
         data=section("data", (*backbones, "tokenizer"), lambda run: data_of(run, models, _SHEET * count)),
         timing=section("time", (*backbones, "tokenizer"), timing_of),
-        speed=speed_chart(runs),
+        speed=attempted(lambda: speed_chart(runs)),
         made=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
+
+
+def _verdict(run: Subject) -> Verdict:
+    found = attempted(partial(verdict_of, run))
+    return Verdict(run, "not judged", "open", found.why, "", (), "") if isinstance(found, Missing) else found
 
 
 def rendered(page: Page) -> str:
@@ -154,16 +167,12 @@ def rendered(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": lambda share: f"{100 * share:.1f} %",
-        "shown": printable,
-        "duration": duration,
-    }
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    environment.filters["shown"] = printable
     environment.globals |= {
         "chart": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         "colours": _COLOURS,
         "version": beit_dist.__version__,
-        "host": platform.node(),
     }
     assert environment.loader is not None
     style, _, _ = environment.loader.get_source(environment, "style.css")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from beit_dist.errors import UserError
@@ -38,13 +39,25 @@ class Section(Generic[Content]):
     """Runs that it does not show, and why."""
 
 
-def section_of(
-    runs: Iterable[Subject], concerns: Callable[[Subject], bool], find: Callable[[Subject], Content | Missing]
-) -> Section[Content]:
-    """Find what a section shows.
+def attempted(find: Callable[[], Content | Missing]) -> Content | Missing:
+    """What is found, or why nothing is.
 
     A damaged file, or one that is gone, leaves its part out, whatever it leads to: the rest of the page is worth
     having. What is not foreseen is logged with its traceback.
+    """
+    try:
+        return find()
+    except (UserError, OSError, EOFError) as error:
+        return Missing(str(error))
+    except Exception as error:
+        logging.getLogger(__name__).exception("a part of the report is left out")
+        return Missing(f"{type(error).__name__}: {error}")
+
+
+def section_of(
+    runs: Iterable[Subject], concerns: Callable[[Subject], bool], find: Callable[[Subject], Content | Missing]
+) -> Section[Content]:
+    """Find what a section shows, of each run that it can.
 
     Args:
         runs: of the page.
@@ -56,13 +69,7 @@ def section_of(
     for run in runs:
         if not concerns(run):
             continue
-        try:
-            found = find(run)
-        except (UserError, OSError, EOFError) as error:
-            found = Missing(str(error))
-        except Exception as error:
-            logging.getLogger(__name__).exception("a part of the report is left out")
-            found = Missing(f"{type(error).__name__}: {error}")
+        found = attempted(partial(find, run))
         if isinstance(found, Missing):
             left_out.append((run, found.why))
         else:
