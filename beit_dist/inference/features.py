@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from beit_dist.probing.features import pooled
+
 
 @dataclass(frozen=True)
 class Features:
-    """One layer's output of B images, C being the model's width. All are fp32, and gradients flow through them."""
+    """One layer's output of B images, C being the model's width.
+
+    Gradients flow through all of it. What is computed from ``tokens`` is fp32.
+    """
 
     layer: int
     """1: the first block."""
@@ -19,19 +24,21 @@ class Features:
     @property
     def class_token(self) -> Tensor:
         """(B, C)"""
-        raise NotImplementedError
+        return self.tokens[:, 0].float()
 
     @property
     def patch_mean(self) -> Tensor:
         """(B, C): the mean of the patches."""
-        raise NotImplementedError
+        return self.pooled[:, self.tokens.shape[2] :]
 
     @property
     def patch_grid(self) -> Tensor:
         """(B, C, height, width), as convolutions take it."""
-        raise NotImplementedError
+        patches = self.tokens[:, 1:].float().transpose(1, 2)
+        side = round(patches.shape[2] ** 0.5)
+        return patches.reshape(*patches.shape[:2], side, side)
 
     @property
     def pooled(self) -> Tensor:
         """(B, 2 · C): class token, then mean of the patches; what ``beit probe`` looks at."""
-        raise NotImplementedError
+        return pooled(self.tokens)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, overload
+from typing import overload
 
+import torch
 from torch import Tensor, nn
 
+from beit_dist.config.model import BackboneConfig
 from beit_dist.inference.features import Features
-from beit_dist.inference.preparing import AnyImage, Preparation
+from beit_dist.inference.inputs import AnyImages, normalised, patches_of
+from beit_dist.inference.preparing import Preparation
 from beit_dist.inference.provenance import Provenance
 from beit_dist.models.vit import BeitBackbone
-
-AnyImages = AnyImage | Sequence[AnyImage] | Tensor
-"""One image or several. What is no tensor is prepared by ``model.prepare``. A tensor is taken as it is, on any device:
-uint8 (B, S, S, 3) or (B, 3, S, S), pixels of 0 to 255 such as ``model.prepare`` returns; or floating-point
-(B, 3, S, S), normalised by ``model.normalise``. A tensor may also be of one image, without B."""
-NetworkT = TypeVar("NetworkT", bound=BeitBackbone)
+from beit_dist.probing.features import layers_of
 
 
 class LoadedModel(nn.Module):
@@ -26,28 +24,40 @@ class LoadedModel(nn.Module):
 
     Attributes:
         network: the model as it was trained, on patches; ``network.state_dict()`` has unilm's names.
-        config: sizes, variant, and the normalisation of pixels.
         provenance: where the weights are from, and what is known besides.
         prepare: from an image to uint8 (S, S, 3), S = ``config.image_size``.
     """
 
     network: BeitBackbone
-    provenance: Provenance
-    prepare: Preparation
+
+    def __init__(self, network: BeitBackbone, provenance: Provenance, prepare: Preparation) -> None:
+        super().__init__()
+        self.network, self.provenance, self.prepare = network, provenance, prepare
+
+    @property
+    def config(self) -> BackboneConfig:
+        """Sizes, variant, and the normalisation of pixels."""
+        return self.network.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.network.cls_token.device
 
     @property
     def default_layer(self) -> int:
         """The layer whose features are given if none is named.
 
-        Of a pre-trained model two thirds of the depth: 8 of 12, 16 of 24. The last layers of BEiT predict tokens; the
-        paper's linear probes are best at about 9 of 12 and 14 of 24. Of a fine-tuned model the last one, which its
-        head reads.
+        Of a pre-trained model two thirds of the depth: 8 of 12, 16 of 24. The last layers of BEiT predict tokens;
+        the paper's linear probes are best at about 9 of 12 and 14 of 24. Of a fine-tuned model the last one, which
+        its head reads.
         """
-        raise NotImplementedError
+        depth = self.config.depth
+        return max(1, round(2 * depth / 3)) if self.provenance.kind == "pretraining" else depth
 
     def forward(self, images: Tensor) -> Tensor:
-        """``features(images).pooled``, (B, 2 · width), of a tensor: an ordinary backbone, to fine-tune or compile."""
-        raise NotImplementedError
+        """``features(images).pooled`` of a tensor, (B, 2 · width): an ordinary backbone, to fine-tune."""
+        return self.features(images).pooled
 
     @overload
     def features(self, images: AnyImages, layers: int | None = None) -> Features: ...
@@ -61,35 +71,52 @@ class LoadedModel(nn.Module):
         """What a layer, or each of several, makes of images, without the last norm; as ``beit probe`` sees them.
 
         Args:
-            images: one or several; see :data:`AnyImages`.
-            layers: a number from 1 (first block) to depth (last block), by default ``default_layer``; or several, for
-                a dictionary by layer.
+            images: one or several; see :data:`beit_dist.inference.inputs.AnyImages`.
+            layers: a number from 1 (first block) to depth (last block), by default ``default_layer``; or several,
+                for a dictionary by layer.
 
         Raises:
             ConfigError: there is no such layer; or a tensor of another shape, dtype or range.
             DataError: an image cannot be used.
         """
-        raise NotImplementedError
+        one = self.default_layer if layers is None else layers
+        wanted = layers_of(self.config.depth, [one] if isinstance(one, int) else one, "layers")
+        found = {}
+        for layer, tokens in enumerate(self.network.layers(self.patches_of(images)), start=1):
+            if layer in wanted:
+                found[layer] = Features(layer, tokens)
+            if layer == wanted[-1]:
+                break
+        return found[one] if isinstance(one, int) else found
 
     def attention(self, images: AnyImages, layer: int | None = None) -> Tensor:
         """How much each token attends to each: fp32 (B, heads, 1 + P, 1 + P), rows are queries and sum to 1.
 
-        The relative position bias is part of it. P patches lie row by row behind the class token, so that what patch
-        (y, x) attends to is ``maps[:, :, 1 + y * grid + x, 1:].unflatten(-1, (grid, grid))``.
+        The relative position bias is part of it. P patches lie row by row behind the class token, so that what
+        patch (y, x) attends to is ``maps[:, :, 1 + y * grid + x, 1:].unflatten(-1, (grid, grid))``.
 
         Args:
-            images: one or several; see :data:`AnyImages`.
+            images: one or several; see :data:`beit_dist.inference.inputs.AnyImages`.
             layer: from 1 (first block) to depth, by default the last.
 
         Raises:
             ConfigError, DataError: as :meth:`features`.
         """
-        raise NotImplementedError
+        (chosen,) = layers_of(self.config.depth, [self.config.depth if layer is None else layer], "layer")
+        return self.network.attention(self.patches_of(images), chosen)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, S, S, 3) or (B, 3, S, S) to fp32 (B, 3, S, S) as the network's input is normalised."""
-        raise NotImplementedError
+        """uint8 (B, S, S, 3) or (B, 3, S, S) to fp32 (B, 3, S, S) as the network's input is normalised.
+
+        Raises:
+            ConfigError: it is another tensor.
+        """
+        return normalised(pixels, self.config)
 
     def patches_of(self, images: AnyImages) -> Tensor:
-        """What ``network`` takes, on its device: (B, P, D), uint8 or fp32 between 0 and 255."""
-        raise NotImplementedError
+        """What ``network`` takes, on its device: (B, P, D), uint8, or fp32 between 0 and 255."""
+        return patches_of(images, self.prepare, self.device)
+
+    def extra_repr(self) -> str:
+        """Where it is from."""
+        return f"{self.provenance.name!r}, kind={self.provenance.kind!r}"

@@ -44,8 +44,8 @@ class Reconstruction:
 Painter = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Iterator[tuple[dict[str, Pixels], str]]
 ]
-"""Makes ``painted`` and ``said`` of each sample from the patches (B, P, D) uint8, their true tokens (B, P), the masked
-positions (B, K) padded with -1, and the model's predictions (B, K, O), all on the CPU."""
+"""Makes ``painted`` and ``said`` of each sample from the patches (B, P, D) uint8, their true tokens (B, P), the
+masked positions (B, K) padded with -1, and the model's predictions (B, K, O), all on the CPU."""
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def painted(
         model: with the run's weights; runs on the device it is on.
         patches: (B, P, D), uint8 or on the same scale.
         tokens: int64 (B, P), the true ones; anything where ``paint`` does not look at them.
-        positions: int64 (B, K), padded with -1.
+        positions: int64 (B, K), ascending, padded with -1.
         names: of the images.
         paint: for the model's target; None paints nothing.
     """
@@ -77,11 +77,8 @@ def painted(
         there = positions[row] >= 0
         hidden = np.zeros(model.config.patches, np.bool_)
         hidden[positions[row][there].numpy()] = True
-        likeliest = None
-        if isinstance(model.head, TokensHead):
-            likeliest = np.full(model.config.patches, -1, np.int64)
-            likeliest[positions[row][there].numpy()] = predicted[row][there].argmax(-1).numpy()
-            likeliest = likeliest.reshape(grid, grid)
+        likeliest = np.full(model.config.patches, -1, np.int64)
+        likeliest[hidden] = predicted[row][there].argmax(-1).numpy()
         pixels = shown[row].numpy()
         columns.append(
             Reconstruction(
@@ -91,7 +88,7 @@ def painted(
                 masked=unpatchify(np.where(hidden[:, None], np.uint8(_GREY), pixels), size),
                 painted=pictures,
                 said=said,
-                tokens=likeliest,
+                tokens=likeliest.reshape(grid, grid) if isinstance(model.head, TokensHead) else None,
             )
         )
     return columns

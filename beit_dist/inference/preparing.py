@@ -11,11 +11,17 @@ from PIL import Image
 
 from beit_dist.config.labelled import AugmentationConfig
 from beit_dist.config.model import BackboneConfig
-from beit_dist.images.decoding import Pixels
+from beit_dist.errors import ConfigError, DataError, StorageError, printable
+from beit_dist.images.decoding import Pixels, decode, upright_rgb
+from beit_dist.images.labelled.views import ClassificationView
+from beit_dist.images.rejection import ImageRejectedError
 from beit_dist.storage.access import Access
+from beit_dist.storage.opening import place_of
 
 AnyImage = Image.Image | NDArray[np.uint8] | str | os.PathLike[str] | bytes
 """One image: of Pillow, in any mode; uint8 (H, W, 3), (H, W, 4) or (H, W); a path or URL; or a file's bytes."""
+EXPECTED = "images of Pillow, uint8 arrays (H, W, 3), paths, URLs, bytes of image files, or tensors"
+_CHANNELS = (3, 4)
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,54 @@ class Preparation:
         """The centred square of an image, resized: what a classification is measured on, and ``beit probe``.
 
         Raises:
+            ConfigError: it is no image at all.
             DataError: the image cannot be used.
             StorageError: a store failed for as long as it was tried again.
         """
-        raise NotImplementedError
+        return np.array(ClassificationView(self.config, self.augmentation).centred(self._rgb(image)))
 
     def whole(self, image: AnyImage) -> Pixels:
         """All of an image, upright, in its own size: uint8 (H, W, 3). Raises what a call does."""
-        raise NotImplementedError
+        return np.array(self._rgb(image))
+
+    def _rgb(self, image: AnyImage) -> Image.Image:
+        try:
+            if isinstance(image, Image.Image):
+                return upright_rgb(image)
+            if isinstance(image, np.ndarray):
+                return upright_rgb(Image.fromarray(_checked(image)))
+            if isinstance(image, bytes | bytearray | memoryview):
+                return decode(bytes(image))
+            if isinstance(image, str | os.PathLike):
+                return decode(self._read(os.fspath(image)))
+        except ImageRejectedError as error:
+            raise DataError(f"{name_of(image) or 'images'}: {error}. Mend or leave it out") from None
+        raise ConfigError("images", type(image).__name__, EXPECTED)
+
+    def _read(self, path: str) -> bytes:
+        place, name = place_of(path, self.access)
+        try:
+            return place.read(name)
+        except StorageError:
+            raise
+        except OSError as error:
+            raise DataError(f"{printable(path)}: cannot be read ({error.strerror or error})") from None
+
+
+def name_of(image: object) -> str:
+    """An image's path or URL for messages; empty where it has none."""
+    path = getattr(image, "filename", None) if isinstance(image, Image.Image) else image
+    return printable(os.fsdecode(path)) if path and isinstance(path, str | os.PathLike) else ""
+
+
+def _checked(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)):
+        raise ConfigError(
+            "images",
+            f"an array {array.shape} of {array.dtype}",
+            "uint8 arrays (height, width, 3), values from 0 to 255",
+            "What is normalised already goes in as a tensor (B, 3, S, S).",
+        )
+    if not array.size:
+        raise ConfigError("images", f"an array {array.shape}", "one with pixels")
+    return np.ascontiguousarray(array)

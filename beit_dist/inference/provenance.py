@@ -17,6 +17,8 @@ class Provenance:
     digest: str
     """Of the weights as they were stored: features and predictions depend on it and on the settings."""
     notes: tuple[str, ...] = ()
-    """What was assumed, in words, because the file does not say it."""
+    """What was assumed, in words, because the source does not say it, and what was left out."""
     recipe: dict[str, Any] | None = None
     """Of a run: its resolved settings."""
+    tokenizer: str | None = None
+    """Of a pre-training run: the digest of the tokenizer whose tokens it predicts."""

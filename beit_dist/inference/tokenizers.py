@@ -30,8 +30,8 @@ def check_tokenizer(dvae: DVAE, digest: str) -> None:
     dvae.whole_decoder()
     if digest not in digests_of(dvae):
         raise TokenizerError(
-            f"tokenizer: got digest {dvae.digest[:12]}, expected {digest[:12]}, the one that made the shards. Name "
-            "that file with --tokenizer."
+            f"tokenizer: got digest {dvae.digest[:12]}, expected {digest[:12]}, the one that made the shards. "
+            "Name that file with --tokenizer."
         )
 
 
@@ -52,7 +52,7 @@ def find_tokenizer(
         TokenizerError: the one that is named is damaged, or another one.
     """
     if named is not None:
-        dvae = load_tokenizer(named, device)
+        dvae = load_tokenizer(Path(named), device)
         check_tokenizer(dvae, digest)
         return dvae
     for path in _places_to_look(config):

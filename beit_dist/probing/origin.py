@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit_dist.config.model import HALF, BackboneConfig
+from beit_dist.config.model import BackboneConfig
 from beit_dist.errors import ConfigError, WeightsError
 from beit_dist.models.vit import BeitBackbone
 from beit_dist.storage.access import Access
 from beit_dist.weights.foreign import is_foreign, named, read_file
-from beit_dist.weights.origin import KINDS, as_finetuned, backbone_of
+from beit_dist.weights.origin import KINDS, as_finetuned, assumptions, backbone_of
 from beit_dist.weights.stored import open_weights
 
 
@@ -67,15 +67,7 @@ def _from_file(source: str, config: BackboneConfig, names: list[str], ema: bool)
     found = read_file(source)
     with named(source):
         taken = as_finetuned(found, config, names, ())
-    notes = []
-    if "pixel_mean" not in found.known:
-        notes.append(
-            f"that file does not say how pixels were normalised: mean and deviation of {HALF[0]} are assumed, "
-            "those of the released models"
-        )
-    if "heads" not in found.known and not config.relative_positions:
-        notes.append(f"that file does not say how many heads there are: {config.heads} are assumed")
     if missing := [name for name in names if name not in taken.weights]:
         raise WeightsError(f"{source}: got no {missing[0]}, expected all tensors of a BEiT v1 backbone")
     weights = {name: taken.weights[name] for name in names}
-    return Origin(source, config, weights, found.digest, tuple(notes))
+    return Origin(source, config, weights, found.digest, tuple(assumptions(found, config)))

@@ -42,7 +42,7 @@ def export_weights(
 
     Parameters keep their names and shapes. The file's metadata says what is needed to use them: the model's
     settings, the normalisation of its pixels, the step, and the tokenizer whose tokens the head predicts, or the
-    names of the classes.
+    names of the classes and how images are measured.
 
     Args:
         stored: the weights.
@@ -102,5 +102,6 @@ def metadata_of(stored: StoredWeights, dtype: str) -> dict[str, str]:
         "dataset": manifest["dataset"],
     }
     if stored.classes is not None:
-        return {**found, "classes": json.dumps(stored.classes)}
+        measured = {name: section.model_dump(mode="json") for name, section in stored.measured.items()}
+        return {**found, "classes": json.dumps(stored.classes), "measured": json.dumps(measured)}
     return {**found, "tokenizer": manifest["tokenizer"]}

@@ -22,11 +22,15 @@ from beit_dist.weights.safe_pickle.files import read_torch_file
 from beit_dist.weights.safe_pickle.machine import Inert
 from beit_dist.weights.tensor_files import check_names, parse_safetensors
 
-_NAMES = (FILE, "pytorch_model.bin", PICKLE)
-"""Of the file of weights in a folder."""
+WEIGHTS = (FILE, "pytorch_model.bin", PICKLE)
+"""Names of the file of weights in a folder."""
+INDICES = tuple(f"{name}.index.json" for name in WEIGHTS)
+"""Names of the files that say which files hold parts of the weights."""
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
+_CONFIG, _PROCESSOR = SETTINGS = "config.json", "preprocessor_config.json"
 _WRAPPERS = ("model", "module", "state_dict")
+_FILTERS: dict[Any, str] = {2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Foreign:
         may_lack: our names of what need not be there.
         classes: names of the classes of a fine-tuned model, in the order of its outputs, where they are known.
         checkpoint: its name, of a run.
+        model: of an export of ours, the settings of the run's model.
+        measured: how a fine-tuned model's images are measured, as sections of a recipe, as far as files say it.
     """
 
     weights: dict[str, Tensor]
@@ -52,6 +58,8 @@ class Foreign:
     may_lack: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
     checkpoint: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 def is_foreign(source: str) -> bool:
@@ -60,7 +68,7 @@ def is_foreign(source: str) -> bool:
     if is_url(source):
         return path.suffix in _SUFFIXES
     if path.is_dir():  # whatever its name: what follows a dot may be part of it
-        return any((path / name).is_file() for name in (_CONFIG, *_NAMES))
+        return any((path / name).is_file() for name in (_CONFIG, *WEIGHTS))
     return path.suffix in _SUFFIXES
 
 
@@ -109,8 +117,8 @@ def read_file(source: str | Path) -> Foreign:
             known |= _settings(path, notes)
         tensors = _unwrapped(tensors)
         weights = as_ours(from_hf(tensors) if is_hf(tensors) else tensors)
-    classes = known.pop("classes", None)
-    return Foreign(weights, digest.hexdigest(), known, notes=notes, classes=classes)
+    besides = {name: known.pop(name) for name in ("classes", "model", "measured") if name in known}
+    return Foreign(weights, digest.hexdigest(), known, notes=notes, **besides)
 
 
 @contextmanager
@@ -133,8 +141,8 @@ def _files(path: Path) -> list[Path]:
     """The files of the weights at ``path``: itself, or in a folder one, or the parts that an index names."""
     if not path.is_dir():
         return [path]
-    for name in _NAMES:
-        index = path / f"{name}.index.json"
+    for name, index_name in zip(WEIGHTS, INDICES, strict=True):
+        index = path / index_name
         if (path / name).is_file():
             return [path / name]
         if index.is_file():
@@ -208,6 +216,8 @@ def _settings(folder: Path, notes: list[str]) -> dict[str, Any]:
         known["heads"] = heads
     if classes := _class_names(config):
         known["classes"] = classes
+    if augmentation := _evaluation(timm if isinstance(timm, dict) else {}, look):
+        known["measured"] = {"augmentation": augmentation}
     if isinstance(timm, dict):
         known |= _units({"pixel_mean": timm.get("mean"), "pixel_std": timm.get("std")})
     if look.get("do_normalize") is False:
@@ -223,6 +233,22 @@ def _settings(folder: Path, notes: list[str]) -> dict[str, Any]:
     if eps != NORM_EPS:
         notes.append(f"its config.json has layer_norm_eps {eps}; this run uses {NORM_EPS}, as the original does")
     return known
+
+
+def _evaluation(timm: Mapping[str, Any], look: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are cropped and resized where they are measured, by timm's or Hugging Face's settings."""
+    found: dict[str, Any] = {}
+    share, filter_ = timm.get("crop_pct"), timm.get("interpolation", _FILTERS.get(look.get("resample")))
+    size, crop = look.get("size"), look.get("crop_size")
+    if look.get("do_center_crop") is True and isinstance(size, dict) and isinstance(crop, dict):
+        whole, part = size.get("shortest_edge"), crop.get("height")
+        if isinstance(whole, int) and isinstance(part, int) and whole > 0:
+            share = part / whole
+    if isinstance(share, (int, float)) and 0 < share <= 1:
+        found["crop_share"] = float(share)
+    if filter_ in _FILTERS.values():
+        found["interpolation"] = filter_
+    return found
 
 
 def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -261,7 +287,10 @@ def _our_known(metadata: Mapping[str, Any]) -> dict[str, Any]:
     with suppress(KeyError, ValueError, TypeError):
         model, classes = json.loads(metadata["model"]), json.loads(metadata.get("classes", "[]"))
         found = {"heads": int(model["heads"]), **_units({n: model[n] for n in ("pixel_mean", "pixel_std")})}
-        return found | ({"classes": names} if (names := _class_names({"label_names": classes})) else {})
+        if isinstance(measured := json.loads(metadata.get("measured", "{}")), dict) and measured:
+            found["measured"] = measured
+        names = _class_names({"label_names": classes})
+        return found | {"model": dict(model)} | ({"classes": names} if names else {})
     return {}
 
 

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from beit_dist.config.model import BackboneConfig
+from beit_dist.config.model import HALF, BackboneConfig
 from beit_dist.errors import ConfigError, WeightsError
 from beit_dist.storage.access import Access
 from beit_dist.storage.place import is_url
@@ -58,7 +56,7 @@ def backbone_of(source: str, access: Access | None = None) -> dict[str, Any]:
     if is_foreign(source):
         found = read_file(source)
         with named(source):
-            return _sizes(found.weights, found.known)
+            return sizes_of(found)
     if not is_url(source) and not Path(source).exists():
         raise WeightsError(
             f"{source} does not exist, expected a run, or a local file or folder of weights. Download a model "
@@ -68,8 +66,13 @@ def backbone_of(source: str, access: Access | None = None) -> dict[str, Any]:
     return {name: getattr(model, name) for name in _SIZES}
 
 
-def _sizes(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Any]:
-    """From the shapes, and what is said beside them."""
+def sizes_of(found: Foreign) -> dict[str, Any]:
+    """What :func:`backbone_of` finds in a file: from the shapes, and what is said beside them.
+
+    Raises:
+        WeightsError: there is no backbone.
+    """
+    weights, known = found.weights, found.known
     try:
         width, patch = weights[PATCHES].shape
         patch_size = math.isqrt(patch // 3)
@@ -79,7 +82,7 @@ def _sizes(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str,
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     own = block_tables(weights)
     table = weights.get(own[0] if own else TABLE)
-    found = {
+    sizes = {
         "width": width,
         "depth": len(blocks),
         "heads": max(1, width // _HEAD_WIDTH),
@@ -93,10 +96,23 @@ def _sizes(weights: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str,
         else 0.0,
     }
     if table is not None:
-        found |= {"heads": table.shape[1], "image_size": patch_size * grid_of_table(len(table))}
+        sizes |= {"heads": table.shape[1], "image_size": patch_size * grid_of_table(len(table))}
     elif "pos_embed" in weights:
-        found["image_size"] = patch_size * math.isqrt(weights["pos_embed"].shape[1] - 1)
-    return found | {name: known[name] for name in _MEANING if name in known}
+        sizes["image_size"] = patch_size * math.isqrt(weights["pos_embed"].shape[1] - 1)
+    return sizes | {name: known[name] for name in _MEANING if name in known}
+
+
+def assumptions(found: Foreign, config: BackboneConfig) -> list[str]:
+    """What is assumed of a file that does not say it, in words."""
+    notes = []
+    if "pixel_mean" not in found.known:
+        notes.append(
+            f"that file does not say how pixels were normalised: mean and deviation of {HALF[0]} are assumed, "
+            "those of the released models"
+        )
+    if "heads" not in found.known and not config.relative_positions:
+        notes.append(f"that file does not say how many heads there are: {config.heads} are assumed")
+    return notes
 
 
 def check_meaning(model: BackboneConfig, known: Mapping[str, Any]) -> None:

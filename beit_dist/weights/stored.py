@@ -29,9 +29,10 @@ from beit_dist.checkpoints.layout import (
     read_manifest,
 )
 from beit_dist.checkpoints.ranges import FragmentReader
+from beit_dist.config.finetuning import FinetuningConfig
 from beit_dist.config.model import BackboneConfig
 from beit_dist.config.pretraining import PretrainingConfig
-from beit_dist.config.reading import recorded
+from beit_dist.config.reading import Section, recorded
 from beit_dist.errors import CheckpointError
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import open_place
@@ -89,6 +90,16 @@ class StoredWeights:
         """Names of the classes of a fine-tuned model, in the order of its outputs."""
         found = self.saved.manifest.get("classes")
         return None if found is None else tuple(found)
+
+    @property
+    def measured(self) -> dict[str, Section]:
+        """How a fine-tuned run measures images: the sections of its recipe by name."""
+        if self.kind not in ("classification", "segmentation"):
+            return {}
+        recipe = recorded(FinetuningConfig, self.saved.manifest["config"])
+        if self.kind == "classification":
+            return {"augmentation": recipe.augmentation}
+        return {"views": recipe.views, "segmentation": recipe.segmentation}
 
     def read(self, name: str) -> Tensor:
         """A whole parameter or buffer, fp32 on the CPU."""
