@@ -16,6 +16,10 @@ from beit_dist.reports.html.section import Missing
 from beit_dist.reports.html.subject import Subject
 
 _SIDE = 208
+_GREY = 0.3
+"""The image's share in a map's colours."""
+_PLAIN = 6.0
+"""A weight so many times the mean is bright, even if none is larger: attention to all alike is dark everywhere."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,13 @@ def interesting(pixels: Pixels, grid: int) -> list[tuple[int, int]]:
 def heated(pixels: Pixels, weights: NDArray[np.float32]) -> Pixels:
     """An image in dark grey under a map of weights, the largest of which is brightest."""
     side = pixels.shape[0]
-    scaled = np.sqrt(weights / max(float(weights.max()), 1e-12))  # of few large weights the others stay visible
+    most = max(float(weights.max()), _PLAIN / weights.size)
+    scaled = np.sqrt(weights / most)  # of few large weights the others stay visible
     as_image = Image.fromarray((255 * scaled).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     share = np.asarray(as_image, np.float32) / 255
     colours = 255 * colormaps["inferno"](share)[..., :3]
     grey = pixels.astype(np.float32).mean(2, keepdims=True)
-    mixed = 0.45 * grey + 0.75 * colours
+    mixed = _GREY * grey + (1 - _GREY) * colours
     return np.asarray(mixed.clip(0, 255).astype(np.uint8))
 
 
@@ -106,7 +111,7 @@ def _mark(pixels: Pixels, row: int, column: int, grid: int) -> None:
     """Draw a frame around a patch, to be seen on any colours."""
     cell = pixels.shape[0] // grid
     top, left = row * cell, column * cell
-    for inset, colour in ((0, (0, 0, 0)), (1, (0, 255, 255)), (2, (0, 255, 255))):
+    for inset, colour in ((0, (0, 0, 0)), (1, (0, 255, 255))):
         first_y, last_y = top + inset, top + cell - 1 - inset
         first_x, last_x = left + inset, left + cell - 1 - inset
         if last_y <= first_y or last_x <= first_x:

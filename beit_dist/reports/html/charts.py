@@ -189,11 +189,12 @@ def _labelled(scale: _Scale, values: Values, unit: str) -> tuple[Tick, ...]:
 
 
 def short(value: float) -> str:
-    """A number on an axis: ``12,000``, ``0.25``, ``4e-05``."""
+    """A number on an axis: ``12,000``, ``0.25``, ``4e-5``."""
     if value == 0:
         return "0"
-    if abs(value) < 1e-3:
-        return f"{value:.3g}"
+    if abs(value) < 1e-2:
+        digits, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}"
     if abs(value) >= 1e6:
         return f"{value / 1e6:g} M"
     return f"{value:,.6g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -37,7 +37,7 @@ class Named:
         """``"PSNR {:.2f} dB"`` is ``PSNR (dB)``."""
         before, _, unit = self._parts
         label = f"{before} ({unit})" if unit else before
-        return label[0].upper() + label[1:]
+        return label if label[1:2].isupper() else label[0].upper() + label[1:]
 
     @property
     def percent(self) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -35,8 +33,7 @@ def as_uri(image: Image.Image, longest: int) -> str:
 def enlarged(pixels: Pixels, side: int = SIDE) -> Pixels:
     """A small picture, each pixel of which becomes a square: its patches stay what they are."""
     factor = max(1, side // max(pixels.shape[:2]))
-    larger: Pixels = np.repeat(np.repeat(pixels, factor, 0), factor, 1)
-    return larger
+    return np.asarray(np.repeat(np.repeat(pixels, factor, 0), factor, 1), np.uint8)
 
 
 def outlined(pixels: Pixels, hidden: NDArray[np.bool_]) -> Pixels:
@@ -54,8 +51,8 @@ def outlined(pixels: Pixels, hidden: NDArray[np.bool_]) -> Pixels:
     return drawn
 
 
-def _edge(area: NDArray[np.bool_]) -> NDArray[Any]:
+def _edge(area: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Pixels of an area beside others that are not of it; the picture's own edge is none."""
     around = np.pad(area, 1, mode="edge")
     inner = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
-    return np.asarray(area & ~inner)
+    return np.asarray(area & ~inner, np.bool_)

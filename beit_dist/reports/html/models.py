@@ -59,10 +59,8 @@ class Models:
         """
         if run.number not in self._loaded:
             self._loaded.clear()  # one at a time is in memory
-            wishes = self.wishes
-            self._loaded[run.number] = load(
-                str(run.named), ema=wishes.ema, device=wishes.device, access=self.access
-            )
+            ema = self.wishes.ema or _measures_average(run)
+            self._loaded[run.number] = load(str(run.named), ema=ema, device=self.wishes.device, access=self.access)
         return self._loaded[run.number]
 
     def images(self, run: Subject, count: int) -> list[Seen]:
@@ -109,6 +107,11 @@ class Models:
                 "validation.data", None, "held-out images", "Name some with --data, of the same classes."
             )
         return where
+
+
+def _measures_average(run: Subject) -> bool:
+    """A fine-tuning that keeps averaged weights measures these, so pictures beside its numbers are theirs."""
+    return isinstance(run.config, FinetuningConfig) and run.config.ema.decay is not None
 
 
 def batches(images: Sequence[Pixels], size: int) -> Iterator[torch.Tensor]:

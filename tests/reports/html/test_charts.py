@@ -83,7 +83,15 @@ def test_a_logarithmic_scale_has_powers_of_ten_at_equal_distances() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.25, "0.25"), (12_000, "12,000"), (4e-5, "4e-05"), (2.5e6, "2.5 M"), (-1.5, "-1.5")],
+    [
+        (0, "0"),
+        (0.25, "0.25"),
+        (12_000, "12,000"),
+        (4e-5, "4e-5"),
+        (7.5e-4, "7.5e-4"),
+        (2.5e6, "2.5 M"),
+        (-1.5, "-1.5"),
+    ],
 )
 def test_numbers_on_an_axis_are_short(value: float, text: str) -> None:
     assert short(value) == text

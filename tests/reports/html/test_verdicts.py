@@ -1,4 +1,4 @@
-"""A verdict says how far beyond its baselines a run is, by held-out data, and what to do where that is not known."""
+"""A verdict says how far beyond its baselines a run is, by held-out data; where that is unknown, what to do."""
 
 from __future__ import annotations
 
