@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import webdataset as wds
-
 from beit_dist.errors import ConfigError
 from beit_dist.images.file_kinds import by_name, file_kind, folder_kind
 from beit_dist.images.gathering import Entry, Gathered
@@ -101,6 +99,8 @@ def _expand(spec: str) -> list[str]:
     if spec.startswith("pipe:"):
         raise ConfigError("--images", spec, "folders and archives, here or at a URL", "pipe: is not supported.")
     try:
+        import webdataset as wds  # it loads PyTorch, which who only decodes does without
+
         return [str(path) for path in wds.shardlists.expand_urls(spec)]
     except AssertionError as error:  # webdataset's way of telling that ${NAME} is not set
         raise ConfigError("--images", spec, f"variables that are set in the environment ({error})") from None

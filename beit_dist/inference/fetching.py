@@ -24,7 +24,7 @@ def here(source: str, access: Access) -> Iterator[Path | None]:
         WeightsError: there is no such file.
     """
     if not is_url(source):
-        yield Path(source.removeprefix("file://")) if is_foreign(source.removeprefix("file://")) else None
+        yield Path(source) if is_foreign(source) else None
         return
     with tempfile.TemporaryDirectory(prefix="beit-weights-") as folder:
         yield _copied(source, access, Path(folder))

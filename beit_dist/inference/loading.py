@@ -65,7 +65,7 @@ def load(
         WeightsError: there is nothing, or a file that cannot be used.
         StorageError: a store failed for as long as it was tried again.
     """
-    access, text = access or Access(), os.fspath(source)
+    access, text = access or Access(), os.fspath(source).removeprefix("file://")
     where, kind = _device(device), torch.float32 if dtype is None else dtype
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ConfigError("dtype", str(dtype), "torch.float32, torch.bfloat16 or torch.float16")

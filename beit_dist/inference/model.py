@@ -118,5 +118,5 @@ class LoadedModel(nn.Module):
         return patches_of(images, self.prepare, self.device)
 
     def extra_repr(self) -> str:
-        """Where it is from."""
-        return f"{self.provenance.name!r}, kind={self.provenance.kind!r}"
+        """Where it is from, and what was assumed."""
+        return "\n".join([f"{self.provenance.name!r}, kind={self.provenance.kind!r}", *self.provenance.notes])

@@ -79,8 +79,8 @@ class Preparation:
 
 def name_of(image: object) -> str:
     """An image's path or URL for messages; empty where it has none."""
-    path = getattr(image, "filename", None) if isinstance(image, Image.Image) else image
-    return printable(os.fsdecode(path)) if path and isinstance(path, str | os.PathLike) else ""
+    path = getattr(image, "filename", "") if isinstance(image, Image.Image) else image
+    return printable(os.fsdecode(path)) if isinstance(path, str | os.PathLike) else ""
 
 
 def _checked(array: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -105,7 +105,9 @@ def test_a_backbone_is_fine_tuned_as_any_module(model: PretrainedModel, photos: 
         losses.append(loss.item())
     assert losses[2] < losses[0]
     assert images.grad is not None
-    assert torch.equal(model.network.cls_token, beit_dist.load(model.provenance.name.split(",")[0]).network.cls_token)
+    assert torch.equal(
+        model.network.cls_token, beit_dist.load(model.provenance.name.split(",")[0]).network.cls_token
+    )
 
 
 def test_copies_pickles_and_states_are_whole(model: PretrainedModel, photos: list[Path], tmp_path: Path) -> None:

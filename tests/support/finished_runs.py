@@ -60,7 +60,9 @@ def pretrained(folder: Path, make_shards: Any, **settings: str) -> Path:
     digest = save_tokenizer(folder / "shards" / "tokenizer.safetensors", DVAE(config), config)
     named = Manifest(made.layout, digest, made.views, made.write_seed, 0, made.shards)
     (folder / "shards" / "manifest.json").write_bytes(named.to_bytes())
-    return _finished(folder, "pretrained", PRETRAINING, folder / "shards", ROOT / "beit_dist" / "train.py", settings)
+    return _finished(
+        folder, "pretrained", PRETRAINING, folder / "shards", ROOT / "beit_dist" / "train.py", settings
+    )
 
 
 def classifier(folder: Path, init_from: Path) -> Path:
@@ -73,13 +75,13 @@ def classifier(folder: Path, init_from: Path) -> Path:
 
 
 def segmenter(folder: Path, init_from: Path) -> Path:
-    """A run of segmentation, ``folder/segments``; images and label maps in ``folder/images`` and ``folder/labels``."""
+    """A run of segmentation, ``folder/segments``; its images and maps in ``folder/images`` and ``folder/labels``."""
     for part, count in (("train", 10), ("test", 4)):
         for kind in ("images", "labels"):
             (folder / kind / part).mkdir(parents=True)
         for number in range(count):
             _scene(np.random.default_rng((number, count)), folder, f"{part}/{number}.png")
-    (folder / "labels" / "classes.txt").write_text("red\ngreen\nblue\n")
+    (folder / "classes.txt").write_text("red\ngreen\nblue\n")
     settings = {"validation.data": str(folder / "images" / "test"), "init_from": str(init_from)}
     entry = ROOT / "beit_dist" / "finetune.py"
     return _finished(folder, "segments", SEGMENTATION, folder / "images" / "train", entry, settings)
@@ -91,9 +93,7 @@ def measured(run: Path) -> dict[str, Any]:
     return found
 
 
-def _finished(
-    folder: Path, name: str, text: str, data: Path, entry: Path, settings: dict[str, str]
-) -> Path:
+def _finished(folder: Path, name: str, text: str, data: Path, entry: Path, settings: dict[str, str]) -> Path:
     recipe = folder / f"{name}.yaml"
     recipe.write_text(text)
     overrides = [f"{setting}={value}" for setting, value in settings.items()]
