@@ -30,6 +30,35 @@ _FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND",
     "--remote-debugging-pipe",
 )
+_CONTRASTS = """
+(() => {
+  const parse = text => {
+    const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number);
+    return text.startsWith("color(") ? [255 * r, 255 * g, 255 * b, a] : [r, g, b, a];
+  };
+  const linear = value => value <= 10 ? value / 3295 : ((value / 255 + .055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+  const paper = element => {
+    for (; element; element = element.parentElement) {
+      const colour = parse(getComputedStyle(element).backgroundColor);
+      if (colour[3] > .99) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const poor = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement, text = texts.currentNode.textContent.trim();
+    if (!text || !element.getClientRects().length) continue;
+    const style = getComputedStyle(element);
+    const ink = parse(element.closest("svg") ? style.fill : style.color);
+    if (ink[3] < .01) continue;
+    const [dark, light] = [luminance(ink), luminance(paper(element))].sort((one, other) => one - other);
+    const contrast = (light + .05) / (dark + .05);
+    if (contrast < 4.5) poor.push(`${text.slice(0, 40)}: ${contrast.toFixed(2)}`);
+  }
+  return poor;
+})()
+"""
 
 
 @dataclass
@@ -98,6 +127,11 @@ class Browser:
         if "exceptionDetails" in found:
             raise ValueError(found["exceptionDetails"])
         return found["result"].get("value")
+
+    def poor_contrasts(self) -> list[str]:
+        """Texts that are seen, and have less contrast than 4.5:1 (WCAG 2, level AA), with their contrast."""
+        found: list[str] = self.value(_CONTRASTS)
+        return found
 
     def close(self) -> None:
         """End it."""

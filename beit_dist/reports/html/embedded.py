@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -45,7 +46,7 @@ def outlined(pixels: Pixels, hidden: NDArray[np.bool_]) -> Pixels:
     """
     cell = max(1, pixels.shape[0] // len(hidden))
     area = np.kron(hidden, np.ones((cell, cell), np.bool_))
-    drawn = pixels[: len(area), : len(area)].copy()
+    drawn: Pixels = pixels[: len(area), : len(area)].copy()
     drawn[_edge(area)] = 255
     drawn[_edge(~area)] = 0
     return drawn

@@ -33,6 +33,16 @@ class Cell:
     share: float
     """Of the images of its row, 0 to 1."""
 
+    @property
+    def is_strong(self) -> bool:
+        """Whether its number is in light letters, on dark paper."""
+        return self.share > 0.5
+
+    @property
+    def shade(self) -> float:
+        """How much colour it has, 0 to 1; none between weak and strong, where no letters are readable."""
+        return 0.7 + 0.3 * self.share if self.is_strong else 0.8 * self.share
+
 
 @dataclass(frozen=True)
 class Wrong:
