@@ -79,15 +79,16 @@ class LoadedModel(nn.Module):
             ConfigError: there is no such layer; or a tensor of another shape, dtype or range.
             DataError: an image cannot be used.
         """
-        one = self.default_layer if layers is None else layers
-        wanted = layers_of(self.config.depth, [one] if isinstance(one, int) else one, "layers")
+        one = not isinstance(layers, Sequence)
+        given = layers if isinstance(layers, Sequence) else [self.default_layer if layers is None else layers]
+        wanted = layers_of(self.config.depth, given, "layers")
         found = {}
         for layer, tokens in enumerate(self.network.layers(self.patches_of(images)), start=1):
             if layer in wanted:
                 found[layer] = Features(layer, tokens)
             if layer == wanted[-1]:
                 break
-        return found[one] if isinstance(one, int) else found
+        return found[wanted[0]] if one else found
 
     def attention(self, images: AnyImages, layer: int | None = None) -> Tensor:
         """How much each token attends to each: fp32 (B, heads, 1 + P, 1 + P), rows are queries and sum to 1.

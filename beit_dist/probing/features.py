@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def layers_of(depth: int, chosen: Sequence[int] | None, field: str) -> tuple[int
         ConfigError: there is no such layer.
     """
     for layer in chosen or ():
-        if not 1 <= layer <= depth:
+        if not isinstance(layer, int | np.integer) or not 1 <= layer <= depth:
             raise ConfigError(field, layer, f"numbers from 1 (first block) to {depth} (last block)")
     return tuple(sorted(set(chosen))) if chosen else tuple(range(1, depth + 1))
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import safetensors.torch
 import torch
@@ -53,6 +54,26 @@ def test_a_run_and_its_step_folder_and_its_url_are_the_same(
             assert torch.equal(found.features(photos).pooled, expected)
             assert step.name in found.provenance.name
             assert found.provenance.digest == model.provenance.digest
+
+
+def test_runs_and_exports_are_loaded_from_a_store(
+    pretrained: Path, classes: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    export_elsewhere(opened(classes), tmp_path / "exported", "hf")
+    store = fsspec.filesystem("memory")
+    for folder in (pretrained, tmp_path / "exported"):
+        store.put(str(folder), f"/loaded/{folder.name}", recursive=True)
+    try:
+        run = beit_dist.load("memory://loaded/pretrained")
+        assert torch.equal(run.features(photos).pooled, beit_dist.load(pretrained).features(photos).pooled)
+        exported, there = beit_dist.load("memory://loaded/exported"), beit_dist.load(classes)
+        assert isinstance(exported, ClassificationModel)
+        assert isinstance(there, ClassificationModel)
+        assert exported.predict(photos) == there.predict(photos)
+        store.put(str(photos[0]), "/loaded/photo.png")
+        assert torch.equal(run.features("memory://loaded/photo.png").tokens, run.features(photos[0]).tokens)
+    finally:
+        store.rm("/loaded", recursive=True)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "hf", "unilm", "timm"])

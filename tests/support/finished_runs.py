@@ -75,7 +75,7 @@ def classifier(folder: Path, init_from: Path) -> Path:
 
 
 def segmenter(folder: Path, init_from: Path) -> Path:
-    """A run of segmentation, ``folder/segments``; its images and maps in ``folder/images`` and ``folder/labels``."""
+    """A run of segmentation, ``folder/segments``, with ``folder/images`` and ``folder/labels``."""
     for part, count in (("train", 10), ("test", 4)):
         for kind in ("images", "labels"):
             (folder / kind / part).mkdir(parents=True)
