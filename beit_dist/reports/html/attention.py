@@ -79,15 +79,16 @@ def _gazes(seen: Seen, weights: NDArray[np.float32], grid: int) -> Gazes:
 
 
 def interesting(pixels: Pixels, grid: int) -> list[tuple[int, int]]:
-    """The patch with the most contrast in each quarter of an image, its edge left out where there is room."""
+    """The patch with the most contrast in each quarter of an image, away from edges where there is room."""
     cell = pixels.shape[0] // grid
     grey = pixels.astype(np.float32).mean(2)[: cell * grid, : cell * grid]
     contrast = grey.reshape(grid, cell, grid, cell).std((1, 3))
-    edge = 1 if grid >= 6 else 0
-    half = max(1, grid // 2)
+    edge, half = 1 if grid >= 6 else 0, max(1, grid // 2)
+    between = 1 if grid >= 8 else 0
+    halves = range(edge, half - between), range(half + between, grid - edge)
     found = []
-    for rows in (range(edge, half), range(half, grid - edge)):
-        for columns in (range(edge, half), range(half, grid - edge)):
+    for rows in halves:
+        for columns in halves:
             places = [(row, column) for row in rows for column in columns]
             if places:
                 found.append(max(places, key=lambda place: contrast[place]))

@@ -96,7 +96,7 @@ def _of_shards(run: Subject, config: PretrainingConfig, pictures: int) -> Data |
         ("size", f"{in_bytes(sum(shard.bytes for shard in manifest.shards))}, {len(manifest.shards):,} shards"),
         ("tokens", str(use)),
         ("entropy of the tokens", f"{known.entropy:.2f} nats; uniform: {math.log(layout.vocabulary):.2f}"),
-        ("verdict on them", str(judge(use))),
+        ("verdict on them", "{0.word}. {0.why}".format(judge(use))),
         ("digest", manifest.digest[:12]),
     ]
     if run.facts.get("dataset") not in (None, manifest.digest):

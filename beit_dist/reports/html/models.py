@@ -27,6 +27,8 @@ from beit_dist.reports.sources import open_images
 from beit_dist.storage.access import Access
 from beit_dist.stream.labelled.held_out import measured
 
+_KEPT = 4
+"""Models that are in memory at once."""
 AnyModel = PretrainedModel | ClassificationModel | SegmentationModel
 
 
@@ -50,6 +52,7 @@ class Models:
     wishes: Wishes
     access: Access
     _loaded: dict[int, AnyModel] = field(default_factory=dict)
+    _labelled: dict[int, LabelledImages] = field(default_factory=dict)
 
     def of(self, run: Subject) -> AnyModel:
         """The model of a run, on the device.
@@ -58,7 +61,8 @@ class Models:
             UserError: there is no whole checkpoint.
         """
         if run.number not in self._loaded:
-            self._loaded.clear()  # one at a time is in memory
+            while len(self._loaded) >= _KEPT:
+                del self._loaded[next(iter(self._loaded))]
             ema = self.wishes.ema or _measures_average(run)
             self._loaded[run.number] = load(str(run.named), ema=ema, device=self.wishes.device, access=self.access)
         return self._loaded[run.number]
@@ -89,8 +93,11 @@ class Models:
 
     def labelled(self, run: Subject, classes: Sequence[str]) -> LabelledImages:
         """The held-out images of a classification; raises what :meth:`images` does."""
-        where = self._held_out(run)
-        return find_labelled(where, self.access, classes=classes, field="validation.data")
+        if run.number not in self._labelled:
+            where = self._held_out(run)
+            found = find_labelled(where, self.access, classes=classes, field="validation.data")
+            self._labelled[run.number] = found
+        return self._labelled[run.number]
 
     def label_maps(self, run: Subject, classes: Sequence[str]) -> LabelMaps:
         """The held-out images of a segmentation; raises what :meth:`images` does."""

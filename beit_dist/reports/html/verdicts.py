@@ -21,6 +21,8 @@ _MOST_TELLING = ("mean_iou", "accuracy", "psnr", "loss")
 """Of the judged numbers, the one that the sentence is about."""
 _LAST_SHARE = 20
 """In training the mean of one in so many steps is told, of the last ones."""
+_LITTLE = 0.005
+"""Share of a number by which another is about as good."""
 _HOW_TO_MEASURE = {
     "pretraining": "Make the shards with --held-out, or set validation.data.",
     "classification": "Set validation.data (--test).",
@@ -43,7 +45,7 @@ class Figure:
     baselines: tuple[tuple[str, str], ...]
     """Names and values, in words."""
     best: str
-    """The best that was measured, where that is not the last."""
+    """The best that was measured, where the last is worse."""
     better: str | None
     """``higher`` or ``lower``."""
     bar: tuple[float, tuple[float, ...]] | None
@@ -162,7 +164,7 @@ def _figures(
         best = ""
         if number.better is not None:
             at = known[(np.argmax if number.better == "higher" else np.argmin)(values[known])]
-            if values[at] != values[known[-1]]:
+            if abs(values[at] - values[known[-1]]) > _LITTLE * abs(values[known[-1]]):
                 best = f"best {Named(number).value(values[at])} at step {measured.steps[at]:,}"
         figures.append(_figure(number, float(values[known[-1]]), baselines.get(number.name, ()), best))
     return tuple(figures)
