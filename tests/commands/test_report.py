@@ -262,6 +262,13 @@ def test_runs_of_several_kinds_have_one_colour_each_on_the_whole_page(tmp_path: 
     assert losses["Gradient norm"] == ["c0", "c1"]
 
 
+def test_an_accuracy_of_tokens_and_one_of_classes_have_charts_of_their_own(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / kind, kind, steps=steps_of(60)) for kind in ("pretraining", "classification")]
+    assert main([*map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+    titles = charts((tmp_path / "page.html").read_text())
+    assert {"Accuracy of the pretraining", "Accuracy of the classification", "Learning rate"} <= titles.keys()
+
+
 def charts(content: str) -> dict[str, str]:
     """By title."""
     found = re.findall(r'<figure class="chart card">\s*<figcaption>([^<]+)<(.*?)</figure>', content, re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -56,32 +57,23 @@ class Named:
 def charts_of(runs: Sequence[Subject]) -> list[Chart]:
     """A chart for each number of the runs that any of them has: steps, or samples where batches differ."""
     drawn = [run for run in runs if run.history is not None and run.kind is not None and run.config is not None]
-    unit = "step" if _same_batch(drawn) else "samples"
-    ends = [end for run in drawn if run.history for end in run.history.trained.values(unit)[[0, -1]]]
-    charts = []
-    for title, having in _numbers(drawn).items():
-        chart = _chart(title, having, unit, (min(ends), max(ends)), alone=len(runs) == 1)
-        if chart is not None:
-            charts.append(chart)
-    return charts
+    charts = [_chart(title, having, alone=len(runs) == 1) for title, having in _numbers(drawn).items()]
+    return [chart for chart in charts if chart is not None]
 
 
 def _numbers(runs: Sequence[Subject]) -> dict[str, list[tuple[Subject, Number]]]:
-    """By title, the runs that have the number; losses first, what every run has last."""
-    found: dict[str, list[tuple[Subject, Number]]] = {}
+    """By title, the runs that have the number; those of every run last. Kinds share these alone: an accuracy of
+    tokens and one of classes are not to be compared."""
+    found: dict[tuple[str, str], list[tuple[Subject, Number]]] = {}
     for run in runs:
         for number in shown(run):
-            having = found.setdefault(_title(run, number, runs), [])
+            kind = "" if number in OF_EVERY_RUN else run.state.kind
+            having = found.setdefault((Named(number).title, kind), [])
             if all(other is not run for other, _ in having):
                 having.append((run, number))
-    last = {Named(number).title for number in OF_EVERY_RUN}
-    return {title: found[title] for title in sorted(found, key=lambda title: title in last)}
-
-
-def _title(run: Subject, number: Number, runs: Sequence[Subject]) -> str:
-    """Losses of several kinds are no one number."""
-    title, kinds = Named(number).title, {each.state.kind for each in runs}
-    return f"{title} of the {run.state.kind}" if number.name == "loss" and len(kinds) > 1 else title
+    titles = Counter(title for title, _ in found)
+    ordered = sorted(found.items(), key=lambda item: not item[0][1])
+    return {title if titles[title] == 1 else f"{title} of the {kind}": having for (title, kind), having in ordered}
 
 
 def shown(run: Subject) -> list[Number]:
@@ -96,15 +88,10 @@ def shown(run: Subject) -> list[Number]:
     return [*numbers.values(), *OF_EVERY_RUN]
 
 
-def _chart(
-    title: str,
-    having: Sequence[tuple[Subject, Number]],
-    unit: str,
-    span: tuple[float, float],
-    *,
-    alone: bool,
-) -> Chart | None:
+def _chart(title: str, having: Sequence[tuple[Subject, Number]], *, alone: bool) -> Chart | None:
     number = having[0][1]
+    unit = "step" if _same_batch([run for run, _ in having]) else "samples"
+    ends = [end for run, _ in having if run.history for end in run.history.trained.values(unit)[[0, -1]]]
     named = Named(number)
     scale = 100.0 if named.percent else 1.0
     lines, said, notes = [], [], []
@@ -128,7 +115,7 @@ def _chart(
         help=number.help,
         levels=levels,
         marks=_resumes(history, unit) if alone and history is not None else (),
-        span=span,
+        span=(min(ends), max(ends)),
         percent=named.percent,
         log=number.name == "grad_norm" and _spread_far(values),
         notes=notes,

@@ -207,21 +207,27 @@ class Comparison:
 def compared(verdicts: Sequence[Verdict]) -> Comparison:
     """Put the figures of runs beside one another; only one that was measured on held-out data can be the best."""
     columns = list(dict.fromkeys(figure.label for verdict in verdicts for figure in verdict.figures))
-    best: dict[str, str] = {}
-    for label in columns:
-        found = [one for each in verdicts for one in each.figures if one.label == label]
-        held_out = all(each.of.startswith("on held-out") for each in verdicts if _of(each, label))
-        if len(found) > 1 and held_out and found[0].better is not None:
-            choose = max if found[0].better == "higher" else min
-            best[label] = choose(found, key=lambda one: one.value).text
     rows = []
     for verdict in verdicts:
         cells = []
         for label in columns:
             figure = _of(verdict, label)
-            cells.append((figure.text, figure.text == best.get(label)) if figure else ("", False))
+            cells.append((figure.text, _is_best(figure, verdict, verdicts)) if figure else ("", False))
         rows.append((verdict, tuple(cells)))
     return Comparison(tuple(columns), tuple(rows))
+
+
+def _is_best(figure: Figure, verdict: Verdict, verdicts: Sequence[Verdict]) -> bool:
+    """Among runs of its kind on data with the same baselines: other numbers are not to be compared."""
+    alike = [each for each in verdicts if each.run.state.kind == verdict.run.state.kind]
+    found = [(each, one) for each in alike if (one := _of(each, figure.label))]
+    comparable = all(
+        each.of.startswith("on held-out") and one.baselines == figure.baselines for each, one in found
+    )
+    if figure.better is None or len(found) < 2 or not comparable:
+        return False
+    choose = max if figure.better == "higher" else min
+    return figure.value == choose(one.value for _, one in found)
 
 
 def _of(verdict: Verdict, label: str) -> Figure | None:

@@ -99,6 +99,17 @@ def test_of_several_runs_the_best_held_out_number_is_marked(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.parametrize(("kind", "uniform"), [("classification", 4.16), ("pretraining", 2.3)])
+def test_numbers_of_other_kinds_or_other_data_are_not_compared(tmp_path: Path, kind: str, uniform: float) -> None:
+    known = {"held_out": {"loss": {"uniform": uniform, "frequency": 4.0}}}
+    folders = [
+        make_run(tmp_path / "a", steps=steps_of(40), measured=[measured(40, loss=3.0, accuracy=0.2)]),
+        make_run(tmp_path / "b", kind, steps=steps_of(40), measured=[measured(40, loss=1.0)], baselines=known),
+    ]
+    comparison = compared([verdict_of(run) for run in subjects(*folders)])
+    assert not any(best for _, cells in comparison.rows for _, best in cells)
+
+
 def test_a_number_in_training_is_never_the_best(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", steps=steps_of(40), measured=[measured(40, loss=3.9, accuracy=0.2)])
     other = make_run(tmp_path / "b", steps=steps_of(40), baselines=BASELINES)
