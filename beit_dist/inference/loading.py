@@ -21,7 +21,6 @@ from beit_dist.inference.opening import Opened, open_file, open_run
 from beit_dist.inference.preparing import Preparation
 from beit_dist.inference.pretrained import PretrainedModel
 from beit_dist.inference.segmentation import SegmentationModel
-from beit_dist.models.buffers import keep_in_fp32, kept_buffers
 from beit_dist.models.classifier import ImageClassifier
 from beit_dist.models.mim import MaskedImageModel
 from beit_dist.models.segmenter import ImageSegmenter
@@ -75,11 +74,7 @@ def load(
         opened = open_run(text, ema=ema, access=access) if path is None else open_file(path, text)
     network = _network(opened, _sized(opened.config, image_size))
     model = _model(opened, network, access).requires_grad_(False).eval()
-    statistics = {name: buffer.clone() for name, buffer in kept_buffers(model).items()}
-    model.to(where, kind)
-    keep_in_fp32(model)
-    model.load_state_dict(statistics, strict=False)
-    return model
+    return model.to(where, kind)
 
 
 def _device(given: str | torch.device | None) -> torch.device:
