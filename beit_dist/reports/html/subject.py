@@ -58,11 +58,6 @@ class Subject:
         return found[0].upper() + found[1:]
 
     @property
-    def is_backbone(self) -> bool:
-        """Whether a BEiT is trained, and not a tokenizer."""
-        return self.state.kind in ("pretraining", "classification", "segmentation")
-
-    @property
     def has_checkpoint(self) -> bool:
         """Whether a whole checkpoint is named, or there is one in the folder."""
         return self.named != self.place or bool(committed(self.place / "checkpoints"))
