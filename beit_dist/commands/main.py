@@ -25,6 +25,7 @@ COMMANDS = {
     "embed": "beit_dist.commands.embed",
     "predict": "beit_dist.commands.predict",
     "similar": "beit_dist.commands.similar",
+    "report": "beit_dist.commands.report",
     "export": "beit_dist.commands.export",
     "convert": "beit_dist.commands.convert",
     "plan": "beit_dist.commands.plan",

@@ -17,7 +17,7 @@ from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.config.reading import recorded
 from beit_dist.config.run import RunConfig
 from beit_dist.errors import ConfigError, DataError, printable
-from beit_dist.inference.painting import pixel_painter, token_painter
+from beit_dist.inference.painting import Reconstruction, pixel_painter, token_painter
 from beit_dist.inference.tokenizers import find_tokenizer
 from beit_dist.models.heads.pixels import PixelsHead
 from beit_dist.models.heads.tokens import TokensHead
@@ -80,7 +80,7 @@ def draw_run(
         UserError: something is missing or damaged, or does not belong together.
     """
     named = open_place(where, access)
-    run = _run_of(named)
+    run = run_of(named)
     if out is None and not run.is_local:
         raise ConfigError("--out", None, "a folder to write to, as the run is at a URL")
     out = out or run.path / "pictures"
@@ -104,7 +104,7 @@ def compare_runs(wheres: Sequence[str], kinds: Mapping[str, Kind], out: Path | N
     """
     if out is None:
         raise ConfigError("--out", None, "a folder to write to, as several runs are drawn")
-    runs = [_run_of(open_place(where, access)) for where in wheres]
+    runs = [run_of(open_place(where, access)) for where in wheres]
     read = [_read(run, kinds, name, access) for run, name in zip(runs, names_of(wheres), strict=True)]
     numbers = {curves.name: tuple(number.name for number in curves.numbers) for _, _, curves in read}
     if len(set(numbers.values())) > 1:
@@ -124,7 +124,7 @@ def names_of(wheres: Sequence[str]) -> list[str]:
     return list(wheres)
 
 
-def _run_of(place: Place) -> Place:
+def run_of(place: Place) -> Place:
     """The run folder, where one of its step folders is named."""
     return place.parent.parent if place.exists(MANIFEST) else place
 
@@ -134,27 +134,47 @@ def _read(run: Place, kinds: Mapping[str, Kind], name: str, access: Access) -> t
     if found not in kinds:
         raise DataError(f"{run}: got a {found} run, expected one of these kinds: {', '.join(kinds)}")
     kind = kinds[found]
-    config = _reaching(recorded(kind.schema, recipe), access)
-    baselines = kind.baselines(config) if kind.baselines else _noted_baselines(run)
+    config = reaching(recorded(kind.schema, recipe), access)
+    baselines = kind.baselines(config) if kind.baselines else noted_baselines(run)
     return kind, config, Curves(name, read_history(run), kind.numbers(config), kind.measured(config), baselines)
 
 
-def _noted_baselines(run: Place) -> KnownBaselines:
+def noted_baselines(run: Place) -> KnownBaselines:
     try:
         return KnownBaselines.of_plain(json.loads(run.read("run.json"))["baselines"])
     except (FileNotFoundError, ValueError, KeyError):  # of an older version
         return KnownBaselines()
 
 
-def _reaching(config: ConfigT, access: Access) -> ConfigT:
+def reaching(config: ConfigT, access: Access) -> ConfigT:
     """The recipe, whose data is reached as the run is: its options for stores may hold on another host only."""
     options = {**config.storage.options, **access.options}
     return config.model_copy(update={"storage": config.storage.model_copy(update={"options": options})})
 
 
-def _draw_panel(named: Place, curves: Curves, wishes: Wishes, out: Path, access: Access) -> str:
+@dataclass(frozen=True)
+class Panel:
+    """Images with what a model paints into their masked patches."""
+
+    columns: list[Reconstruction]
+    images: Images
+    title: str
+
+
+def panel_of(named: Place, baselines: KnownBaselines, wishes: Wishes, access: Access) -> Panel | str:
+    """Have a pre-trained model paint masked patches; or, in words, why it cannot be drawn.
+
+    Args:
+        named: run folder or step folder.
+        baselines: of the run.
+        wishes: which images, and how many.
+        access: how URLs are reached.
+
+    Raises:
+        UserError: something is missing or damaged, or does not belong together.
+    """
     stored = open_weights(str(named), ema=wishes.ema, access=access)
-    config, facts = _reaching(stored.config, access), stored.saved.manifest
+    config, facts = reaching(stored.config, access), stored.saved.manifest
     images = open_images(wishes.data, config, facts["dataset"])
     model = MaskedImageModel(config.model)
     check_fit(model, images.manifest)
@@ -164,22 +184,29 @@ def _draw_panel(named: Place, curves: Curves, wishes: Wishes, out: Path, access:
     elif isinstance(head, TokensHead):
         dvae = find_tokenizer(wishes.tokenizer, config, images.manifest.tokenizer, torch.device(wishes.device))
         if dvae is None:
-            return f"no {PANEL}: it needs the tokenizer that made the shards. Name its file with --tokenizer FILE"
-        paint = token_painter(dvae, _guessing(curves, images))
+            return "it needs the tokenizer that made the shards. Name its file with --tokenizer FILE"
+        paint = token_painter(dvae, _guessing(baselines, images))
     else:
-        return f"no {PANEL}: with model.target={config.model.target} the model predicts nothing that can be drawn"
+        return f"with model.target={config.model.target} the model predicts nothing that can be drawn"
     model.load_state_dict({name: stored.read(name) for name in stored.shapes})
     samples = read_spread(images.place, images.manifest, wishes.samples)
     masks = masks_of(config.masking, config.model.grid, config.seed)
     columns = reconstruct(model.to(wishes.device), samples, masks, paint)
     averaged = ", averaged weights" if wishes.ema else ""
     title = f"Masked patches painted from predicted {config.model.target}: {images.are}, step {facts['step']:,}"
-    draw_panel(columns, out, title + averaged)
-    return f"wrote {out}: {images.are}"
+    return Panel(columns, images, title + averaged)
 
 
-def _guessing(curves: Curves, images: Images) -> float:
+def _draw_panel(named: Place, curves: Curves, wishes: Wishes, out: Path, access: Access) -> str:
+    found = panel_of(named, curves.baselines, wishes, access)
+    if isinstance(found, str):
+        return f"no {PANEL}: {found}"
+    draw_panel(found.columns, out, found.title)
+    return f"wrote {out}: {found.images.are}"
+
+
+def _guessing(baselines: KnownBaselines, images: Images) -> float:
     """The share of tokens that is right without looking at the images."""
-    training, held_out = (known.get("accuracy") for known in curves.baselines[:2])
+    training, held_out = (known.get("accuracy") for known in baselines[:2])
     known = held_out if images.measured_on and held_out else training
     return max((baseline.value for baseline in known or ()), default=math.nan)

@@ -33,9 +33,9 @@ class Series:
         return np.array([line["step"] for line in self.lines], np.int64)
 
     def values(self, name: str) -> NDArray[np.float64]:
-        """(N,) of a number; NaN where it was not finite, or is not there."""
+        """(N,) of a number; NaN where it was not finite, is not there, or is no number."""
         found = [line.get(name) for line in self.lines]
-        return np.array([math.nan if value is None else value for value in found], np.float64)
+        return np.array([value if isinstance(value, (int, float)) else math.nan for value in found], np.float64)
 
     def not_finite(self, name: str) -> NDArray[np.bool_]:
         """(N,) where a number was taken and was not finite."""
@@ -58,19 +58,22 @@ class History:
         return tuple(new["step"] for old, new in pairs if old.get("attempt") != new.get("attempt"))
 
 
-def read_history(run: Place) -> History:
+def read_history(run: Place, damage: list[str] | None = None) -> History:
     """Read the numbers of a run: one JSON object per step, with ``step``, ``attempt`` and its numbers.
 
     A step that was trained twice counts as its last line says. A last line that is cut short, as a killed run
     leaves it, is left out. The numbers of a run at a URL lie in its checkpoints, the newest of which is taken.
 
+    Args:
+        damage: takes what is said of lines that are no steps, which are left out then.
+
     Raises:
-        DataError: the file is missing, without a step, or holds something else.
+        DataError: the file is missing, without a step, or, without ``damage``, holds something else.
         StorageError: the store does not answer, or refuses.
     """
     holder = _holder(run)
     try:
-        trained = _series(holder.read(METRICS), f"{holder}/{METRICS}")
+        trained = _series(holder.read(METRICS), f"{holder}/{METRICS}", damage)
     except StorageError:
         raise
     except OSError as error:
@@ -81,7 +84,7 @@ def read_history(run: Place) -> History:
     if not trained.lines:
         raise DataError(f"{holder}/{METRICS}: got no steps, expected at least one. Wait for its first step.")
     try:
-        held_out = _series(holder.read(VALIDATION), f"{holder}/{VALIDATION}")
+        held_out = _series(holder.read(VALIDATION), f"{holder}/{VALIDATION}", damage)
     except (FileNotFoundError, NotADirectoryError):
         held_out = Series([])
     return History(trained, held_out)

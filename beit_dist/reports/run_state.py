@@ -126,8 +126,8 @@ def read_state(run: Place, name: str, now: float) -> RunState:
         now: Unix time.
     """
     damage: list[str] = []
-    facts = _mapping(run, "run.json", json.loads, damage)
-    config = _mapping(run, "config.yaml", yaml.safe_load, damage)
+    facts = read_mapping(run, "run.json", json.loads, damage)
+    config = read_mapping(run, "config.yaml", yaml.safe_load, damage)
     start = _newest_start(run, facts, damage)
     steps = _tail(run, damage)
     saved_step, saved_at = _newest_saved(run, damage)
@@ -195,7 +195,7 @@ def _judged(start: _Start, stepping: bool, quiet: float, limit: float) -> tuple[
         limit: after how many of them something is wrong.
     """
     if start.marker is not None:
-        return start.marker["state"], _reason(start.marker)
+        return start.marker["state"], reason_of(start.marker)
     if start.alive is False:
         ended = "its processes on this host ended and left no marker: killed, or unable to write it"
         return DEAD, f"{ended}; start it again with the same command"
@@ -207,7 +207,7 @@ def _judged(start: _Start, stepping: bool, quiet: float, limit: float) -> tuple[
     return (RUNNING if stepping else WAITING), ("" if stepping else "no step of this start yet")
 
 
-def _reason(marker: Mapping[str, Any]) -> str:
+def reason_of(marker: Mapping[str, Any]) -> str:
     """One line of what a marker says: of a traceback the last, of all else the first."""
     lines = [line.strip() for line in str(marker.get("error") or marker.get("reason") or "").splitlines()]
     said = [line for line in lines if line] or [""]
@@ -306,7 +306,7 @@ def _baseline(facts: Mapping[str, Any]) -> Baseline | None:
 # ------------------------------------------------------------------------------------------------------- the files
 
 
-def _mapping(run: Place, name: str, parse: Any, damage: list[str]) -> dict[str, Any]:
+def read_mapping(run: Place, name: str, parse: Any, damage: list[str]) -> dict[str, Any]:
     """A file's content; nothing where it is not there yet, or is damaged."""
     try:
         found = parse(run.read(name))
@@ -333,7 +333,7 @@ def _marker(run: Place, damage: list[str]) -> dict[str, Any] | None:
             damage.append(_refused(name, error))
             continue
         if there:
-            found.append({**_mapping(run, name, json.loads, damage), "state": state})
+            found.append({**read_mapping(run, name, json.loads, damage), "state": state})
     return max(found, key=lambda marker: _number(marker, "time") or 0.0, default=None)
 
 
@@ -347,7 +347,7 @@ def _newest(attempts: Attempts, damage: list[str]) -> int:
 
 def _mark(attempts: Attempts, number: int) -> dict[str, Any]:
     """Host and process id of rank 0 of a start that has not written ``run.json`` yet."""
-    return _mapping(attempts.place, f"{number:06d}", json.loads, [])
+    return read_mapping(attempts.place, f"{number:06d}", json.loads, [])
 
 
 def _began(attempts: Attempts, number: int) -> float | None:

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.reported import make_run, steps_of
 
 from beit_dist import __version__
 
@@ -65,6 +66,13 @@ def test_a_wheel_finds_its_recipes_by_name(installed: Path, tmp_path: Path, word
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_has_the_templates_of_reports(installed: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=steps_of(3))
+    done = beit(installed, tmp_path, "report", str(run), "--out", "page.html")
+    assert done.returncode == 0, done.stderr
+    assert "</html>" in (tmp_path / "page.html").read_text()
 
 
 def test_a_wheel_is_what_runs_and_has_the_command_beit(installed: Path, tmp_path: Path) -> None:

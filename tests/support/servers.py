@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import browser as real_browser
 from support import slurm as slurm_cluster
 from support.fault_proxy import FaultProxy
 from support.http_files import HttpFiles
@@ -13,7 +14,7 @@ from support.object_store import ObjectStore, Unavailable, running
 
 from beit_dist.storage import remote
 
-_NEED_A_SERVER = {"object_store", "slurm"}
+_NEED_A_SERVER = {"browser", "object_store", "slurm"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -30,6 +31,16 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
     try:
         with running(tmp_path_factory.mktemp("object_store")) as store:
             yield store
+    except Unavailable as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[real_browser.Browser]:
+    """A real browser without a window, one for each test process."""
+    try:
+        with real_browser.running(tmp_path_factory.mktemp("browser")) as found:
+            yield found
     except Unavailable as missing:
         pytest.skip(str(missing))
 
