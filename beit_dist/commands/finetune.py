@@ -16,6 +16,7 @@ from beit_dist.commands.training import (
     as_ranks,
     ds_config_of,
     parse,
+    preflight,
     ranks_of,
     recipe_of,
     start,
@@ -85,9 +86,12 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     from beit_dist.engine.device import choose_accelerator
 
     choose_accelerator(args.device, ranks.world)  # before anything of DeepSpeed is imported
+    config = settings(args)
+    if args.preflight:
+        return preflight(config, args)
+
     from beit_dist.engine.resolve import resolve
 
-    config = settings(args)
     resolved = resolve(config, ds_config_of(args), ranks_of(args, ranks))
     return start(task_of(config), resolved, args, ranks)
 
