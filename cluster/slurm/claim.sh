@@ -15,6 +15,7 @@ claim() {
 # open_claim RUN: hold the file, in `lock`, so that of two that look at it one is first. Fails where it cannot be made;
 # the trainer then finds out why.
 open_claim() {
+  [[ $1 != *://* ]] || return 1
   { mkdir -p "$1" && exec {lock}>>"$1/slurm-jobs"; } 2>/dev/null || return 1
   # Where a file system has no locks, two could both be first, and the trainer's own numbers of starts decide.
   flock --wait 60 "$lock" 2>/dev/null || true
@@ -23,7 +24,7 @@ open_claim() {
 # refuse_claimed RUN: say to which job the folder belongs, if one of them is queued or runs.
 refuse_claimed() {
   local jobs owner
-  jobs=$(squeue --noheader --format='%A %j %T') || return 0
+  jobs=$(squeue --noheader --format='%F %j %T') || return 0
   while read -r owner; do
     if owner=$(grep -m 1 "^$owner " <<<"$jobs"); then
       echo "error: RUN: $1 belongs to job ${owner%% *} (${owner#* }). Wait for its end, cancel it (scancel" \

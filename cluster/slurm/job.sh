@@ -4,7 +4,7 @@
 # Sets PYTHON, MAX_RESTARTS, PREFLIGHT, JOB (its name for scontrol), RESTART, NODE, MASTER_ADDR, MASTER_PORT and METRICS_PORT.
 
 ulimit -c 0
-# shellcheck source=cluster/slurm/claim.sh
+# shellcheck source=/dev/null
 . "$BEIT_SLURM/claim.sh" || return 1
 
 # The environment of sbatch first, then the site's file, then the defaults.
@@ -146,6 +146,8 @@ train() {
     exit 0
   fi
   [[ -f $RUN/PREEMPTED ]] && requeue "stopped with a complete checkpoint"
+  # A signal ends ranks that have not begun to listen to it.
+  [[ -n $STOPPED ]] && ((code > 128)) && requeue "stopped before the ranks could save; the last checkpoint holds" "$code"
   echo "failed with exit code $code and not requeued; see $RUN/FAILED and $RUN/ranks" >&2
   exit $((code == 0 ? 1 : code))
 }

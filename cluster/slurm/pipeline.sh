@@ -56,7 +56,7 @@ if [[ $RUN == *://* ]]; then
   exit 2
 fi
 
-# shellcheck source=cluster/slurm/claim.sh
+# shellcheck source=/dev/null
 . "$BEIT_SLURM/claim.sh"
 lock=
 if [[ -z $dry ]] && open_claim "$RUN"; then

@@ -42,7 +42,9 @@ def attempts(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_starts_that_make_no_checkpoint_are_refused_in_the_end(new_run: Callable[..., Any], tmp_path: Path) -> None:
+def test_starts_that_make_no_checkpoint_are_refused_in_the_end(
+    new_run: Callable[..., Any], tmp_path: Path
+) -> None:
     run = new_run("run", overrides=["steps=20", "max_fruitless_starts=2"])  # a checkpoint after every 7 steps
     run.entry, fault = tmp_path / "entry.py", tmp_path / "fault"
     run.entry.write_text(ENTRY)

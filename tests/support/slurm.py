@@ -13,6 +13,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -26,7 +27,7 @@ from support.ports import free_ports
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 _START_SECONDS = 60
-_GPUS = 2  # of each host: files that stand for devices
+_GPUS = 2  # of each host: other devices stand for them
 # No cgroups and no accounting. A job that is put back waits `cred_expire` seconds before it starts again.
 _CONFIG = """\
 ClusterName=tests
@@ -57,7 +58,7 @@ ReturnToService=2
 SlurmdTimeout={silence}
 MessageTimeout=5
 TCPTimeout=2
-KillWait=120
+KillWait={patience}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MailProg=/bin/true
@@ -239,6 +240,7 @@ def _configure(slurm: Slurm) -> None:
         host=host,
         head="127.0.0.1" if slurm.networks is None else slurm.networks.address(None),
         controller=controller,
+        patience=120 if slurm.networks is None else 10,  # seconds in which ranks may save
         silence=300 if slurm.networks is None else 15,
         user=getpass.getuser(),
         nodes="\n".join(nodes),
@@ -246,8 +248,10 @@ def _configure(slurm: Slurm) -> None:
     (folder / "slurm.conf").write_text(text)
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     for index in range(_GPUS):
-        (folder / f"gpu{index}").touch()
-    (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-{_GPUS - 1}]\n")
+        with contextlib.suppress(PermissionError):  # then SLURM only counts them
+            os.mknod(folder / f"nvidia{index}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    devices = f"File={folder}/nvidia[0-{_GPUS - 1}]" if (folder / "nvidia0").exists() else f"Count={_GPUS}"
+    (folder / "gres.conf").write_text(f"Name=gpu Flags=nvidia_gpu_env {devices}\n")
 
 
 def _left(folder: Path) -> list[psutil.Process]:
