@@ -49,7 +49,7 @@ def check_host(config: RunConfig, device: str, environment: Mapping[str, str] = 
         lambda: _gpus(device, environment),
         lambda: _meeting(environment),
     ]
-    faults = []
+    faults: list[str] = []
     for check in checks:
         try:
             faults += check()
@@ -87,7 +87,7 @@ def _run_folder(config: RunConfig) -> Iterator[str]:
 
 
 def clock_difference(folder: Path) -> float:
-    """Seconds by which this host is ahead of whatever keeps a folder's files; 0 within what a file takes to make."""
+    """Seconds by which this host is ahead of what keeps a folder's files; 0 within what a file takes to make."""
     probe = temporary_path(folder / "clock")
     before = time.time()
     try:

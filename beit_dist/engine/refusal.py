@@ -151,10 +151,10 @@ def refuse_fruitless(task: Task[Any, Any, Any], run: RunFolder, manifest: Mappin
         return
     newest = attempts.newest()
     raise FruitlessError(
-        f"run {task.config.run}: the last starts ({most}: attempts {newest - most + 1} to {newest}) made no checkpoint "
-        f"beyond step {at.step}, so this one is refused. Their output, and {FAILED} in the run folder, say how they "
-        "ended. Once the cause is gone, start with max_fruitless_starts=null; with the first new checkpoint the count "
-        "begins anew."
+        f"run {task.config.run}: the last starts ({most}: attempts {newest - most + 1} to {newest}) made no "
+        f"checkpoint beyond step {at.step}, so this one is refused. Their output, and {FAILED} in the run folder, "
+        "say how they ended. Once the cause is gone, start with max_fruitless_starts=null; with the first new "
+        "checkpoint the count begins anew."
     )
 
 

@@ -20,7 +20,7 @@ from beit_dist.engine.run_folder import RunFolder
 from beit_dist.storage.local import LocalPlace
 
 TRAIN = Path(__file__).parents[2] / "beit_dist" / "train.py"
-# Rank 0 is killed at the step that the file `fault` names, once the checkpoint of the step that follows it is there.
+# Rank 0 is killed at a step of the file `fault`, once the checkpoint of the step named behind it is there.
 ENTRY = f"""\
 import os, pathlib, runpy, signal, time
 from beit_dist.engine.record import Recorder

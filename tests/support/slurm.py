@@ -1,7 +1,7 @@
 """A real SLURM for tests: a controller and some hosts on one machine, in one folder.
 
-Debian builds slurmd with ``--enable-multiple-slurmd``, so several of them run side by side, each under its own name. By
-default all are on loopback. Hosts of their own each have a network and a name, so that they can be killed or cut off.
+Debian builds slurmd with ``--enable-multiple-slurmd``, so several run side by side, each under its own name.
+By default all are on loopback. Else each host has a network and a name, so that it can be killed or cut off.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Slurm:
         return False
 
     def processes(self, host: str) -> list[psutil.Process]:
-        """The ranks on a host with a network of its own: training processes, without those that load their data."""
+        """The ranks on a host with a network of its own, without the processes that load their data."""
         assert self.networks is not None
         found = []
         for process in self.networks.processes(host):

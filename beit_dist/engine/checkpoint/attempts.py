@@ -98,7 +98,7 @@ class Attempts:
                         folder.write(MANIFEST, given_up)  # of a writer that ended or hangs before its content
 
     def fruitless(self, step: int, most: int) -> int:
-        """How many of the newest attempts in a row have brought the run no further; it is not counted past ``most``.
+        """How many of the newest attempts in a row have brought the run no further; not counted past ``most``.
 
         Args:
             step: of the newest checkpoint now; an attempt that began before it has made a checkpoint since.
