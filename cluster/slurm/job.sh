@@ -77,14 +77,15 @@ withdraw() {
 }
 
 # attend SIGNAL COMMAND...: run a command that gets SIGNAL when SLURM tells the script to stop. Its exit code; STOPPED
-# is not empty if there was such a signal.
+# is USR1 or TERM if there was such a signal.
 attend() {
   local code step
-  # shellcheck disable=SC2034 # for the script that called
   STOPPED=
   # $! is set before bash looks at its traps again; a variable would be set too late for a signal that comes at once.
   # shellcheck disable=SC2064 # the signal is known now
-  trap "STOPPED=yes; [[ -n \${!-} ]] && kill -$1 \"\$!\" 2>/dev/null" USR1 TERM
+  trap "STOPPED=USR1; [[ -n \${!-} ]] && kill -$1 \"\$!\" 2>/dev/null" USR1
+  # shellcheck disable=SC2064
+  trap "STOPPED=\${STOPPED:-TERM}; [[ -n \${!-} ]] && kill -$1 \"\$!\" 2>/dev/null" TERM
   shift
   "$@" & # in the background, since bash runs a trap only between commands
   step=$!
@@ -97,8 +98,22 @@ attend() {
   return $code
 }
 
+# cancelled: whether somebody has used scancel. Its signals are those of a preemption, and SLURM would put the job back
+# as well. A job that it puts back by itself has no end; one that it has preempted says when.
+cancelled() {
+  local facts
+  [[ ${STOPPED:-} == USR1 ]] && return 1 # the time limit
+  facts=" $(scontrol --oneliner show job "$JOB" 2>/dev/null) "
+  [[ $facts =~ \ JobState=(COMPLETING|CANCELLED)\  && $facts != *" EndTime=Unknown "* &&
+    $facts != *" PreemptTime="[0-9]* ]]
+}
+
 # requeue WHAT [CODE]: put the job back after WHAT and end the script, with CODE if the job is not put back.
 requeue() {
+  if cancelled; then
+    echo "$1; cancelled, so not requeued"
+    exit "${2:-0}"
+  fi
   if ((RESTART >= MAX_RESTARTS)); then
     echo "$1; not requeued after $RESTART restarts (MAX_RESTARTS=$MAX_RESTARTS)"
     exit "${2:-0}"

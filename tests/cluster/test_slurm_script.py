@@ -47,6 +47,7 @@ esac
 """
 SCONTROL = """#!/usr/bin/env bash
 [[ $1 == show ]] && printf 'node7\\nnode8\\n'
+[[ $2 == show ]] && echo "JobId=41016 $FACTS Reason=None"
 [[ $1 == requeue ]] && echo "$2" >> requeued
 exit 0
 """
@@ -83,6 +84,7 @@ def start(
         "RUN": "run",
         "SLURM_SUBMIT_DIR": str(job),
         "SLURM_JOB_ID": "41016",
+        "FACTS": "JobState=RUNNING EndTime=2026-11-28T09:06:09 PreemptTime=None",
         "SLURM_JOB_NODELIST": "node[7-8]",
         "SLURM_NTASKS": "16",
         "SLURM_CPUS_PER_TASK": "8",
@@ -224,6 +226,28 @@ def test_a_signal_reaches_the_ranks_and_the_job_is_requeued(job: Path, stop: sig
     assert code == 0, output
     assert (job / "signals").read_text() == "stop\n"
     assert (job / "requeued").read_text() == "41016\n"
+
+
+@pytest.mark.parametrize("script", ["pretrain", "tokenize"])
+def test_a_job_that_was_cancelled_does_not_come_back(job: Path, script: str) -> None:
+    def stopped(facts: str, number: signal.Signals = signal.SIGTERM) -> str:
+        (job / "ready").unlink(missing_ok=True)
+        (job / "requeued").unlink(missing_ok=True)
+        process = start(job, "waits", script=script, **{**ARRAY, "FACTS": f"JobState=COMPLETING {facts}"})
+        until_ready(job, process)
+        process.send_signal(number)
+        return ended(process)[1]
+
+    time_of_day = "2026-11-28T09:06:09"
+    assert "cancelled, so not requeued" in stopped(f"EndTime={time_of_day} PreemptTime=None")
+    assert not (job / "requeued").exists()
+    for facts, number in (
+        ("EndTime=Unknown PreemptTime=None", signal.SIGTERM),  # SLURM puts it back
+        (f"EndTime={time_of_day} PreemptTime={time_of_day}", signal.SIGTERM),
+        (f"EndTime={time_of_day} PreemptTime=None", signal.SIGUSR1),  # its time is over
+    ):
+        stopped(facts, number)
+        assert (job / "requeued").exists(), facts
 
 
 def test_a_signal_that_ends_ranks_which_do_not_listen_yet_requeues_the_job(job: Path) -> None:

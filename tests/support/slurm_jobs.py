@@ -134,7 +134,19 @@ def frozen(ranks: list[psutil.Process]) -> contextlib.ExitStack:
     for rank in ranks:
         rank.suspend()
         stack.callback(_resume, rank)
+    deadline = time.monotonic() + 60
+    while not all(_stopped(rank) for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     return stack
+
+
+def _stopped(rank: psutil.Process) -> bool:
+    """Whether all its threads are: one that waits for a disk ends its call first."""
+    states = [
+        path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{rank.pid}/task").glob("*/stat")
+    ]
+    return set(states) == {"T"}
 
 
 def _resume(rank: psutil.Process) -> None:
