@@ -93,7 +93,8 @@ def test_a_pipeline_turns_images_into_weights_and_no_second_one_disturbs_it(slur
 
 
 def test_an_array_in_two_halves_and_single_tasks_again_are_the_same_workers(slurm: Slurm, folder: Path) -> None:
-    environment = {**settings(folder), "BEIT_WORKERS": "4"}
+    images, tokenizer, out = (str(folder / name) for name in ("images", "tokenizer.safetensors", "shards"))
+    environment = {**settings(folder), "BEIT_WORKERS": "4", "IMAGES": images, "TOKENIZER": tokenizer}
 
     def submitted(script: str, *arguments: str, array: str = "") -> str:
         options = [f"--array={array}"] if array else []
@@ -117,7 +118,7 @@ def test_an_array_in_two_halves_and_single_tasks_again_are_the_same_workers(slur
             time.sleep(0.2)
         return [path.read_text() for path in sorted(folder.glob(f"beit-tokenize-{number}_*.out"))]
 
-    steps = ["shards", "--images", "images", "--out", "shards", "--tokenizer", "tokenizer.safetensors", *SHARDS]
+    steps = ["shards", "--images", images, "--out", out, "--tokenizer", tokenizer, *SHARDS]
     assert wait(slurm, folder, submitted("beit.sbatch", *steps, "--index-only")) == "COMPLETED", said(folder)
     assert [f"worker {index} of 4" in text for index, text in enumerate(array("0-1"))] == [True, True]
     assert [f"worker {index} of 4" in text for index, text in enumerate(array("2-3"), 2)] == [True, True]

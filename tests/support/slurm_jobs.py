@@ -121,8 +121,9 @@ class Job:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                mine = process.environ().get("SLURM_JOB_ID") == self.number
-                parent = process.parent() if mine else None
+                variables = process.environ()  # other clusters number their jobs from 1 too
+                mine = [variables.get(name) for name in ("SLURM_CONF", "SLURM_JOB_ID")]
+                parent = process.parent() if mine == [self._slurm.environment["SLURM_CONF"], self.number] else None
                 if parent is not None and "slurmstepd" in parent.name() and "beit_dist.train" in process.cmdline():
                     found.append(process)
         return found
