@@ -4,6 +4,10 @@
 # Sets PYTHON, MAX_RESTARTS, PREFLIGHT, JOB (its name for scontrol), RESTART, NODE, MASTER_ADDR, MASTER_PORT and METRICS_PORT.
 
 ulimit -c 0
+# Until there is something to stop, the first of SLURM's signals is only noted.
+STOPPED=
+trap 'STOPPED=USR1' USR1
+trap 'STOPPED=${STOPPED:-TERM}' TERM
 # shellcheck source=/dev/null
 . "$BEIT_SLURM/claim.sh" || return 1
 
@@ -79,8 +83,8 @@ withdraw() {
 # attend SIGNAL COMMAND...: run a command that gets SIGNAL when SLURM tells the script to stop. Its exit code; STOPPED
 # is USR1 or TERM if there was such a signal.
 attend() {
-  local code step
-  STOPPED=
+  local code step signal=$1
+  [[ -z $STOPPED ]] || return 143
   # $! is set before bash looks at its traps again; a variable would be set too late for a signal that comes at once.
   # shellcheck disable=SC2064 # the signal is known now
   trap "STOPPED=USR1; [[ -n \${!-} ]] && kill -$1 \"\$!\" 2>/dev/null" USR1
@@ -89,6 +93,7 @@ attend() {
   shift
   "$@" & # in the background, since bash runs a trap only between commands
   step=$!
+  [[ -z $STOPPED ]] || kill "-$signal" "$step" 2>/dev/null # it came before there was a process
   wait "$step"
   code=$?
   while kill -0 "$step" 2>/dev/null; do # each signal ends `wait` early

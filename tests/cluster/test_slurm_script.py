@@ -229,6 +229,23 @@ def test_a_signal_reaches_the_ranks_and_the_job_is_requeued(job: Path, stop: sig
 
 
 @pytest.mark.parametrize("script", ["pretrain", "tokenize"])
+def test_a_signal_before_anything_has_started_puts_the_job_back(job: Path, script: str) -> None:
+    (job / "scontrol").write_text(
+        "#!/usr/bin/env bash\ntouch asked; while [ ! -e go ]; do sleep 0.05; done\n" + SCONTROL
+    )
+    process = start(job, "done", script=script, **ARRAY)
+    while not (job / "asked").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    (job / "go").touch()
+    code, output = ended(process)
+    assert code == 0, output
+    assert (job / "requeued").exists(), output
+    assert not (job / "srun.called").exists()
+    assert not (job / "python.called").exists()
+
+
+@pytest.mark.parametrize("script", ["pretrain", "tokenize"])
 def test_a_job_that_was_cancelled_does_not_come_back(job: Path, script: str) -> None:
     def stopped(facts: str, number: signal.Signals = signal.SIGTERM) -> str:
         (job / "ready").unlink(missing_ok=True)
