@@ -103,9 +103,9 @@ attend() {
   return $code
 }
 
-# cancelled: whether somebody has used scancel. Its signals are those of a preemption, and SLURM would put the job back
-# as well. A job that it puts back by itself has no end; one that it has preempted says when.
-cancelled() {
+# ended: whether SLURM ends the job by itself, for good or to put it back. After scancel, whose signals are those of a
+# preemption, it would put the job back if it were asked to.
+ended() {
   local facts
   [[ ${STOPPED:-} == USR1 ]] && return 1 # the time limit
   facts=" $(scontrol --oneliner show job "$JOB" 2>/dev/null) "
@@ -115,8 +115,8 @@ cancelled() {
 
 # requeue WHAT [CODE]: put the job back after WHAT and end the script, with CODE if the job is not put back.
 requeue() {
-  if cancelled; then
-    echo "$1; cancelled, so not requeued"
+  if ended; then
+    echo "$1; SLURM has ended the job, and puts it back itself unless it was cancelled"
     exit "${2:-0}"
   fi
   if ((RESTART >= MAX_RESTARTS)); then

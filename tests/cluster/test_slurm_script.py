@@ -256,7 +256,7 @@ def test_a_job_that_was_cancelled_does_not_come_back(job: Path, script: str) -> 
         return ended(process)[1]
 
     time_of_day = "2026-11-28T09:06:09"
-    assert "cancelled, so not requeued" in stopped(f"EndTime={time_of_day} PreemptTime=None")
+    assert "puts it back itself unless it was cancelled" in stopped(f"EndTime={time_of_day} PreemptTime=None")
     assert not (job / "requeued").exists()
     for facts, number in (
         ("EndTime=Unknown PreemptTime=None", signal.SIGTERM),  # SLURM puts it back
