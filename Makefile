@@ -14,7 +14,7 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-finetune test servers soak lint format clean
+.PHONY: help demo demo-finetune test cluster-test servers soak lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,11 +28,15 @@ demo-finetune: $(VENV)/demo.txt ## the demo, then classes from 100 labels with a
 	$(BIN)/python tools/demo.py --out $(DEMO) --finetune $(DEMO_ARGS)
 
 test: export OMP_NUM_THREADS ?= 1
-test: $(VENV)/test.txt ## all tests; those that need a server skip with the reason
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+test: $(VENV)/test.txt ## all tests but those of cluster-test; those that need a server skip with the reason
+	$(BIN)/python -m pytest -m 'not cluster' -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+cluster-test: export OMP_NUM_THREADS ?= 1
+cluster-test: $(VENV)/test.txt ## the long tests with real servers: SLURM with hosts that fail, Prometheus (up to 8 minutes)
+	$(BIN)/python -m pytest tests/cluster -m cluster -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 servers: $(SWIFT_VENV)/servers.txt ## an object store (OpenStack Swift) for the tests, in .venv-swift; names what else they want
-	@for wanted in memcached promtool:prometheus srun:slurm-wlm munge; do \
+	@for wanted in memcached promtool:prometheus srun:slurm-wlm munge ip:iproute2; do \
 	  command -v $${wanted%:*} >/dev/null || echo "still missing, from Debian: apt-get install $${wanted#*:}" >&2; \
 	done
 

@@ -17,6 +17,7 @@ from beit_dist.commands.training import (
     ds_config_of,
     import_for,
     parse,
+    preflight,
     ranks_of,
     recipe_of,
     start,
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
 
     choose_accelerator(args.device, ranks.world)  # before anything of DeepSpeed is imported
     config = settings(args)
+    if args.preflight:
+        return preflight(config, args)
     import_for(config.loader.workers, "beit_dist.stream.labelled.pipeline", args)
     from beit_dist.engine.resolve import resolve
 

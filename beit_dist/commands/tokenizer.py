@@ -17,6 +17,7 @@ from beit_dist.commands.training import (
     as_ranks,
     ds_config_of,
     parse,
+    preflight,
     ranks_of,
     recipe_of,
     start,
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     defaults = {"run": str(beside(out, ".run"))}
     recipe = recipe_of(args, "tokenizer")
     config = load_recipe(TokenizerConfig, recipe, args.overrides, flags=flags, defaults=defaults)
+    if args.preflight:
+        return preflight(config, args)
     ds_config = ds_config_of(args)
     choose_accelerator(args.device, ranks.world)
     resolved = resolve(config, ds_config, ranks_of(args, ranks))  # imports DeepSpeed, which looks for one

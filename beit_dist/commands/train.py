@@ -16,6 +16,7 @@ from beit_dist.commands.training import (
     ds_config_of,
     import_for,
     parse,
+    preflight,
     ranks_of,
     recipe_of,
     start,
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
 
     flags = given(args, ("run", "data", "precision"))
     config = load_recipe(PretrainingConfig, recipe_of(args, "pretraining"), args.overrides, flags=flags)
+    if args.preflight:
+        return preflight(config, args)
     import_for(config.loader.workers, "beit_dist.stream.pipeline", args)
     choose_accelerator(args.device, ranks.world)
     resolved = resolve(config, ds_config_of(args), ranks_of(args, ranks))  # imports DeepSpeed, which looks for one

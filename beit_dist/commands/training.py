@@ -15,6 +15,7 @@ from beit_dist.commands.parsing import CommandParser
 from beit_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from beit_dist.config.run import RunConfig
     from beit_dist.engine.ranks.distributed import Ranks
     from beit_dist.engine.resolve import Resolved
     from beit_dist.engine.task import Task
@@ -65,6 +66,12 @@ def add_looking(parser: CommandParser) -> None:
         "--measure",
         action="store_true",
         help="with --dry-run: also take some steps, throw them away, and tell how long the run takes",
+    )
+    group.add_argument(
+        "--preflight",
+        action="store_true",
+        help="look in a few seconds whether this host can take part in the run, and start nothing; a job does so "
+        "once on each of its hosts",
     )
 
 
@@ -131,6 +138,14 @@ def import_for(workers: int, pipeline: str, args: argparse.Namespace) -> None:
 
     if workers and (args.measure or not args.dry_run):
         start_early(pipeline)
+
+
+def preflight(config: RunConfig, args: argparse.Namespace) -> int:
+    """Look at this host alone; the exit code."""
+    from beit_dist.engine.host import check_host
+
+    check_host(config, args.device)
+    return 0
 
 
 def start(task: Task[Any, Any, Any], resolved: Resolved, args: argparse.Namespace, ranks: Ranks) -> int:

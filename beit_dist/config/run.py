@@ -149,7 +149,7 @@ class RunConfig(Section):
     of_the_host: ClassVar[frozenset[str]] = frozenset(
         {
             *("run", "data", "init_from", "validation", "checkpoint", "storage", "logging", "profile", "watchdog"),
-            *("timeouts", "preflight", "max_minutes"),
+            *("timeouts", "preflight", "max_minutes", "max_fruitless_starts"),
         }
     )
     """Settings that do not affect what is learnt. The values of some may hold a password."""
@@ -198,6 +198,9 @@ class RunConfig(Section):
     max_minutes: float | None = Field(None, gt=0)
     """Stop this many minutes after the start, with a checkpoint, as a stop signal does. For queues with a time
     limit."""
+    max_fruitless_starts: int | None = Field(5, ge=1)
+    """How many starts in a row may make no checkpoint before the next one is refused, which ends a job that a
+    scheduler would start again and again; null: any number. A start that is stopped after a step makes one."""
 
     @model_validator(mode="after")
     def _check_places(self, info: ValidationInfo) -> RunConfig:

@@ -19,7 +19,7 @@ from beit_dist.engine.memory import (
 from beit_dist.engine.optimizers.table import check_model, ignored_settings
 from beit_dist.engine.proportions import remarks, remarks_on_time
 from beit_dist.engine.ranks.distributed import Ranks
-from beit_dist.engine.refusal import check_space, compare, refuse
+from beit_dist.engine.refusal import check_space, compare, refuse, refuse_fruitless
 from beit_dist.engine.resolve import Resolved
 from beit_dist.engine.resume import newest_saved, progress_of
 from beit_dist.engine.run_folder import RunFolder
@@ -74,6 +74,8 @@ def describe(task: AnyTask, resolved: Resolved, *, measured: bool = False) -> st
     else:
         rows += task.describe_data(resolved)
         refuse(task, manifest, loud=True)
+        if run.place.is_local:
+            refuse_fruitless(task, run, manifest)
         rows += [*baseline_rows(task, task.baselines()), *length_rows(task, progress_of(task, manifest))]
         if manifest is None and task.config.init_from is not None and not is_url(task.config.run):
             find_origin(task)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from deepspeed.accelerator import get_accelerator
 
-from beit_dist.engine.checkpoint.attempts import SupersededError
+from beit_dist.engine.checkpoint.attempts import Attempts, SupersededError
 from beit_dist.engine.checkpoint.store import CheckpointStore
 from beit_dist.engine.compiled import check_compiler
 from beit_dist.engine.conclusion import conclusion
@@ -93,7 +93,7 @@ def train(task: Task[Any, Any, Any], resolved: Resolved, run: RunFolder, process
     prepared: Prepared | None = None
     with contextlib.suppress(StartStopped):
         prepared = prepare(task, resolved, process, found.manifest)
-    store = open_run(task.config, run, agreement, found.attempt)
+    store = open_run(task.config, run, agreement, found.attempt, found.step)
     process.watchdog.open()
     with store.unless_superseded():
         if prepared is not None:
@@ -160,12 +160,23 @@ def failures_marked(run: RunFolder, ranks: Ranks, timeouts: Timeouts, since: flo
         _end(f"rank {ranks.rank} on {socket.gethostname()}: {error}", error.exit_code)
     except BaseException as error:
         failure = Failure(error, ranks, timeouts.now)
+        if superseded := _superseded(run):  # as on a host that was cut off: its peers are gone for a good reason
+            _end(f"rank {ranks.rank} on {socket.gethostname()}: {superseded}", SupersededError.exit_code)
         if run.begun:
             _end(failure.report(run, since), failure.exit_code)
         if isinstance(error, UserError):
             say_refusal(error, ranks)
             _end("", error.exit_code)
         _end(failure.said, failure.exit_code)
+
+
+def _superseded(run: RunFolder) -> str:
+    """What says that the run folder is a newer start's, if it is."""
+    with contextlib.suppress(OSError, UserError):
+        newest = Attempts(run.checkpoints).newest()
+        if 0 < run.attempt < newest:
+            return f"superseded by attempt {newest}: this run (attempt {run.attempt}) stops"
+    return ""
 
 
 def quieten() -> None:

@@ -123,7 +123,7 @@ def _thrown_away(config: ConfigT, folder: str) -> ConfigT:
 def _on_this_rank(task: Task[Any, Any, Any], resolved: Resolved, process: Process, run: RunFolder) -> Timing:
     with contextlib.redirect_stdout(io.StringIO()):  # what a start says was said by --dry-run already
         prepared = prepare(task, resolved, process, None)
-        store = open_run(task.config, run, process.agreement, 0)
+        store = open_run(task.config, run, process.agreement, 0, 0)
         trainer = start(task, prepared, process, run, store, saves=False)
     timing = _time(trainer, process)
     task.close()

@@ -22,8 +22,8 @@ from beit_dist.engine.metrics import ADDRESS
 from beit_dist.engine.ranks.distributed import Agreement, Ranks, store_of_ranks
 from beit_dist.engine.ranks.launchers import speaks_for_its_host
 from beit_dist.engine.resume import compare_kinds, compare_recipes, progress_of
-from beit_dist.engine.run_folder import RunFolder
-from beit_dist.engine.schedule import schedule_of
+from beit_dist.engine.run_folder import FAILED, RunFolder
+from beit_dist.engine.schedule import schedule_of, steps_of
 from beit_dist.engine.task import Task
 from beit_dist.errors import ConfigError, SpaceError, UserError
 
@@ -43,6 +43,15 @@ class Found(NamedTuple):
     """Of the newest checkpoint; None for a new run."""
     attempt: int
     """Number of the newest start."""
+
+    @property
+    def step(self) -> int:
+        """Of the newest checkpoint; 0 for a new run."""
+        return self.manifest["step"] if self.manifest else 0
+
+
+class FruitlessError(UserError):
+    """Start after start has brought the run no further."""
 
 
 class RefusedError(UserError):
@@ -89,6 +98,7 @@ def look(task: Task[Any, Any, Any], run: RunFolder) -> Found:
     manifests = (saved.manifest for saved in committed(run.checkpoints) if saved.manifest)
     manifest = next(manifests, None)
     refuse(task, manifest, loud=False)
+    refuse_fruitless(task, run, manifest)
     if run.place.is_local:
         check_space(run.path, size_of_checkpoint(task), task.config.checkpoint.keep)
     return Found(None, manifest, attempt)
@@ -120,6 +130,32 @@ def refuse(task: Task[Any, Any, Any], manifest: Mapping[str, Any] | None, *, lou
     schedule_of(config, samples, at.first_batch, at.step, at.samples)
     if config.logging.metrics_port is not None:
         check_address(ADDRESS, config.logging.metrics_address)
+
+
+def refuse_fruitless(task: Task[Any, Any, Any], run: RunFolder, manifest: Mapping[str, Any] | None) -> None:
+    """Refuse the next of too many starts that have made no checkpoint, so that no scheduler repeats it for ever.
+
+    A start that was stopped or preempted counts only if it took no step: each other one has left a checkpoint.
+
+    Args:
+        manifest: of the checkpoint that would be continued.
+
+    Raises:
+        FruitlessError: there were ``max_fruitless_starts`` of them in a row.
+    """
+    most, at = task.config.max_fruitless_starts, progress_of(task, manifest)
+    if most is None or at.step >= steps_of(task.config, task.epoch_samples, at.step, at.samples):
+        return
+    attempts = Attempts(run.checkpoints)
+    if attempts.fruitless(at.step, most) < most:
+        return
+    newest = attempts.newest()
+    raise FruitlessError(
+        f"run {task.config.run}: the last starts ({most}: attempts {newest - most + 1} to {newest}) made no "
+        f"checkpoint beyond step {at.step}, so this one is refused. Their output, and {FAILED} in the run folder, "
+        "say how they ended. Once the cause is gone, start with max_fruitless_starts=null; with the first new "
+        "checkpoint the count begins anew."
+    )
 
 
 def compare(task: Task[Any, Any, Any], manifest: Mapping[str, Any], *, loud: bool) -> None:

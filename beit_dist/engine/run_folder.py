@@ -45,12 +45,14 @@ class RunFolder:
         path: the same if it is local. Otherwise a folder of this host for what grows line by line or is written
             by other packages, which a store cannot take: the lines of numbers go with each checkpoint.
         begun: whether this start has made it its own. Before, a start is refused and leaves nothing.
+        attempt: the number of this start; 0 until it has one.
     """
 
     def __init__(self, where: str | Path, access: Access | None = None) -> None:
         self.place = open_place(where, access)
         self.path = self.place.path if self.place.is_local else _scratch(str(self.place))
         self.begun = False
+        self.attempt = 0
 
     @property
     def checkpoints(self) -> Place:

@@ -19,13 +19,14 @@ from beit_dist.engine.ranks.distributed import Agreement
 from beit_dist.engine.run_folder import RunFolder
 
 
-def open_run(config: RunConfig, run: RunFolder, agreement: Agreement, seen: int) -> CheckpointStore:
+def open_run(config: RunConfig, run: RunFolder, agreement: Agreement, seen: int, step: int) -> CheckpointStore:
     """Make a run folder this start's own: from here on it has a number, and leaves a marker. Collective.
 
     The markers of earlier starts go: should this one fail, ``FAILED`` must not lie beside another.
 
     Args:
         seen: number of the newest start when this one looked at the folder.
+        step: of the newest checkpoint then; 0 if there was none.
 
     Raises:
         SupersededError: another start was quicker.
@@ -35,7 +36,7 @@ def open_run(config: RunConfig, run: RunFolder, agreement: Agreement, seen: int)
         run.create()
     agreement.from_rank_0(None)  # the folder is there before anyone uses it
     store = CheckpointStore(run.checkpoints, config.checkpoint, agreement)
-    store.begin_attempt(seen)
+    run.attempt = store.begin_attempt(seen, step)
     if agreement.ranks.rank == 0:
         run.remove_markers()
     return store

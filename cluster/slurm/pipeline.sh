@@ -56,7 +56,14 @@ if [[ $RUN == *://* ]]; then
   exit 2
 fi
 
+# shellcheck source=/dev/null
+. "$BEIT_SLURM/claim.sh"
+lock=
+if [[ -z $dry ]] && open_claim "$RUN"; then
+  refuse_claimed "$RUN" || exit 2
+fi
 last= # the job that was submitted before
+submitted=()
 
 # step NAME RESULT ARGUMENTS OF SBATCH...: submit it, unless its result is there. What comes after a step that is
 # made again is made again.
@@ -78,6 +85,9 @@ step() {
   fi
   last=$("${command[@]}")
   last=${last%%;*} # the cluster's name may follow
+  submitted+=("$last")
+  # At once: should the next one be refused, those before are known.
+  [[ -z $lock ]] || printf '%s\n' "${submitted[@]}" >"$RUN/slurm-jobs"
   echo "$name: job $last"
 }
 

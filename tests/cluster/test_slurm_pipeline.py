@@ -19,11 +19,18 @@ echo "$((100 + $(wc -l < submitted)));cluster"
 """
 
 
+SQUEUE = """#!/usr/bin/env bash
+cat queue
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder to submit from."""
-    (tmp_path / "sbatch").write_text(SBATCH)
-    (tmp_path / "sbatch").chmod(0o755)
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "queue").touch()
     return tmp_path
 
 
@@ -108,6 +115,19 @@ def test_steps_whose_results_are_there_are_left_out(folder: Path, there: list[st
         dependencies(submitted(folder))
         == [None, *(str(101 + index) for index in range(len(left) - 1))][: len(left)]
     )
+
+
+def test_a_second_one_in_the_same_run_folder_is_refused_while_a_job_of_the_first_is_left(folder: Path) -> None:
+    assert pipeline(folder).returncode == 0
+    assert (folder / "runs" / "mine" / "slurm-jobs").read_text().split() == ["101", "102", "103", "104", "105"]
+    (folder / "queue").write_text("77 other RUNNING\n104 beit-pretrain PENDING\n")
+    found = pipeline(folder)
+    assert found.returncode == 2
+    assert "error: RUN: runs/mine belongs to job 104 (beit-pretrain PENDING). Wait for its end" in found.stderr
+    assert len(submitted(folder)) == 5
+    assert pipeline(folder, RUN="runs/another").returncode == 0
+    (folder / "queue").write_text("77 other RUNNING\n")
+    assert pipeline(folder).returncode == 0
 
 
 def test_a_refused_job_ends_it(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,11 +21,15 @@ TRAININGS = ("pretrain", "finetune")
 
 # srun: notes its arguments and the rendezvous, then does what $BEHAVIOUR says. So does a worker's Python.
 SRUN = """#!/usr/bin/env bash
+[[ ${*: -1} == --preflight ]] && { printf '%s\\n' "$@" > preflight.called; exit "${UNFIT:-0}"; }
 printf '%s\\n' "$MASTER_ADDR:$MASTER_PORT" "$@" > srun.called
 case $BEHAVIOUR in
   done) touch run/DONE ;;
   fails) exit 3 ;;
   stops) touch run/PREEMPTED ;;
+  deaf)
+    touch ready
+    exec sleep 30 ;;
   waits)
     trap 'echo stop >> signals; touch run/PREEMPTED; exit 0' USR1
     touch ready
@@ -42,8 +47,12 @@ esac
 """
 SCONTROL = """#!/usr/bin/env bash
 [[ $1 == show ]] && printf 'node7\\nnode8\\n'
+[[ $2 == show ]] && echo "JobId=41016 $FACTS Reason=None"
 [[ $1 == requeue ]] && echo "$2" >> requeued
 exit 0
+"""
+SQUEUE = """#!/usr/bin/env bash
+cat queue
 """
 
 
@@ -51,7 +60,8 @@ exit 0
 def job(tmp_path: Path) -> Path:
     """A folder to submit from, with an empty run folder and the stand-ins."""
     (tmp_path / "run").mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
+    (tmp_path / "queue").touch()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("python", PYTHON)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     return tmp_path
@@ -74,6 +84,7 @@ def start(
         "RUN": "run",
         "SLURM_SUBMIT_DIR": str(job),
         "SLURM_JOB_ID": "41016",
+        "FACTS": "JobState=RUNNING EndTime=2026-11-28T09:06:09 PreemptTime=None",
         "SLURM_JOB_NODELIST": "node[7-8]",
         "SLURM_NTASKS": "16",
         "SLURM_CPUS_PER_TASK": "8",
@@ -83,6 +94,13 @@ def start(
     command = ["bash", str(copy), *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, cwd=job, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def until_ready(job: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until the stand-in for the ranks runs."""
+    while not (job / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -117,9 +135,7 @@ def test_ports_of_neighbouring_jobs_and_restarts_differ(job: Path) -> None:
 def test_prometheus_finds_the_job_as_long_as_it_runs(job: Path) -> None:
     (job / "targets").mkdir()
     process = start(job, "waits", BEIT_TARGETS=str(job / "targets"), SLURM_RESTART_COUNT="13")
-    while not (job / "ready").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    until_ready(job, process)
     (target,) = (job / "targets").iterdir()
     labels = {"run": "run", "slurm_job_id": "41016"}
     assert target.suffix == ".json"
@@ -136,17 +152,129 @@ def test_a_folder_of_targets_that_is_not_there_does_not_stop_the_job(job: Path) 
     assert "Prometheus will not find this job" in output
 
 
+def test_targets_that_killed_jobs_of_the_run_have_left_are_removed(job: Path) -> None:
+    (targets := job / "targets").mkdir()
+    for number, run in ((7, "run"), (8, "run"), (9, "other")):
+        content = [{"targets": ["gone:1"], "labels": {"run": run, "slurm_job_id": str(number)}}]
+        (targets / f"beit-{number}.json").write_text(json.dumps(content))
+    (job / "queue").write_text("8\n41016\n")
+    assert ended(start(job, "done", BEIT_TARGETS=str(targets)))[0] == 0
+    assert sorted(path.name for path in targets.iterdir()) == ["beit-8.json", "beit-9.json"]
+    (job / "queue").unlink()  # SLURM does not answer
+    assert ended(start(job, "done", BEIT_TARGETS=str(targets)))[0] == 0
+    assert sorted(path.name for path in targets.iterdir()) == ["beit-8.json", "beit-9.json"]
+
+
+def test_a_target_of_a_restart_elsewhere_stays_when_the_first_script_ends(job: Path) -> None:
+    (targets := job / "targets").mkdir()
+    process = start(job, "waits", BEIT_TARGETS=str(targets))
+    until_ready(job, process)
+    (target,) = targets.iterdir()
+    target.write_text(restarted := target.read_text().replace("node7", "node9"))
+    process.send_signal(signal.SIGUSR1)
+    assert ended(process)[0] == 0
+    assert target.read_text() == restarted
+
+
+def test_a_reader_of_targets_never_sees_half_a_file(job: Path) -> None:
+    (targets := job / "targets").mkdir()
+    target, seen = targets / "beit-41016.json", 0
+    while seen < 20:
+        process = start(job, "done", BEIT_TARGETS=str(targets))
+        while process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):
+                assert json.loads(target.read_text())[0]["targets"]
+                seen += 1
+        process.communicate()
+        assert not list(targets.iterdir())
+
+
+def test_a_host_that_is_not_fit_ends_the_job_before_the_ranks_start(job: Path) -> None:
+    code, output = ended(start(job, "done", UNFIT="2", SLURM_JOB_NUM_NODES="2"))
+    assert code == 2
+    assert "preflight failed with exit code 2, not started and not requeued" in output
+    assert not (job / "srun.called").exists()
+    assert not (job / "requeued").exists()
+    arguments = (job / "preflight.called").read_text().splitlines()
+    assert {"--ntasks=2", "--ntasks-per-node=1", "run=run", "optimizer.lr=1e-3"} <= set(arguments), "the recipe's"
+    assert ended(start(job, "done", UNFIT="2", PREFLIGHT="no"))[0] == 0
+
+
+def test_a_run_folder_of_another_job_that_is_queued_or_runs_is_refused(job: Path) -> None:
+    assert ended(start(job, "done"))[0] == 0
+    (job / "queue").write_text("41010 beit-finetune RUNNING\n41016 beit RUNNING\n")
+    (job / "srun.called").unlink()
+    code, output = ended(start(job, "done", SLURM_JOB_ID="41017"))
+    assert code == 2
+    assert (
+        "error: RUN: run belongs to job 41016 (beit RUNNING). Wait for its end, cancel it (scancel 41016)"
+        in output
+    )
+    assert not (job / "srun.called").exists()
+    assert ended(start(job, "done", SLURM_RESTART_COUNT="3"))[0] == 0, "its own restart"
+    (job / "queue").write_text("41010 beit-finetune RUNNING\n41017 beit RUNNING\n")
+    assert ended(start(job, "done", SLURM_JOB_ID="41017"))[0] == 0, "the one before has ended"
+    assert (job / "run" / "slurm-jobs").read_text() == "41017\n"
+
+
 @pytest.mark.parametrize("stop", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_reaches_the_ranks_and_the_job_is_requeued(job: Path, stop: signal.Signals) -> None:
     process = start(job, "waits")
-    while not (job / "ready").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    until_ready(job, process)
     process.send_signal(stop)
     code, output = ended(process)
     assert code == 0, output
     assert (job / "signals").read_text() == "stop\n"
     assert (job / "requeued").read_text() == "41016\n"
+
+
+@pytest.mark.parametrize("script", ["pretrain", "tokenize"])
+def test_a_signal_before_anything_has_started_puts_the_job_back(job: Path, script: str) -> None:
+    (job / "scontrol").write_text(
+        "#!/usr/bin/env bash\ntouch asked; while [ ! -e go ]; do sleep 0.05; done\n" + SCONTROL
+    )
+    process = start(job, "done", script=script, **ARRAY)
+    while not (job / "asked").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    (job / "go").touch()
+    code, output = ended(process)
+    assert code == 0, output
+    assert (job / "requeued").exists(), output
+    assert not (job / "srun.called").exists()
+    assert not (job / "python.called").exists()
+
+
+@pytest.mark.parametrize("script", ["pretrain", "tokenize"])
+def test_a_job_that_was_cancelled_does_not_come_back(job: Path, script: str) -> None:
+    def stopped(facts: str, number: signal.Signals = signal.SIGTERM) -> str:
+        (job / "ready").unlink(missing_ok=True)
+        (job / "requeued").unlink(missing_ok=True)
+        process = start(job, "waits", script=script, **{**ARRAY, "FACTS": f"JobState=COMPLETING {facts}"})
+        until_ready(job, process)
+        process.send_signal(number)
+        return ended(process)[1]
+
+    time_of_day = "2026-11-28T09:06:09"
+    assert "puts it back itself unless it was cancelled" in stopped(f"EndTime={time_of_day} PreemptTime=None")
+    assert not (job / "requeued").exists()
+    for facts, number in (
+        ("EndTime=Unknown PreemptTime=None", signal.SIGTERM),  # SLURM puts it back
+        (f"EndTime={time_of_day} PreemptTime={time_of_day}", signal.SIGTERM),
+        (f"EndTime={time_of_day} PreemptTime=None", signal.SIGUSR1),  # its time is over
+    ):
+        stopped(facts, number)
+        assert (job / "requeued").exists(), facts
+
+
+def test_a_signal_that_ends_ranks_which_do_not_listen_yet_requeues_the_job(job: Path) -> None:
+    process = start(job, "deaf")
+    until_ready(job, process)
+    process.send_signal(signal.SIGUSR1)
+    code, output = ended(process)
+    assert code == 0, output
+    assert "stopped before the ranks could save" in output
+    assert (job / "requeued").exists()
 
 
 def test_a_run_that_fails_is_not_requeued_and_its_code_is_passed_on(job: Path) -> None:
@@ -168,6 +296,13 @@ def test_the_number_of_restarts_is_bounded(job: Path) -> None:
     assert code == 0
     assert "not requeued after 5 restarts" in output
     assert not (job / "requeued").exists()
+
+
+def test_a_job_that_slurm_has_put_back_too_often_does_not_start(job: Path) -> None:
+    code, output = ended(start(job, "done", SLURM_RESTART_COUNT="6", MAX_RESTARTS="5"))
+    assert code == 1
+    assert "not started, after 6 restarts" in output
+    assert not (job / "srun.called").exists()
 
 
 def test_an_end_without_a_marker_is_a_failure_whatever_srun_says(job: Path) -> None:
@@ -272,9 +407,7 @@ def test_parts_of_an_array_are_the_same_workers(job: Path, part: tuple[int, int]
 def test_a_task_that_is_stopped_goes_back_alone_and_prometheus_forgets_it(job: Path, stop: signal.Signals) -> None:
     (job / "targets" / "tokenize").mkdir(parents=True)
     process = array_task(job, "waits", BEIT_TARGETS=str(job / "targets"), MASTER_ADDR="elsewhere")
-    while not (job / "ready").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    until_ready(job, process)
     (target,) = (job / "targets" / "tokenize").iterdir()
     labels = {"run": "shards", "slurm_job_id": "41010_3"}
     assert json.loads(target.read_text()) == [{"targets": [f"node7:{10000 + 16 * 20 + 10}"], "labels": labels}]
@@ -290,9 +423,7 @@ def test_a_task_that_fails_or_is_stopped_too_often_fails(job: Path) -> None:
     assert code == 3
     assert "BEIT_WORKERS=4 sbatch --array=3" in output
     process = array_task(job, "waits", MAX_RESTARTS="1", SLURM_RESTART_COUNT="1")
-    while not (job / "ready").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    until_ready(job, process)
     process.send_signal(signal.SIGUSR1)
     assert ended(process)[0] == 1, "the next step must not begin"
     assert not (job / "requeued").exists()

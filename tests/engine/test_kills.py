@@ -27,6 +27,7 @@ KILLS = int(os.environ.get("BEIT_KILLS", "5"))
 SEED = int(os.environ.get("BEIT_SEED", "0"))
 # 38 MB a save and steps of a tenth of a second, a save after every second one: one is nearly always under way.
 LARGE = ["model.width=256", "model.depth=4", "micro_batch=8", "optimizer.lr=1e-3", "checkpoint.every_steps=2"]
+LARGE += ["max_fruitless_starts=null"]  # whatever the dice
 STEPS = 30 + 15 * KILLS  # a start gets through 6 or so before it is killed
 LIMIT = 180 + 15 * KILLS  # seconds for one start that runs to the end; a soak may share its machine
 MOMENTS = ("in a save", "after steps", "in a save", "as it starts")

@@ -14,7 +14,7 @@ from support.object_store import ObjectStore, Unavailable, running
 
 from beit_dist.storage import remote
 
-_NEED_A_SERVER = {"browser", "object_store", "slurm"}
+_NEED_A_SERVER = {"browser", "object_store", "slurm", "slurm_hosts"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -50,6 +50,16 @@ def slurm() -> Iterator[slurm_cluster.Slurm]:
     """A real SLURM cluster of two nodes."""
     try:
         with slurm_cluster.running() as cluster:
+            yield cluster
+    except Unavailable as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def slurm_hosts() -> Iterator[slurm_cluster.Slurm]:
+    """A real SLURM cluster of three hosts that can be killed, or cut off from the network."""
+    try:
+        with slurm_cluster.running(3, networks=True) as cluster:
             yield cluster
     except Unavailable as missing:
         pytest.skip(str(missing))

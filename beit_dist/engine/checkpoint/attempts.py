@@ -1,7 +1,8 @@
 """Attempts: each start of a run takes the next number, and from then on the run's folder is its own.
 
 ``RUN/checkpoints/attempts/NNNNNN`` is created exclusively, so two starts never share a number. An older attempt
-that still runs, or hung and was woken, finds the newer number before it commits anything, and stops.
+that still runs, or hung and was woken, finds the newer number before it commits anything, and stops. The file says
+at which step the run was, so that starts which bring it no further can be counted.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ class Attempts:
         self._checkpoints, self.place = checkpoints, checkpoints / "attempts"
         self._mark = b""  # what this attempt's file says, unlike any other's
 
-    def begin(self, seen: int | None = None) -> None:
+    def begin(self, seen: int | None = None, step: int | None = None) -> None:
         """Take the next number; on rank 0 alone, the others are told.
 
         Args:
             seen: the newest number when this start looked at the run folder.
+            step: of the newest checkpoint then; 0 if there was none.
 
         Raises:
             SupersededError: another start has taken a number since.
             ConfigError: the store would give a number to two.
         """
         self.place.make()
-        mark = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        mark = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex, "step": step}
         self._mark = json.dumps(mark).encode()
         # Folders count too: where a copy of a run lacks the attempts, its newest checkpoint must stay the newest.
         folders = (parse_folder_name(entry) for entry in self._checkpoints.list())
@@ -94,6 +96,27 @@ class Attempts:
                 with contextlib.suppress(FileNotFoundError):  # its attempt has just removed it
                     if not folder.create(MANIFEST, given_up) and not folder.size(MANIFEST):
                         folder.write(MANIFEST, given_up)  # of a writer that ended or hangs before its content
+
+    def fruitless(self, step: int, most: int) -> int:
+        """How many of the newest attempts in a row have brought the run no further; not counted past ``most``.
+
+        Args:
+            step: of the newest checkpoint now; an attempt that began before it has made a checkpoint since.
+            most: 1 or more.
+        """
+        newest = self.newest()
+        for count in range(min(most, newest)):
+            if (began_at := self._step(newest - count)) is None or began_at < step:
+                return count
+        return min(most, newest)
+
+    def _step(self, number: int) -> int | None:
+        """At which step an attempt began; None if it does not say, as those of older versions do not."""
+        try:
+            step = json.loads(self.place.read(f"{number:06d}")).get("step")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return step if isinstance(step, int) else None
 
     def newest(self) -> int:
         """The newest number; 0 where there is none."""

@@ -99,11 +99,12 @@ class CheckpointStore:
         """The number of this start of the run; 0 before ``begin_attempt``."""
         return self._attempts.number
 
-    def begin_attempt(self, seen: int | None = None) -> int:
+    def begin_attempt(self, seen: int | None = None, step: int | None = None) -> int:
         """Take the next attempt number by exclusive creation; the same number on every rank.
 
         Args:
             seen: the newest number when this start looked at the run folder.
+            step: of the newest checkpoint then; 0 if there was none.
 
         Raises:
             SupersededError: another start has taken a number since.
@@ -111,7 +112,7 @@ class CheckpointStore:
         superseded = ""
         if self._rank == 0:
             try:
-                self._attempts.begin(seen)
+                self._attempts.begin(seen, step)
             except SupersededError as error:
                 superseded = str(error)
             if self.folder.is_local:
