@@ -36,7 +36,7 @@ cluster-test: $(VENV)/test.txt ## the long tests with real servers: SLURM with h
 	$(BIN)/python -m pytest tests/cluster -m cluster -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 servers: $(SWIFT_VENV)/servers.txt ## an object store (OpenStack Swift) for the tests, in .venv-swift; names what else they want
-	@for wanted in memcached promtool:prometheus srun:slurm-wlm munge ip:iproute2; do \
+	@for wanted in memcached promtool:prometheus srun:slurm-wlm munge ip:iproute2 chromium; do \
 	  command -v $${wanted%:*} >/dev/null || echo "still missing, from Debian: apt-get install $${wanted#*:}" >&2; \
 	done
 
