@@ -103,12 +103,14 @@ attend() {
   return $code
 }
 
-# ended: whether SLURM ends the job by itself, for good or to put it back. After scancel, whose signals are those of a
-# preemption, it would put the job back if it were asked to.
+# ended: whether SLURM ends the job by itself, for good or to put it back, or has started it again elsewhere. After scancel,
+# whose signals are those of a preemption, it would put the job back if it were asked to; and from a host that was cut off
+# and returns it would take the restart off its hosts.
 ended() {
   local facts
-  [[ ${STOPPED:-} == USR1 ]] && return 1 # the time limit
   facts=" $(scontrol --oneliner show job "$JOB" 2>/dev/null) "
+  [[ $facts =~ \ Restarts=([0-9]+)\  ]] && ((BASH_REMATCH[1] != RESTART)) && return 0
+  [[ ${STOPPED:-} == USR1 ]] && return 1 # the time limit
   [[ $facts =~ \ JobState=(COMPLETING|CANCELLED)\  && $facts != *" EndTime=Unknown "* &&
     $facts != *" PreemptTime="[0-9]* ]]
 }
@@ -143,6 +145,15 @@ preflight() {
   exit "$code"
 }
 
+# renumber: give the next step a number that the steps of the last two starts did not have. SLURM counts the steps of a
+# restart from 0 again, so srun of a host that was cut off would, when that returns, cancel the restart's step.
+renumber() {
+  local unused
+  for ((unused = RESTART % 3; unused > 0; unused--)); do
+    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true
+  done
+}
+
 # train COMMAND...: one rank for each task of the job, in the run folder RUN; ends the script.
 train() {
   local code
@@ -155,6 +166,7 @@ train() {
   rm -f "$RUN/DONE" "$RUN/PREEMPTED"
   announce train "$RUN" "$MASTER_ADDR"
 
+  renumber
   # srun passes USR1 on to all ranks. `-c` again: srun does not inherit it.
   attend USR1 srun --export=ALL --kill-on-bad-exit=1 --cpu-bind=cores \
     ${SLURM_CPUS_PER_TASK:+-c "$SLURM_CPUS_PER_TASK"} "$@"

@@ -41,7 +41,9 @@ def test_a_job_outlives_its_hosts(slurm_hosts: Slurm, tmp_path: Path, make_shard
     job.until_step(attempt=2, count=1)
     assert job.facts["NodeList"] == "n[1-2]"
     job.until(lambda: saved(job.run, 2))
-    with frozen([*slurm.processes("n1"), *slurm.processes("n2")]):
+    restarted = [*slurm.processes("n1"), *slurm.processes("n2")]
+    assert len(restarted) == 2
+    with frozen(restarted):
         before = state(job.run)
         (target,) = (tmp_path / "targets" / "train").iterdir()
         assert "n1:" in target.read_text()
@@ -52,7 +54,7 @@ def test_a_job_outlives_its_hosts(slurm_hosts: Slurm, tmp_path: Path, make_shard
         for was, now in zip(before, state(job.run), strict=True):
             assert now == was
         assert "n1:" in target.read_text(), "the target is the restart's"
-        assert job.facts["JobState"] == "RUNNING"
+        assert (job.facts["JobState"], job.facts["Restarts"]) == ("RUNNING", "1")
 
     slurm.kill("n2")
     job.until_step(attempt=3, count=1)

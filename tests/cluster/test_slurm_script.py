@@ -21,6 +21,7 @@ TRAININGS = ("pretrain", "finetune")
 
 # srun: notes its arguments and the rendezvous, then does what $BEHAVIOUR says. So does a worker's Python.
 SRUN = """#!/usr/bin/env bash
+[[ ${*: -1} == true ]] && { echo step >> unused.steps; exit; }
 [[ ${*: -1} == --preflight ]] && { printf '%s\\n' "$@" > preflight.called; exit "${UNFIT:-0}"; }
 printf '%s\\n' "$MASTER_ADDR:$MASTER_PORT" "$@" > srun.called
 case $BEHAVIOUR in
@@ -265,6 +266,26 @@ def test_a_job_that_was_cancelled_does_not_come_back(job: Path, script: str) -> 
     ):
         stopped(facts, number)
         assert (job / "requeued").exists(), facts
+
+
+@pytest.mark.parametrize("script", ["pretrain", "tokenize"])
+def test_a_script_of_a_host_that_was_cut_off_leaves_the_restart_alone(job: Path, script: str) -> None:
+    for restarts, back in (("1", False), ("0", True)):
+        (job / "ready").unlink(missing_ok=True)
+        process = start(job, "waits", script=script, **{**ARRAY, "FACTS": f"JobState=RUNNING Restarts={restarts}"})
+        until_ready(job, process)
+        process.send_signal(signal.SIGUSR1)
+        ended(process)
+        assert (job / "requeued").exists() is back
+
+
+def test_steps_of_ranks_have_other_numbers_than_those_of_the_last_two_starts(job: Path) -> None:
+    numbers = []
+    for restart in range(6):
+        (job / "unused.steps").write_text("")
+        assert ended(start(job, "done", SLURM_RESTART_COUNT=str(restart)))[0] == 0
+        numbers.append((job / "unused.steps").read_text().count("step"))
+    assert all(len(set(numbers[first : first + 3])) == 3 for first in range(4))
 
 
 def test_a_signal_that_ends_ranks_which_do_not_listen_yet_requeues_the_job(job: Path) -> None:
