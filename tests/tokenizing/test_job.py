@@ -47,7 +47,8 @@ def test_a_job_as_all_jobs_were_is_written_as_it_always_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("pixel_version", 2), ("decoder", "simplejpeg 1.9.0"), ("compiled", True), ("crop_area", 0.5)]
+    ("name", "value"),
+    [("pixel_version", 2), ("decoder", "simplejpeg 1.9.0"), ("compiled", True), ("crop_area", 0.5)],
 )
 def test_what_is_made_otherwise_is_another_job(tmp_path: Path, name: str, value: object) -> None:
     other = replace(JOB, **{name: value})  # type: ignore[arg-type]
