@@ -1,6 +1,6 @@
 """Run the study of docs/results.md: whether pre-training helps, by how much, and at what price.
 
-Its trials are commands of `beit`, listed in tools/study/trials.py. What was stopped or killed continues where it was.
+Its trials are commands of `beit`, listed in tools/study/trials.py. What was stopped or killed continues.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ examples:
   python tools/evidence.py --data DATA --only 'pretrain/tokens-blocks' --seeds 5/5,6 --out /tmp/others
   python tools/evidence.py --quick --out /tmp/quick
 
-DATA has cifar10/train and cifar10/val with class folders, camvid/images and camvid/labels with train and val in each,
-and photos. Only what the chosen trials read has to be there.
+DATA has cifar10/train and cifar10/val with class folders, camvid/images and camvid/labels with train and val in
+each, and photos. Only what the chosen trials read has to be there.
 """
 
 

@@ -62,7 +62,7 @@ def test_what_is_made_otherwise_is_another_job(tmp_path: Path, name: str, value:
 
 @pytest.mark.parametrize("area", [0.0, -0.1, 1.5])
 def test_a_crop_takes_a_share_of_the_area(area: float) -> None:
-    with pytest.raises(ConfigError, match="--crop-area: got .*, expected a share above 0 and at most 1"):
+    with pytest.raises(ConfigError, match=r"--crop-area: got .*, expected a share above 0 and at most 1"):
         replace(JOB, crop_area=area)
 
 

@@ -6,6 +6,7 @@ own, since a forked process cannot use the one that its parent has looked for.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -40,6 +41,7 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WOKEN = {*_STOPS, signal.SIGCHLD}
 _PATIENCE = 300.0
 """Seconds that trials have to save what they have, once they are told to stop."""
+_DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 _TAIL = 2000
 """Characters of its output that a failure is told with."""
 
@@ -121,11 +123,12 @@ class Jobs:
         own.mkdir(parents=True, exist_ok=True)
         log = os.open(f"{own}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         sys.stdout.flush()
+        own_pid = os.getpid()
         pid = os.fork()
         if pid:
             os.close(log)
             return pid
-        _become(log)
+        _become(log, own_pid)
         if not self._forked:
             os.execv(sys.executable, [sys.executable, "-m", "beit_dist", *words])
         sys.argv[:] = ["beit", *words]
@@ -184,11 +187,14 @@ def _preload() -> None:
         raise RuntimeError(f"{threads} threads run: a fork would lose all but one")
 
 
-def _become(log: int) -> None:
-    """Be a process as a shell would start it, with its output in a file."""
+def _become(log: int, parent: int) -> None:
+    """Be a process as a shell would start it, with its output in a file; it stops when the study dies."""
     for number in _WOKEN:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WOKEN)
+    ctypes.CDLL(None).prctl(_DEATH_OF_PARENT, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, place in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, place)

@@ -16,8 +16,9 @@ Labelled = tuple[Path, str]
 
 
 def write_lists(train: Path, test: Path, out: Path, shares: Iterable[int], seeds: Sequence[int]) -> None:
-    """Write ``test.csv`` and ``train-100.csv``; ``train-SHARE-SEED.csv`` with that per cent of each class; and, for
-    choosing settings, ``fit`` and ``choose`` with nine tenths and one tenth of ``train``.
+    """Write ``test.csv``, ``train-100.csv``, ``train-SHARE-SEED.csv`` with that per cent of each class.
+
+    To choose settings by, there are also ``fit-...`` and ``choose``: nine tenths and one tenth of ``train``.
 
     Args:
         train: folder of class folders; so is ``test``.

@@ -47,12 +47,13 @@ def differences(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> I
             yield f"{name}: {key} {now:.4f}, earlier {before:.4f}, difference {now - before:+.4f}"
     other = {theirs[name]["machine"] for name in both} - {ours[name]["machine"] for name in both}
     where = f" (earlier on {'; '.join(sorted(other))})" if other else ""
-    yield (
-        f"{len(both)} trials are in both results{where}: {equal} equal to the last digit, largest difference of the "
-        f"others {largest:.4f}"
-        if both
-        else "no trial is in both results, so nothing is compared"
-    )
+    if not both:
+        yield "no trial is in both results, so nothing is compared"
+    else:
+        yield (
+            f"{len(both)} trials are in both results{where}: {equal} equal to the last digit, "
+            f"largest difference of the others {largest:.4f}"
+        )
 
 
 def headline(found: Outcome) -> str | None:

@@ -62,10 +62,11 @@ def _page(found: Found, drawn: Sequence[str], folder: str) -> Iterator[str]:
     yield "# Results"
     yield ""
     yield "<!-- Written by tools/evidence.py from docs/results.json: change that, not this. -->"
-    yield "Whether pre-training helps, by how much, and at what price: measured with small models that two cores can"
-    yield "train. [evidence.md](evidence.md) says how model and settings were chosen, how to repeat it, and what did not"
-    yield "work. Each figure is the mean over seeds ± their standard deviation, and in brackets how many trials it is of."
-    yield "Accuracies and IoU are in per cent."
+    yield ""
+    yield "Whether pre-training helps, by how much, and at what price: measured with small models that two cores"
+    yield "can train. [evidence.md](evidence.md) says how model and settings were chosen, how to repeat it, and what"
+    yield "did not work. Each figure is the mean over seeds ± their standard deviation, and in brackets the number"
+    yield "of trials. Accuracies and IoU are in per cent."
     machines = sorted({str(each["machine"]) for each in found.values()})
     hours = sum(each["cpu_seconds"] for each in found.values()) / 3600
     yield ""
@@ -107,8 +108,8 @@ def _labels(found: Found) -> Iterator[str]:
     if rows:
         yield "## Pre-trained against random first weights"
         yield ""
-        yield "CIFAR-10, accuracy on 2,000 test images after fine-tuning. The same labelled images, batches and augmentation"
-        yield "for all first weights."
+        yield "CIFAR-10, accuracy on 2,000 test images after fine-tuning. All first weights get the same labelled"
+        yield "images, batches and augmentation."
         yield ""
         yield from _table(["labels", *(_NAMES[arm] for arm in _COLOURS), "pre-trained, points more"], rows)
         yield from ("", *said) if said else ()
@@ -127,7 +128,8 @@ def _probes(found: Found) -> Iterator[str]:
     yield from _table(["backbone", "linear probe", "20 nearest neighbours"], rows)
     gain = 100 * (trained["linear"].mean - random["linear"].mean)
     yield ""
-    yield f"The aim, {PROBE_AIM:.0f} points more than random weights, is {'' if gain >= PROBE_AIM else 'not '}reached: {gain:+.1f}."
+    reached = "reached" if gain >= PROBE_AIM else "not reached"
+    yield f"The aim, {PROBE_AIM:.0f} points more than random weights, is {reached}: {gain:+.1f}."
 
 
 def _arms(found: Found, names: Sequence[str]) -> list[list[str]]:
@@ -172,7 +174,7 @@ def _others(found: Found) -> Iterator[str]:
     rows = _arms(found, [arm for arm in dict.fromkeys(arms) if arm not in known])
     if rows:
         yield from ("## Views, positions, tokenizers, length", "")
-        yield "One seed of pre-training. Compare with tokens and blocks above, which has 8 stored views and 24 epochs."
+        yield "One seed of pre-training. Compare with tokens and blocks above: 8 stored views, 24 epochs."
         yield from ("", *_table(_HEAD, rows))
 
 

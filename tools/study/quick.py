@@ -45,7 +45,7 @@ def quick(trials: Sequence[Trial]) -> list[Trial]:
 
 def _small(trial: Trial) -> Trial:
     command = trial.words[0]
-    street = "camvid" in trial.name or command == "finetune" and trial.name.startswith("segment")
+    street = "camvid" in trial.name or (command == "finetune" and trial.name.startswith("segment"))
     sizes = _CAMVID if street else {**_CIFAR, **_CIFAR_SIZE}
     views = ("--views", "1") if command == "shards" else ()
     words = (*trial.words, *views, *_SETTINGS.get(command, ()), *sizes.get(command, ()))
