@@ -198,6 +198,8 @@ def _become(log: int, parent: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, place in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, place)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 (for as long as the process lives)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
 def facts_of(trial: Trial, words: Mapping[str, str]) -> str:

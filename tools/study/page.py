@@ -64,9 +64,9 @@ def _page(found: Found, drawn: Sequence[str], folder: str) -> Iterator[str]:
     yield "<!-- Written by tools/evidence.py from docs/results.json: change that, not this. -->"
     yield ""
     yield "Whether pre-training helps, by how much, and at what price: measured with small models that two cores"
-    yield "can train. [evidence.md](evidence.md) says how model and settings were chosen, how to repeat it, and what"
-    yield "did not work. Each figure is the mean over seeds ± their standard deviation, and in brackets the number"
-    yield "of trials. Accuracies and IoU are in per cent."
+    yield "can train. [evidence.md](evidence.md) says how model and settings were chosen, how to repeat it, and"
+    yield "what did not work. Each figure is the mean over seeds ± their standard deviation, and in brackets how"
+    yield "many trials it is of. Accuracies and IoU are in per cent."
     machines = sorted({str(each["machine"]) for each in found.values()})
     hours = sum(each["cpu_seconds"] for each in found.values()) / 3600
     yield ""

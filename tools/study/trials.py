@@ -124,7 +124,7 @@ def _extra(seeds: Seeds) -> Iterator[Trial]:
         yield from _finetuned(f"views-{views}", 10, one)
     absolute = ("model.absolute_positions=true", "model.relative_positions=false")
     yield from _pretrained("absolute", one, *absolute)
-    yield from _finetuned("absolute", 10, one, *absolute)
+    yield from _finetuned("absolute", 10, one, *absolute, "model.block_positions=false")
     poor = ("start=random", "steps=300", "usage_weight=20")
     collapsed = ("start=random", "steps=300", "usage_weight=0", "kl_weight=6.6", "collapse.below=null")
     for name, settings in (("poor", poor), ("collapsed", collapsed)):
