@@ -58,6 +58,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--hours", type=float, default=math.inf, help="stop after so many hours, with checkpoints")
     add("--jobs", type=int, help="trials at once (default: one for each core)")
     add("--device", default="auto", help="auto, cpu or cuda, for all trials (default: %(default)s)")
+    add("--precision", default="fp32", help="fp32, or bf16 where the device is fast in it (default: %(default)s)")
     add("--seeds", default="0,1/0,1,2", help="of pre-training / of fine-tuning (default: %(default)s)")
     add("--publish", action="store_true", help="put the results into docs/, beside those of other trials there")
     add("--quick", action="store_true", help="all kinds of trials on generated images, each a few steps")
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for a GPU
     seeds, wanted = _wanted(options)
     data, work = options.data.resolve(), options.out.resolve()
-    places = Places(work, data, ROOT / "configs" / "evidence")
+    places = Places(work, data, ROOT / "configs" / "evidence", options.precision)
     if options.list:
         print("\n".join(_listed(_trials(options), places)))
         return 0

@@ -53,6 +53,8 @@ class Places:
     work: Path
     data: Path
     recipes: Path
+    precision: str = "fp32"
+    """What models compute in."""
 
     def own(self, trial: Trial) -> Path:
         """The folder of a trial."""
@@ -64,7 +66,7 @@ class Places:
 
     def words(self, trial: Trial) -> list[str]:
         """Its command line with real paths."""
-        named = {"work": self.work, "data": self.data, "recipes": self.recipes, "own": self.own(trial)}
+        named = {**vars(self), "own": self.own(trial)}
         return [word.format(**named) for word in trial.words]
 
 

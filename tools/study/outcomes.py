@@ -24,7 +24,7 @@ def outcome(trial: Trial, places: Places, machine: str) -> Outcome:
     """What a trial that is done came to."""
     own = places.own(trial)
     read = {"tokenizer": _tokenizer, "shards": _shards, "probe": _probe}.get(trial.words[0], _run)
-    words = {**SHOWN, "own": f"{SHOWN['work']}/{trial.name}"}
+    words = {**SHOWN, "precision": places.precision, "own": f"{SHOWN['work']}/{trial.name}"}
     took = {name: round(value) for name, value in spent(own).items()}
     return {"command": facts_of(trial, words), "machine": machine, **took, **read(own)}
 

@@ -15,13 +15,14 @@ EPOCHS, VIEWS, BATCH = 24, 8, 32
 """Of a pre-training."""
 CURVE = 6
 """Measurements in it, from which its curve is drawn."""
+PRECISION = "precision={precision}"
 AT_THE_END = ("validation.every_steps=1000000",)
 """The test images are looked at once, after the last step."""
 SHARES = {100: 5, 10: 30, 1: 150}
 """Per cent of the labels, and epochs of a fine-tuning: the fewer images, the more often each is seen."""
 RATES = {
-    "tokenizer": 18,
-    "shards": 90,
+    "tokenizer": 44,
+    "shards": 250,
     "train": 100,
     "finetune": 110,
     "probe": 300,
@@ -40,7 +41,7 @@ class Trial:
     Args:
         name: its folder below the work folder; what compares trials reads it.
         words: the command line of ``beit``; ``{work}``, ``{data}``, ``{recipes}`` and ``{own}``, the trial's
-            folder, stand for paths.
+            folder, stand for paths, ``{precision}`` for what models compute in.
         made: the file in its folder that is there once it is done, and not before.
         seconds: of processor time that it is expected to take.
         needs: trials that come before it.
@@ -181,7 +182,7 @@ def _pretraining(
         name,
         (
             *("train", "--config", "{recipes}/pretrain.yaml", "--data", f"{{work}}/{shards}", "--run", "{own}"),
-            *(f"seed={seed}", f"epochs={epochs}", f"validation.every_steps={every}", *probe, *settings),
+            *(f"seed={seed}", f"epochs={epochs}", PRECISION, f"validation.every_steps={every}", *probe, *settings),
         ),
         "DONE",
         30 + (epochs * IMAGES / RATES["train"] + 20 * CURVE if cost is None else cost),
@@ -239,7 +240,7 @@ def _finetuning(
         (
             *("finetune", "--config", "{recipes}/finetune.yaml", "--data", f"{{work}}/lists/{listed}.csv"),
             *("--test", "{work}/lists/test.csv", "--run", "{own}", f"seed={seed}", f"epochs={epochs}"),
-            *(f"global_batch={batch}", f"micro_batch={batch}", *AT_THE_END, *settings),
+            *(f"global_batch={batch}", f"micro_batch={batch}", PRECISION, *AT_THE_END, *settings),
         ),
         "DONE",
         30 + IMAGES * share / 100 * epochs / RATES["finetune"],
@@ -278,7 +279,8 @@ def _camvid(seeds: Seeds) -> Iterator[Trial]:
             (
                 *("train", "--config", "{recipes}/pretrain.yaml", "--data", "{work}/shards/camvid"),
                 *("--run", "{own}", "model.image_size=112", "model.patch_size=8", "model.vocabulary=512"),
-                *("masking.min_block=16", "global_batch=16", "micro_batch=16", f"seed={seed}", f"epochs={epochs}"),
+                *("masking.min_block=16", "global_batch=16", "micro_batch=16", PRECISION),
+                *(f"seed={seed}", f"epochs={epochs}"),
             ),
             "DONE",
             30 + epochs * views / RATES["train112"],
@@ -299,7 +301,7 @@ def _segmentation(name: str, seed: int, *settings: str, needs: tuple[str, ...] =
         (
             *("finetune", "--config", "{recipes}/segment.yaml", "--data", "{data}/camvid/images/train"),
             *("--test", "{data}/camvid/images/val", "--run", "{own}", f"seed={seed}", f"epochs={epochs}"),
-            *(*AT_THE_END, *settings),
+            *(PRECISION, *AT_THE_END, *settings),
         ),
         "DONE",
         60 + FRAMES * epochs / RATES["segment"],
