@@ -26,7 +26,7 @@ from study.jobs import Jobs, Places, spent
 from study.lists import part, write_lists
 from study.outcomes import differences
 from study.page import write_page
-from study.trials import PART_SECONDS, Seeds, Trial, chosen, parts
+from study.trials import AT_THE_END, FIRST, PART_SECONDS, Seeds, Trial, chosen, parts
 from study.trials import study as all_trials
 
 ROOT = Path(__file__).parents[2]
@@ -62,11 +62,20 @@ def test_trials_that_are_compared_differ_in_what_is_compared_only() -> None:
         return [word for word in found.words if not word.startswith("init_from")]
 
     assert words("finetune/tokens-blocks/10/0-2") == words("finetune/tokens-blocks/10/1-2")
-    assert set(words("finetune/scratch/10/2")) - set(words("finetune/tokens-blocks/10/0-2")) == {"layer_decay=1.0"}
+    differ = set(words("finetune/scratch/10/2")) ^ set(words("finetune/tokens-blocks/10/0-2"))
+    assert differ == set(FIRST["scratch"]) ^ set(FIRST["pre-trained"])
     more = set(words("finetune/scratch-4x/10/2")) ^ set(words("finetune/scratch/10/2"))
     assert more == {"epochs=30", "epochs=120"}
     pixels = set(words("pretrain/pixels-blocks/1")) ^ set(words("pretrain/tokens-blocks/1"))
     assert pixels == {"model.target=pixels"}
+
+
+def test_nothing_is_chosen_by_the_test_images() -> None:
+    choices = [trial for trial in TRIALS if trial.name.startswith("choose/")]
+    assert {trial.words[trial.words.index("--test") + 1] for trial in choices} == {"{work}/lists/choose.csv"}
+    assert {trial.words[trial.words.index("--data") + 1] for trial in choices} == {"{work}/lists/fit-10.csv"}
+    during = [trial for trial in TRIALS if trial.words[0] == "finetune" and AT_THE_END[0] not in trial.words]
+    assert not during, "these would measure the test images while they train"
 
 
 def test_names_are_unlike_and_what_a_trial_needs_comes_before_it() -> None:

@@ -71,7 +71,7 @@ def _page(found: Found, drawn: Sequence[str], folder: str) -> Iterator[str]:
     hours = sum(each["cpu_seconds"] for each in found.values()) / 3600
     yield ""
     yield f"{len(found)} trials, {hours:.1f} hours of processor time, on: {'; '.join(machines) or 'none'}."
-    for section in (_labels, _probes, _objectives, _street, _others, _tokenizers):
+    for section in (_labels, _probes, _objectives, _street, _others, _tokenizers, _choices):
         rows = list(section(found))
         if rows:
             yield from ("", *rows)
@@ -176,6 +176,18 @@ def _others(found: Found) -> Iterator[str]:
         yield from ("## Views, positions, tokenizers, length", "")
         yield "One seed of pre-training. Compare with tokens and blocks above: 8 stored views, 24 epochs."
         yield from ("", *_table(_HEAD, rows))
+
+
+def _choices(found: Found) -> Iterator[str]:
+    rows = [
+        [name.removeprefix("choose/"), str(spread(found, re.escape(name), "accuracy"))]
+        for name in found
+        if name.startswith("choose/")
+    ]
+    if rows:
+        yield from ("## How the learning rate was chosen", "")
+        yield "Fitted to 10 % of nine tenths of the training images, measured on the other tenth; one seed."
+        yield from ("", *_table(["first weights, per cent of labels, rate", "accuracy"], rows))
 
 
 def _tokenizers(found: Found) -> Iterator[str]:

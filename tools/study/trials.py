@@ -15,6 +15,8 @@ EPOCHS, VIEWS, BATCH = 24, 8, 32
 """Of a pre-training."""
 CURVE = 6
 """Measurements in it, from which its curve is drawn."""
+FIRST = {"pre-trained": ("layer_decay=0.75",), "scratch": ("layer_decay=1.0",)}
+"""What differs by the first weights, as either gets what suits it. From random ones there is nothing to keep."""
 PRECISION = "precision={precision}"
 AT_THE_END = ("validation.every_steps=1000000",)
 """The test images are looked at once, after the last step."""
@@ -116,9 +118,19 @@ def _must(seeds: Seeds) -> Iterator[Trial]:
         yield from _finetuned(arm, 100, seeds)
 
 
+def _choices(origin: str) -> Iterator[Trial]:
+    """From which :data:`FIRST` was chosen: learning rates, on a tenth of the training images."""
+    for rate in ("5e-4", "1e-3", "2e-3", "4e-3"):
+        for arm, first in FIRST.items():
+            start, needs = ((f"init_from={{work}}/{origin}",), (origin,)) if arm == "pre-trained" else ((), ())
+            settings = (*first, f"optimizer.lr={rate}", *start)
+            yield _finetuning(f"choose/{arm}/10/lr-{rate}", 10, 0, 1, *settings, needs=needs)
+
+
 def _extra(seeds: Seeds) -> Iterator[Trial]:
-    """Questions without a published answer, with the first seed of pre-training."""
+    """How settings were chosen, and questions without a published answer, with the first seed of pre-training."""
     one = replace(seeds, pretraining=seeds.pretraining[:1])
+    yield from _choices(f"pretrain/tokens-blocks/{one.pretraining[0]}")
     for views in (1, 4, 16, EPOCHS):
         yield from _shards("good", views)
         yield from _pretrained(f"views-{views}", one, shards=f"shards/good-{views}")
@@ -219,14 +231,14 @@ def _finetuned(arm: str, share: int, seeds: Seeds, *settings: str) -> Iterator[T
     for pre in seeds.pretraining:
         for seed in seeds.finetuning:
             origin = f"pretrain/{arm}/{pre}"
-            first = (f"init_from={{work}}/{origin}", *settings)
+            first = (f"init_from={{work}}/{origin}", *FIRST["pre-trained"], *settings)
             yield _finetuning(f"finetune/{arm}/{share}/{pre}-{seed}", share, seed, 1, *first, needs=(origin,))
 
 
 def _scratch(arm: str, share: int, seeds: Seeds, times: int = 1) -> Iterator[Trial]:
-    """From random weights. All layers learn alike: there is nothing to keep."""
+    """From random weights."""
     for seed in seeds.finetuning:
-        yield _finetuning(f"finetune/{arm}/{share}/{seed}", share, seed, times, "layer_decay=1.0")
+        yield _finetuning(f"finetune/{arm}/{share}/{seed}", share, seed, times, *FIRST["scratch"])
 
 
 def _finetuning(
@@ -235,11 +247,14 @@ def _finetuning(
     epochs = times * SHARES[share]
     batch = {100: 64, 10: 32, 1: 16}[share]
     listed = "train-100" if share == 100 else f"train-{share}-{seed}"
+    test = "test"
+    if name.startswith("choose/"):  # never on the test images
+        listed, test = f"fit-{share}", "choose"
     return Trial(
         name,
         (
             *("finetune", "--config", "{recipes}/finetune.yaml", "--data", f"{{work}}/lists/{listed}.csv"),
-            *("--test", "{work}/lists/test.csv", "--run", "{own}", f"seed={seed}", f"epochs={epochs}"),
+            *("--test", f"{{work}}/lists/{test}.csv", "--run", "{own}", f"seed={seed}", f"epochs={epochs}"),
             *(f"global_batch={batch}", f"micro_batch={batch}", PRECISION, *AT_THE_END, *settings),
         ),
         "DONE",
