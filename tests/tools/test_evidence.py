@@ -166,7 +166,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
             return 3
         if plan == "wait":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-            (own / "waiting").touch()
+        if plan:
             time.sleep(60)
         (own / "DONE").touch()
         return 0
@@ -198,8 +198,11 @@ def test_a_failure_holds_up_what_needs_it_and_nothing_else(tmp_path: Path, jobs:
     assert "exit code 3: what went wrong" in jobs.failed["a"]
 
 
-def test_when_time_is_over_trials_are_stopped_and_the_next_start_continues(tmp_path: Path, jobs: Jobs) -> None:
-    (tmp_path / "plan" / "a").write_text("wait")
+@pytest.mark.parametrize("plan", ["wait", "start"], ids=["that saves", "that has not begun"])
+def test_when_time_is_over_a_trial_is_stopped_and_the_next_start_continues(
+    tmp_path: Path, jobs: Jobs, plan: str
+) -> None:
+    (tmp_path / "plan" / "a").write_text(plan)
     trials = [trial("a"), trial("b", "a")]
     jobs.run(trials, 1, time.monotonic() + 1.5)
     assert jobs.stopped

@@ -149,7 +149,8 @@ class Jobs:
             del self._running[pid]
             _spend(self._places.own(trial), time.monotonic() - began, usage.ru_utime + usage.ru_stime)
             code = os.waitstatus_to_exitcode(status)
-            if code or not (self._places.done(trial) or self.stopped):
+            stopped = self.stopped and code in (0, -signal.SIGTERM)  # the latter before it could save anything
+            if not stopped and (code or not self._places.done(trial)):
                 said = Path(f"{self._places.own(trial)}.log").read_text(errors="replace")[-_TAIL:]
                 self.failed[trial.name] = f"exit code {code}: {said.strip()}"
                 print(f"{trial.name} failed, exit code {code}:\n{said}", file=sys.stderr, flush=True)
