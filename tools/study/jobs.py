@@ -41,6 +41,8 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _WOKEN = {*_STOPS, signal.SIGCHLD}
 _PATIENCE = 300.0
 """Seconds that trials have to save what they have, once they are told to stop."""
+_STOPPED = (0, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
+"""Exit codes of a trial that was told to stop, also before it had anything to save."""
 _DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 _TAIL = 2000
 """Characters of its output that a failure is told with."""
@@ -149,7 +151,7 @@ class Jobs:
             del self._running[pid]
             _spend(self._places.own(trial), time.monotonic() - began, usage.ru_utime + usage.ru_stime)
             code = os.waitstatus_to_exitcode(status)
-            stopped = self.stopped and code in (0, -signal.SIGTERM)  # the latter before it could save anything
+            stopped = self.stopped and code in _STOPPED
             if not stopped and (code or not self._places.done(trial)):
                 said = Path(f"{self._places.own(trial)}.log").read_text(errors="replace")[-_TAIL:]
                 self.failed[trial.name] = f"exit code {code}: {said.strip()}"
