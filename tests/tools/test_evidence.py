@@ -71,7 +71,8 @@ def test_trials_that_are_compared_differ_in_what_is_compared_only() -> None:
 
 
 def test_nothing_is_chosen_by_the_test_images() -> None:
-    choices = [trial for trial in TRIALS if trial.name.startswith("choose/")]
+    choices = [trial for trial in TRIALS if trial.name.startswith("choose/") and trial.words[0] == "finetune"]
+    assert not [trial for trial in TRIALS if trial.words[0] == "train" and "test" in " ".join(trial.words)]
     assert {trial.words[trial.words.index("--test") + 1] for trial in choices} == {"{work}/lists/choose.csv"}
     assert {trial.words[trial.words.index("--data") + 1] for trial in choices} == {"{work}/lists/fit-10.csv"}
     during = [trial for trial in TRIALS if trial.words[0] == "finetune" and AT_THE_END[0] not in trial.words]

@@ -17,6 +17,15 @@ CURVE = 6
 """Measurements in it, from which its curve is drawn."""
 FIRST = {"pre-trained": ("layer_decay=0.75",), "scratch": ("layer_decay=1.0",)}
 """What differs by the first weights, as either gets what suits it. From random ones there is nothing to keep."""
+CHOICES: dict[str, tuple[str, ...]] = {
+    "as-it-is": (),
+    "lr-1e-3": ("optimizer.lr=1e-3",),
+    "lr-4e-3": ("optimizer.lr=4e-3",),
+    "ratio-0.6": ("masking.ratio=0.6",),
+    "batch-16": ("global_batch=16", "micro_batch=16"),
+    "width-192": ("model.width=192", "model.depth=4", "model.heads=3"),
+}
+"""Settings of short pre-trainings that are compared with the recipe's."""
 PRECISION = "precision={precision}"
 AT_THE_END = ("validation.every_steps=1000000",)
 """The test images are looked at once, after the last step."""
@@ -28,8 +37,8 @@ RATES = {
     "train": 100,
     "finetune": 110,
     "probe": 300,
-    "tokenizer112": 7,
-    "shards112": 25,
+    "tokenizer112": 35,
+    "shards112": 80,
     "train112": 28,
     "segment": 3.5,
 }
@@ -119,7 +128,10 @@ def _must(seeds: Seeds) -> Iterator[Trial]:
 
 
 def _choices(origin: str) -> Iterator[Trial]:
-    """From which :data:`FIRST` was chosen: learning rates, on a tenth of the training images."""
+    """By which settings are chosen, with training images only: short pre-trainings, and rates of fine-tuning."""
+    for name, settings in CHOICES.items():
+        epochs = EPOCHS // 4
+        yield _pretraining(f"choose/pretrain/{name}", 0, f"shards/good-{VIEWS}", *settings, epochs=epochs)
     for rate in ("5e-4", "1e-3", "2e-3", "4e-3"):
         for arm, first in FIRST.items():
             start, needs = ((f"init_from={{work}}/{origin}",), (origin,)) if arm == "pre-trained" else ((), ())
