@@ -186,7 +186,7 @@ def _choices(found: Found) -> Iterator[str]:
             rows.append([name.removeprefix("choose/"), str(spread(found, re.escape(name), number))])
     if rows:
         yield from ("## How settings were chosen", "")
-        yield "One seed, training images only. `pretrain`: a linear probe after a quarter of the epochs, a fifth of"
+        yield "One seed, training images only. `pretrain`: linear probe after a quarter of the epochs, a fifth of"
         yield "3,000 images held out. The others: fitted to 10 % of nine tenths, measured on the other tenth."
         yield from ("", *_table(["what", "accuracy"], rows))
 
