@@ -168,7 +168,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
         if plan == "wait":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         if plan:
-            time.sleep(60)
+            time.sleep(0.5 if plan == "slow" else 60)
         (own / "DONE").touch()
         return 0
 
@@ -183,11 +183,13 @@ def begun(folder: Path) -> list[str]:
 
 
 def test_trials_wait_for_what_they_need_and_are_run_once(tmp_path: Path, jobs: Jobs) -> None:
+    (tmp_path / "plan" / "a").write_text("slow")
     trials = [trial("a"), trial("b", "a"), trial("c")]
-    jobs.run(trials, 1, time.monotonic() + 60)
-    assert begun(tmp_path) == ["a", "b", "c"]
-    jobs.run(trials, 1, time.monotonic() + 60)
-    assert begun(tmp_path) == ["a", "b", "c"]
+    jobs.run(trials, 3, time.monotonic() + 60)
+    assert sorted(begun(tmp_path)[:2]) == ["a", "c"]
+    assert begun(tmp_path)[2:] == ["b"]
+    jobs.run(trials, 3, time.monotonic() + 60)
+    assert len(begun(tmp_path)) == 3
     assert spent(tmp_path / "work" / "a")["seconds"] > 0
 
 

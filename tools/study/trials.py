@@ -39,7 +39,7 @@ RATES = {
     "probe": 300,
     "tokenizer112": 35,
     "shards112": 80,
-    "train112": 28,
+    "train112": 20,
     "segment": 3.5,
 }
 """Images a second of one core, measured as docs/evidence.md says: a trial's predicted cost follows from them."""
