@@ -225,14 +225,23 @@ def result(accuracy: float, **more: Any) -> dict[str, Any]:
 
 
 def test_differences_name_the_trials_that_came_to_something_else() -> None:
-    earlier = {"a": result(0.5), "b": result(0.5), "c": result(0.5, command="beit train")}
-    said = list(differences({"a": result(0.5), "b": result(0.53), "c": result(0.5), "d": result(0.1)}, earlier))
-    assert said[0] == "b: linear 0.5300, earlier 0.5000, difference +0.0300"
-    assert said[1].startswith("c: another command")
+    earlier = {"x/a": result(0.5), "y/b": result(0.5), "z/c": result(0.5, command="beit train")}
+    said = list(
+        differences({"x/a": result(0.5), "y/b": result(0.53), "z/c": result(0.5), "w/d": result(0)}, earlier)
+    )
+    assert said[0] == "y/b: linear 0.5300, earlier 0.5000, difference +0.0300"
+    assert said[1].startswith("z/c: another command")
     assert said[2] == (
         "3 trials are in both results: 1 equal to the last digit, largest difference of the others 0.0300"
     )
-    assert list(differences({"a": result(0.5)}, {})) == ["no trial is in both results, so nothing is compared"]
+    assert list(differences({"a": result(0.5)}, {})) == ["no trial is in both results with the same seeds"]
+
+
+def test_trials_of_other_seeds_are_compared_by_their_means() -> None:
+    earlier = {"finetune/scratch/10/0": result(0.5), "finetune/scratch/10/1": result(0.6)}
+    said = list(differences({"finetune/scratch/10/7": result(0.4), "finetune/scratch/1/7": result(0.1)}, earlier))
+    assert said[0] == "finetune/scratch/10: mean linear 0.4000 of 1, earlier 0.5500 of 2"
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize(("gain", "said"), [(0.1, "is reached: +10.0"), (0.05, "is not reached: +5.0")])

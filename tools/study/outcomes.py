@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,27 @@ def differences(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> I
             yield f"{name}: {key} {now:.4f}, earlier {before:.4f}, difference {now - before:+.4f}"
     other = {theirs[name]["machine"] for name in both} - {ours[name]["machine"] for name in both}
     where = f" (earlier on {'; '.join(sorted(other))})" if other else ""
+    yield from _of_other_seeds(ours, theirs)
     if not both:
-        yield "no trial is in both results, so nothing is compared"
+        yield "no trial is in both results with the same seeds"
     else:
         yield (
             f"{len(both)} trials are in both results{where}: {equal} equal to the last digit, "
             f"largest difference of the others {largest:.4f}"
         )
+
+
+def _of_other_seeds(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> Iterator[str]:
+    """Means of trials that differ from earlier ones by their seeds only."""
+    for group in dict.fromkeys(name.rpartition("/")[0] for name in ours):
+        now, before = ({name for name in each if name.rpartition("/")[0] == group} for each in (ours, theirs))
+        key = headline(ours[next(iter(now))])
+        if before and key is not None and now != before:
+            means = [
+                statistics.fmean(each[name]["numbers"][key] for name in names)
+                for each, names in ((ours, now), (theirs, before))
+            ]
+            yield f"{group}: mean {key} {means[0]:.4f} of {len(now)}, earlier {means[1]:.4f} of {len(before)}"
 
 
 def headline(found: Outcome) -> str | None:
