@@ -40,7 +40,7 @@ RATES = {
     "tokenizer112": 35,
     "shards112": 80,
     "train112": 20,
-    "segment": 3.5,
+    "segment": 9,
 }
 """Images a second of one core, measured as docs/evidence.md says: a trial's predicted cost follows from them."""
 
