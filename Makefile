@@ -10,11 +10,15 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 DEMO ?= demo
 DEMO_ARGS ?=
+# Where the study's images lie, where its trials go, and what else tools/evidence.py is told, such as --part 1.
+DATA ?= data
+EVIDENCE ?= evidence
+EVIDENCE_ARGS ?=
 
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-finetune test cluster-test servers soak lint format clean
+.PHONY: help demo demo-finetune evidence test cluster-test servers soak lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +30,9 @@ demo: $(VENV)/demo.txt ## from generated images to pictures of what the model le
 
 demo-finetune: $(VENV)/demo.txt ## the demo, then classes from 100 labels with and without pre-training (3 minutes more)
 	$(BIN)/python tools/demo.py --out $(DEMO) --finetune $(DEMO_ARGS)
+
+evidence: $(VENV)/demo.txt ## the study of docs/results.md on the images in DATA, or the part that EVIDENCE_ARGS names
+	$(BIN)/python tools/evidence.py --data $(DATA) --out $(EVIDENCE) $(EVIDENCE_ARGS)
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/test.txt ## all tests but those of cluster-test; those that need a server skip with the reason

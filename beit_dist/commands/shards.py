@@ -72,6 +72,7 @@ SETTINGS: dict[str, Any] = {
     "batch": 64,
     "precision": "fp32",
     "pixel_version": 1,
+    "crop_area": 0.08,
 }
 """Settings that decide the bytes, and their defaults; --finish compares those that are given with the job's."""
 
@@ -138,6 +139,13 @@ def _add_settings(parser: CommandParser) -> None:
         choices=("random", "center"),
         help="BEiT's jitter, flip and random crop, or a plain centre crop "
         "for validation and pictures (default random)",
+    )
+    add(
+        "--crop-area",
+        type=float,
+        metavar="SHARE",
+        help="smallest share of an image's area that a random crop takes (default 0.08, as the original; "
+        "images of 32 px or so need more)",
     )
     add("--shard-samples", type=int, help="images in a shard (default 4096: 631 MB)")
     add("--seed", type=int, help="seed of the order, crops, flips and jitter (default 0)")

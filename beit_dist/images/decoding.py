@@ -201,6 +201,7 @@ def make_view(
     seed: int,
     sample_id: int,
     view: int,
+    crop_area: float = CROP_AREA[0],
 ) -> View:
     """One view of an image, a pure function of the arguments.
 
@@ -209,13 +210,14 @@ def make_view(
         image_size: side of the backbone's view in pixels.
         token_size: side of the tokenizer's view in pixels: 8 for each visual token.
         augment: ``random`` is BEiT's recipe; ``center`` the largest centred square, nothing else.
+        crop_area: smallest share of the image's area that a random crop takes.
     """
     key = (sample_id, view)
     if augment == "center":
         box, flip = centred_square(image.width, image.height), False
         crop = image.crop(box)
     else:
-        box, flip = crop_box(image.width, image.height, seed, key), flips(seed, key)
+        box, flip = crop_box(image.width, image.height, seed, key, crop_area), flips(seed, key)
         crop = _jittered_crop(image, box, seed, key)
     return View(
         image=_resize(crop, image_size, Image.Resampling.BICUBIC, flip),
@@ -225,13 +227,13 @@ def make_view(
     )
 
 
-def crop_box(width: int, height: int, seed: int, key: tuple[int, int]) -> Box:
+def crop_box(width: int, height: int, seed: int, key: tuple[int, int], smallest: float = CROP_AREA[0]) -> Box:
     """A random crop: area and aspect ratio as torchvision's RandomResizedCrop draws them.
 
-    Ten attempts at an area uniform in 8 to 100 % and a ratio log-uniform in 3/4 to 4/3 at a uniform place; if
-    none fits into the image, the largest centred box whose ratio is in that range.
+    Ten attempts at an area uniform in ``smallest`` to 100 % and a ratio log-uniform in 3/4 to 4/3 at a uniform
+    place; if none fits into the image, the largest centred box whose ratio is in that range.
     """
-    return box_of(width, height, words(seed, Purpose.CROP, key, CROP_WORDS), CROP_AREA, CROP_RATIO)
+    return box_of(width, height, words(seed, Purpose.CROP, key, CROP_WORDS), (smallest, CROP_AREA[1]), CROP_RATIO)
 
 
 def box_of(

@@ -22,6 +22,7 @@ from PIL import Image, ImageEnhance
 
 from beit_dist.errors import ConfigError
 from beit_dist.images.decoding import (
+    CROP_AREA,
     Augment,
     Box,
     Picture,
@@ -69,6 +70,7 @@ def make_fast_views(
     seed: int,
     sample_id: int,
     decoder: Decoder = "pillow",
+    crop_area: float = CROP_AREA[0],
 ) -> list[View]:
     """All views of an image, a pure function of the arguments; see :func:`beit_dist.images.decoding.make_view`.
 
@@ -80,7 +82,7 @@ def make_fast_views(
     def boxes(width: int, height: int) -> list[Box]:
         if augment == "center":
             return [centred_square(width, height)] * views
-        return [crop_box(width, height, seed, (sample_id, view)) for view in range(views)]
+        return [crop_box(width, height, seed, (sample_id, view), crop_area) for view in range(views)]
 
     picture = decode_picture(raw, lambda *size: _scale(boxes(*size), image_size), decoder)
     pixels = picture.pixels

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from beit_dist.errors import SampleError, UserError
-from beit_dist.images.decoding import Augment, View, decode, make_view, patchify
+from beit_dist.images.decoding import CROP_AREA, Augment, View, decode, make_view, patchify
 from beit_dist.images.jpeg_decoders import Decoder
 from beit_dist.images.rejection import ImageRejectedError
 from beit_dist.storage.access import Access
@@ -56,13 +56,14 @@ class Recipe(NamedTuple):
     seed: int
     pixel_version: PixelVersion = 1
     decoder: Decoder = "pillow"
+    crop_area: float = CROP_AREA[0]
 
     @classmethod
     def of(cls, job: Job) -> Recipe:
         """The recipe of a job."""
         sizes = (job.views, job.image_size, job.token_size, job.patch_size)
         decoder: Decoder = "pillow" if job.decoder == "pillow" else "simplejpeg"
-        return cls(*sizes, job.augment, job.seed, job.pixel_version, decoder)
+        return cls(*sizes, job.augment, job.seed, job.pixel_version, decoder, job.crop_area)
 
     def views_of(self, raw: bytes, sample_id: int) -> list[View]:
         """All views of an image, decoded once.
@@ -75,11 +76,24 @@ class Recipe(NamedTuple):
             from beit_dist.images.fast_views import make_fast_views  # PyTorch, which version 1 does without
 
             return make_fast_views(
-                raw, views=self.views, augment=self.augment, sample_id=sample_id, decoder=self.decoder, **wanted
+                raw,
+                views=self.views,
+                augment=self.augment,
+                sample_id=sample_id,
+                decoder=self.decoder,
+                crop_area=self.crop_area,
+                **wanted,
             )
         image = decode(raw, self.decoder)
         return [
-            make_view(image, augment=self.augment, sample_id=sample_id, view=view, **wanted)
+            make_view(
+                image,
+                augment=self.augment,
+                sample_id=sample_id,
+                view=view,
+                crop_area=self.crop_area,
+                **wanted,
+            )
             for view in range(self.views)
         ]
 

@@ -10,6 +10,7 @@ from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.config.reading import load_recipe
 from beit_dist.config.recipes import named
 from beit_dist.engine.durations import counted
+from beit_dist.images.decoding import CROP_AREA
 from beit_dist.shards.manifest import HELD_OUT_NAME, Manifest, load_held_out
 from beit_dist.shards.sample import SampleLayout
 from beit_dist.shards.statistics import lines, load_statistics
@@ -73,6 +74,8 @@ class Planned:
         )
         if job.pixel_version != 1 or job.decoder != "pillow":
             rows.append(("pixels", f"version {job.pixel_version}, JPEGs decoded by {job.decoder}"))
+        if job.augment == "random" and job.crop_area != CROP_AREA[0]:
+            rows.append(("crops", f"of {job.crop_area:.0%} to 100% of an image's area"))
         return rows
 
 

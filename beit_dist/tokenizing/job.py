@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from beit_dist.errors import ConfigError, DataError, StorageError
-from beit_dist.images.decoding import Augment
+from beit_dist.images.decoding import CROP_AREA, Augment
 from beit_dist.images.heif import heif_version
 from beit_dist.shards.sample import MAX_VIEWS, SampleLayout
 from beit_dist.storage.place import Place
@@ -30,7 +30,7 @@ SOFTWARE = ("torch", "pillow", "numpy", "decoder")
 
 PixelVersion = Literal[1, 2]
 PIXEL_VERSIONS: tuple[PixelVersion, ...] = (1, 2)
-_SINCE: dict[str, Any] = {"pixel_version": 1, "decoder": "pillow", "compiled": False}
+_SINCE: dict[str, Any] = {"pixel_version": 1, "decoder": "pillow", "compiled": False, "crop_area": CROP_AREA[0]}
 """Fields that jobs did not always have, with what every job did before. Where that holds they are not written, so
 that such a job has the content and the digest that it always had."""
 
@@ -53,6 +53,7 @@ class Job:
             :mod:`beit_dist.images.fast_views`.
         decoder: of JPEGs: ``pillow``, or ``simplejpeg`` with its version.
         compiled: whether the tokenizer is compiled, which rounds differently.
+        crop_area: smallest share of an image's area that a random crop takes.
 
     Raises:
         ConfigError: a number is out of range.
@@ -76,6 +77,7 @@ class Job:
     pixel_version: PixelVersion = 1
     decoder: str = "pillow"
     compiled: bool = False
+    crop_area: float = CROP_AREA[0]
 
     def __post_init__(self) -> None:
         SampleLayout(self.image_size, self.patch_size, self.vocabulary)
@@ -88,6 +90,8 @@ class Job:
                 raise ConfigError(f"--{name.replace('_', '-')}", getattr(self, name), "1 or more")
         if self.pixel_version not in PIXEL_VERSIONS:
             raise ConfigError("--pixel-version", self.pixel_version, "1 or 2")
+        if not 0 < self.crop_area <= 1:
+            raise ConfigError("--crop-area", self.crop_area, "a share above 0 and at most 1")
         if not 0 <= self.seed < 2**63:
             raise ConfigError("--seed", self.seed, "0 to 2**63 - 1")
 

@@ -13,7 +13,7 @@ import torch
 
 from beit_dist.engine.device import device_of
 from beit_dist.errors import ConfigError
-from beit_dist.images.decoding import Augment
+from beit_dist.images.decoding import CROP_AREA, Augment
 from beit_dist.images.jpeg_decoders import Decoder, decoder_version
 from beit_dist.models.dvae import DVAE
 from beit_dist.shards.manifest import Manifest
@@ -65,6 +65,7 @@ class Options:
     decoder: Decoder = "pillow"
     compiled: bool | None = None
     encoders: int = 1
+    crop_area: float = CROP_AREA[0]
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def prepare(options: Options, environment: Mapping[str, str]) -> Prepared:
         pixel_version=options.pixel_version,
         decoder=decoder,
         compiled=_compiled(options, device),
+        crop_area=options.crop_area,
         **software(),
     )
     # Nothing is made in a folder that is complete, so it does not matter with what versions this one would.

@@ -193,6 +193,15 @@ def test_crops_have_torchvisions_distribution() -> None:
 EXPECTED_AREA, EXPECTED_LOG_RATIO = 0.433, 0.031
 
 
+def test_views_take_no_less_of_the_area_than_they_are_told_to() -> None:
+    image = Image.new("RGB", (500, 375))
+    sizes = {"image_size": 16, "token_size": 16, "augment": "random", "seed": 0, "view": 0}
+    boxes = np.array([make_view(image, sample_id=n, crop_area=0.5, **sizes).box for n in range(300)])
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / (500 * 375)
+    assert 0.49 < area.min() < 0.53
+    assert area.max() > 0.9
+
+
 def test_flips_are_even_and_independent_of_crops() -> None:
     flips = np.array([images.flips(0, (sample_id, 0)) for sample_id in range(4000)])
     assert abs(flips.mean() - 0.5) < 0.03

@@ -101,6 +101,14 @@ def test_a_large_jpeg_is_shrunk_as_far_as_every_crop_stays_twice_the_view(
     assert shrunk > 6
 
 
+def test_the_least_area_of_a_crop_holds_for_both_versions() -> None:
+    raw = jpeg(photo(64, 48))
+    sizes = {"image_size": 16, "token_size": 16, "augment": "random", "seed": 0, "sample_id": 3, "crop_area": 0.7}
+    fast_box = make_fast_views(raw, views=1, **sizes)[0].box
+    assert fast_box == make_view(decode(raw), view=0, **sizes).box
+    assert fast_box != slow(raw, 3).box
+
+
 def test_the_smallest_crop_of_all_views_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = jpeg(photo(1200, 900))
     alone = [slow(raw, 1, view) for view in range(4)]

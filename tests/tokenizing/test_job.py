@@ -47,7 +47,8 @@ def test_a_job_as_all_jobs_were_is_written_as_it_always_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("pixel_version", 2), ("decoder", "simplejpeg 1.9.0"), ("compiled", True)]
+    ("name", "value"),
+    [("pixel_version", 2), ("decoder", "simplejpeg 1.9.0"), ("compiled", True), ("crop_area", 0.5)],
 )
 def test_what_is_made_otherwise_is_another_job(tmp_path: Path, name: str, value: object) -> None:
     other = replace(JOB, **{name: value})  # type: ignore[arg-type]
@@ -57,6 +58,12 @@ def test_what_is_made_otherwise_is_another_job(tmp_path: Path, name: str, value:
     assert read_job(LocalPlace(tmp_path)) == other
     with pytest.raises(DataError, match=f"{name}: got "):
         record_job(LocalPlace(tmp_path), JOB)
+
+
+@pytest.mark.parametrize("area", [0.0, -0.1, 1.5])
+def test_a_crop_takes_a_share_of_the_area(area: float) -> None:
+    with pytest.raises(ConfigError, match=r"--crop-area: got .*, expected a share above 0 and at most 1"):
+        replace(JOB, crop_area=area)
 
 
 def test_there_is_no_third_version_of_the_pixels() -> None:
