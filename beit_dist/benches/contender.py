@@ -72,11 +72,22 @@ class Contender:
     ) -> None:
         self._end()
 
+    def step_beside(self, other: Contender, number: int) -> list[float]:
+        """Seconds of so many steps, while ``other`` takes as many."""
+        self._tell("step", number)
+        other._tell("step", number)
+        answer = self._answer()
+        other._answer()
+        return answer
+
     def _ask(self, what: str, number: int) -> list[float]:
+        self._tell(what, number)
+        return self._answer()
+
+    def _tell(self, what: str, number: int) -> None:
         assert self._process.stdin is not None  # for the type checker: it was asked for
         self._process.stdin.write(f"{what} {number}\n")
         self._process.stdin.flush()
-        return self._answer()
 
     def _answer(self) -> list[float]:
         assert self._process.stdout is not None  # for the type checker: it was asked for

@@ -90,6 +90,7 @@ def rows_of(case: Case, device: torch.device) -> Iterator[Row]:
             both, _ = through_trainer(folder, case, precision, 2)
             ratios = [statistics.median(alone) / each for each in both]
             yield row("trainer", named, "2 ranks / 2 × 1 rank", ratios, "×")
+            yield from _two_at_once(named, case, precision)
 
 
 def through_trainer(data: str, case: Case, precision: str, ranks: int) -> tuple[list[float], float]:
@@ -113,6 +114,20 @@ def through_trainer(data: str, case: Case, precision: str, ranks: int) -> tuple[
 def environment() -> dict[str, str]:
     """Of a process that imports what this one does; one thread on a CPU, unless the user says otherwise."""
     return {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def _two_at_once(named: str, case: Case, precision: str) -> Iterator[Row]:
+    """What the machine leaves of a step when its other core takes steps too: two ranks cannot do better."""
+    name = "ours, compiled, updated" if "compile=true" in case.more else "ours, updated"
+    given = (name, case.size, case.batch, precision, None, "wall")
+    try:
+        with Contender(*given) as one, Contender(*given) as other:
+            alone, beside = one.step(3), one.step_beside(other, 3)
+    except UnavailableError as reason:
+        print(f"trainer: two processes: left out: {reason}", file=sys.stderr)
+        return
+    ratios = [statistics.median(alone) / each for each in beside]
+    yield row("trainer", named, "2 processes that exchange nothing / 2 × 1", ratios, "×")
 
 
 def _beside_plain(
