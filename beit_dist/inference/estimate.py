@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(job: Job[Made], device: torch.device) -> Estimate:
-    """Look at some images of a job, a batch at a time; nothing is written. The first batch warms up, if more follow."""
+    """Look at some images of a job, in batches, and write nothing. The first warms up, if another one follows."""
     job.work.model.to(device)
     count, number = len(job.images), min(_LOOKED_AT, len(job.images))
     numbers = [place * count // number for place in range(number)]
