@@ -162,7 +162,7 @@ def test_every_section_of_the_runs_is_there(page: Path) -> None:
         "about",
     } == ids
     assert "The surest mistakes" in found.text
-    assert "10.0 %" in found.text  # the IoU of the second class
+    assert "10.0%" in found.text  # the IoU of the second class
     pictures = [attributes for tag, attributes in found.tags if tag == "img"]
     assert len(pictures) > 20
     assert all(str(each["src"]).startswith("data:image/webp;base64,") for each in pictures)
