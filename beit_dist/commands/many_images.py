@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from beit_dist.commands.options import add_device, add_images, add_storage, at_least, number_of_ranks
+from beit_dist.commands.options import add_device, add_images, add_storage, at_least, check_out, number_of_ranks
 from beit_dist.commands.parsing import CommandParser
 from beit_dist.errors import ConfigError, printable
 
@@ -107,6 +107,8 @@ def do(job: Job[Any], args: argparse.Namespace, ranks: Ranks) -> int:
 
     done = job.is_done  # refuses a file of another job before the ranks join
     if not done:
+        if job.target.place.is_local:
+            check_out(job.target.place.path / job.target.name)
         job.check_room()
     if args.dry_run:
         print("\n".join((*introduction(job), *_estimated(job, args))), flush=True)
@@ -121,7 +123,7 @@ def do(job: Job[Any], args: argparse.Namespace, ranks: Ranks) -> int:
         ) as bar:
             unreadable = job.run(agreement, device, lambda images: bar.update(images * ranks.world))
     if not silent:
-        print("\n".join(conclusion(job, unreadable)), flush=True)
+        print("\n".join(conclusion(job, unreadable, done)), flush=True)
     return 0
 
 
@@ -145,12 +147,13 @@ def introduction(job: Job[Any]) -> Iterator[str]:
         yield f"resume  {made:,} images are done: {job.target.parts}"
 
 
-def conclusion(job: Job[Any], unreadable: int) -> Iterator[str]:
-    """What has been done."""
+def conclusion(job: Job[Any], unreadable: int, was_done: bool) -> Iterator[str]:
+    """What has been done, or was there before."""
     from beit_dist.engine.durations import counted
     from beit_dist.inference.job import unreadable_of
 
-    yield f"wrote   {job.target}: {counted(len(job.images) - unreadable, 'row')}"
+    made = "there  " if was_done else "wrote  "
+    yield f"{made} {job.target}: {counted(len(job.images) - unreadable, 'row')}"
     if not unreadable:
         return
     listed = job.target.place / job.target.unreadable

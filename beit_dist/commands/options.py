@@ -104,6 +104,22 @@ def add_samples(group: Group, default: int, help: str) -> None:
     )
 
 
+def check_out(out: str | Path) -> None:
+    """Refuse a file of ``--out`` that cannot be written, before the work instead of after.
+
+    Raises:
+        ConfigError: its folder is none, or takes no files; or it would be made in such a folder.
+    """
+    from beit_dist.storage.durable import check_takes_files
+
+    folder = Path(out).absolute().parent
+    there = next(above for above in (folder, *folder.parents) if above.exists())
+    try:
+        check_takes_files(there)
+    except OSError as error:
+        raise ConfigError("--out", str(out), f"a file that can be written ({there}: {error.strerror})") from None
+
+
 def add_json(group: Group) -> None:
     """``--json``; for :func:`write_json`."""
     group.add_argument(

@@ -12,6 +12,7 @@ from beit_dist.commands.options import (
     add_samples,
     add_storage,
     at_least,
+    check_out,
 )
 from beit_dist.commands.parsing import CommandParser
 from beit_dist.errors import ConfigError
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(
             "--out", arguments.out, "a file, and not a folder", f"For instance {out / 'report.html'}."
         )
+    check_out(out)
     from beit_dist.commands.pictures import kinds
     from beit_dist.engine.device import device_of
     from beit_dist.engine.durations import counted

@@ -16,6 +16,7 @@ from beit_dist.commands.options import (
     add_out,
     add_storage,
     at_least,
+    check_out,
     write_json,
 )
 from beit_dist.commands.parsing import CommandParser
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_similar(list(_rows(args.queries, answer, model, access)), args.out, name)
     if not silent:
         print("\n".join(_lines(args.queries, answer)))
-        print(f"wrote {args.out}", flush=True)
+        print(f"wrote {printable(args.out)}", flush=True)
     if args.json:
         write_json(
             args.json, [_facts(query, own) for query, own in zip(args.queries, answer.similar, strict=True)]
@@ -112,6 +113,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--images", got, "either --images SRC or --embedded F, to look for similar images in")
     if Path(args.out).suffix.lower() != ".png":
         raise ConfigError("--out", args.out, "a file that ends in .png")
+    check_out(args.out)
     if len(args.queries) > MOST_ROWS:
         raise ConfigError("QUERY", f"{len(args.queries)} images", f"at most {MOST_ROWS} for one picture")
 

@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(job: Job[Made], device: torch.device) -> Estimate:
-    """Look at some images of a job, a batch at a time; nothing is written. The first batch warms up."""
+    """Look at some images of a job, in batches, and write nothing. The first warms up, if another one follows."""
     job.work.model.to(device)
     count, number = len(job.images), min(_LOOKED_AT, len(job.images))
     numbers = [place * count // number for place in range(number)]
@@ -41,9 +41,9 @@ def estimate(job: Job[Made], device: torch.device) -> Estimate:
             job.work.make(readable, None)
         unreadable += len(some) - len(readable)
         looked_at += len(some)
-        if looked_at == len(some) < number:
-            start, before = time.perf_counter(), looked_at
         if time.perf_counter() - began > _ENOUGH:
             break
+        if looked_at == len(some) < number:
+            start, before = time.perf_counter(), looked_at
     images.close()
     return Estimate((time.perf_counter() - start) / max(1, looked_at - before), looked_at, unreadable)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import numpy as np
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from beit_dist.config.model import BackboneConfig
 from beit_dist.errors import ConfigError
-from beit_dist.inference.preparing import EXPECTED, AnyImage, Preparation
+from beit_dist.inference.preparing import EXPECTED, AnyImage, OpenFile, Preparation
 
 AnyImages = AnyImage | Iterable[AnyImage] | Tensor
 """One image or several. What is no tensor is prepared by ``model.prepare``. A tensor is taken as it is, on any
 device: uint8 (B, S, S, 3) or (B, 3, S, S), pixels of 0 to 255 such as ``model.prepare`` returns; or floating-point
 (B, 3, S, S), normalised as ``model.normalise`` does. A tensor may also be of one image, without B."""
-_ONE = (Image.Image, np.ndarray, str, os.PathLike, bytes, bytearray, memoryview)
+_ONE = (Image.Image, np.ndarray, str, os.PathLike, bytes, bytearray, memoryview, OpenFile)
+_MANY = "OSU"
+"""Kinds of arrays that hold images or paths, such as a column of a table, and not pixels."""
 _BEYOND = 1.0
 """How far a normalised pixel may lie beyond black or white, in units of their distance: resizing and noise
 overshoot. Pixels of 0 to 255 that nobody normalised lie beyond that."""
@@ -31,17 +34,28 @@ def listed(images: AnyImages) -> list[AnyImage]:
     Raises:
         ConfigError: there are none, or they are none.
     """
-    if isinstance(images, np.ndarray) and images.ndim == 4:
+    if isinstance(images, np.ndarray) and (images.ndim == 4 or (images.ndim == 1 and images.dtype.kind in _MANY)):
         found: list[AnyImage] = list(images)
     elif isinstance(images, _ONE):
         found = [cast(AnyImage, images)]
-    elif isinstance(images, Iterable):
+    elif isinstance(images, Iterable) and not isinstance(images, Mapping):
         found = list(images)
     else:
         raise ConfigError("images", type(images).__name__, EXPECTED)
     if not found:
-        raise ConfigError("images", "none", "at least one")
+        raise ConfigError("images", [], "at least one")
     return found
+
+
+def collected(images: AnyImages) -> list[AnyImage] | Tensor:
+    """Images as one tensor (B, ...), if they came as one or as several of one size; or else one by one.
+
+    Raises:
+        ConfigError: there are none, they are none, or tensors are of several sizes, or not all are tensors.
+    """
+    images = images if isinstance(images, Tensor) else listed(images)
+    given = as_tensor(images)
+    return listed(images) if given is None else given
 
 
 def as_tensor(images: AnyImages) -> Tensor | None:
@@ -68,9 +82,9 @@ def patches_of(images: AnyImages, prepare: Preparation, device: torch.device) ->
         DataError: an image cannot be used.
         StorageError: a store failed for as long as it was tried again.
     """
-    config, given = prepare.config, as_tensor(images)
-    if given is None:
-        given = torch.from_numpy(np.stack([prepare(image) for image in listed(images)]))
+    config, given = prepare.config, collected(images)
+    if isinstance(given, list):
+        given = torch.from_numpy(np.stack([prepare(image) for image in given]))
     pixels = channels_first(given, config)
     if pixels.dtype != torch.uint8:
         _check_range(pixels, config)
@@ -129,7 +143,7 @@ def statistics(config: BackboneConfig, device: torch.device) -> tuple[Tensor, Te
 
 
 def _check_range(images: Tensor, config: BackboneConfig) -> None:
-    """Refuse what was not normalised, or is not finite.
+    """Refuse what was not normalised, or is not finite; warn of pixels of 0 to 1, which may be either.
 
     On an accelerator only where no gradient is computed: a training would wait for the numbers at each step.
     """
@@ -145,6 +159,12 @@ def _check_range(images: Tensor, config: BackboneConfig) -> None:
             f"floating-point values from {low:g} to {high:g}",
             f"normalised pixels, (x / 255 - mean) / std, which lie between {least:.3g} and {most:.3g}",
             "Give pixels of 0 to 255 as uint8, or use model.normalise.",
+        )
+    if 0 <= low < high <= 1:  # what torchvision's ToTensor gives; normalised, half of an image is below 0
+        warnings.warn(
+            f"images: floating-point values from {low:g} to {high:g} look as if they were not normalised: give "
+            "pixels of 0 to 255 as uint8, or normalise them, (x - mean) / std",
+            stacklevel=4,
         )
 
 

@@ -78,10 +78,10 @@ def load(
 
 
 def _device(given: str | torch.device | None) -> torch.device:
-    if isinstance(given, torch.device):
+    if isinstance(given, torch.device) and given.type != "cuda":
         return given
     try:
-        return device_of("cpu" if given is None else given)
+        return device_of("cpu" if given is None else str(given))
     except ConfigError as error:
         raise error.named("device") from None
 

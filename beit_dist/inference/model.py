@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from beit_dist.config.model import BackboneConfig
+from beit_dist.errors import ConfigError
 from beit_dist.inference.features import Features
 from beit_dist.inference.inputs import AnyImages, normalised, patches_of
 from beit_dist.inference.preparing import Preparation
 from beit_dist.inference.provenance import Provenance
 from beit_dist.models.vit import BeitBackbone
 from beit_dist.probing.features import layers_of
+
+_NEEDED = {
+    "predict": "a model that beit finetune has made",
+    "probabilities": "a model that beit finetune has made",
+    "logits": "a model that was fine-tuned for a classification",
+    "reconstruct": "a pre-trained model",
+}
+"""Methods of some models alone."""
 
 
 class LoadedModel(nn.Module):
@@ -63,10 +73,10 @@ class LoadedModel(nn.Module):
     def features(self, images: AnyImages, layers: int | None = None) -> Features: ...
 
     @overload
-    def features(self, images: AnyImages, layers: Sequence[int]) -> dict[int, Features]: ...
+    def features(self, images: AnyImages, layers: Iterable[int]) -> dict[int, Features]: ...
 
     def features(
-        self, images: AnyImages, layers: int | Sequence[int] | None = None
+        self, images: AnyImages, layers: int | Iterable[int] | None = None
     ) -> Features | dict[int, Features]:
         """What a layer, or each of several, makes of images, without the last norm; as ``beit probe`` sees them.
 
@@ -79,9 +89,8 @@ class LoadedModel(nn.Module):
             ConfigError: there is no such layer; or a tensor of another shape, dtype or range.
             DataError: an image cannot be used.
         """
-        one = not isinstance(layers, Sequence)
-        given = layers if isinstance(layers, Sequence) else [self.default_layer if layers is None else layers]
-        wanted = layers_of(self.config.depth, given, "layers")
+        one = layers is None or isinstance(layers, int | np.integer)
+        wanted = layers_of(self.config.depth, self._chosen(layers), "layers")
         found = {}
         for layer, tokens in enumerate(self.network.layers(self.patches_of(images)), start=1):
             if layer in wanted:
@@ -89,6 +98,18 @@ class LoadedModel(nn.Module):
             if layer == wanted[-1]:
                 break
         return found[wanted[0]] if one else found
+
+    def _chosen(self, layers: int | Iterable[int] | None) -> list[int]:
+        if layers is None:
+            return [self.default_layer]
+        if isinstance(layers, int | np.integer):
+            return [int(layers)]
+        several = isinstance(layers, Iterable) and not isinstance(layers, str)
+        if not several or not (chosen := list(layers)):
+            raise ConfigError(
+                "layers", layers, f"numbers from 1 (first block) to {self.config.depth} (last block)"
+            )
+        return chosen
 
     def attention(self, images: AnyImages, layer: int | None = None) -> Tensor:
         """How much each token attends to each: fp32 (B, heads, 1 + P, 1 + P), rows are queries and sum to 1.
@@ -117,6 +138,11 @@ class LoadedModel(nn.Module):
     def patches_of(self, images: AnyImages) -> Tensor:
         """What ``network`` takes, on its device: (B, P, D), uint8, or fp32 between 0 and 255."""
         return patches_of(images, self.prepare, self.device)
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        if name in _NEEDED:
+            raise AttributeError(f"{type(self).__name__} has no {name}, which needs {_NEEDED[name]}")
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         """Where it is from, and what was assumed."""

@@ -16,7 +16,7 @@ from beit_dist.inference.provenance import Provenance
 from beit_dist.models.heads.targets import HEADS
 from beit_dist.storage.access import Access
 from beit_dist.storage.place import is_url
-from beit_dist.weights.foreign import Foreign, named, read_file
+from beit_dist.weights.foreign import SUFFIXES, Foreign, named, read_file
 from beit_dist.weights.origin import KINDS, assumptions, sizes_of
 from beit_dist.weights.stored import open_weights
 
@@ -52,6 +52,9 @@ def open_run(source: str, *, ema: bool, access: Access) -> Opened:
             f"{source} does not exist, expected a run, or a local file or folder of weights, or a URL. Download a "
             "model from a hub first"
         )
+    if not is_url(source) and Path(source).is_file():
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise WeightsError(f"{source}: is no file of weights, whose names end in {suffixes}, and no run's folder")
     stored = open_weights(source, ema=ema, access=access, kinds=KINDS)
     manifest = stored.saved.manifest
     name = f"{source}, {stored.saved.folder.name}" + (", averaged weights" if ema else "")

@@ -33,7 +33,8 @@ class Reconstruction:
     masked: Pixels
     """The image with its masked patches in grey: what the model sees."""
     painted: dict[str, Pixels]
-    """What comes of the predictions, by what it is called beside its row. Empty where nothing can be painted."""
+    """What comes of the predictions, by what it is called, such as ``masked tokens predicted, decoded``. Empty
+    where nothing can be painted."""
     said: str
     """How good they are, in words."""
     tokens: NDArray[np.int64] | None = None
@@ -113,7 +114,7 @@ def token_painter(dvae: DVAE, guessing: float = math.nan) -> Painter:
         for row, (best, picture) in enumerate(pictures):
             chosen = positions[row][positions[row] >= 0]
             right = int((mixed[row, chosen] == true[row, chosen]).sum())
-            labelled = {"true tokens,\ndecoded": best, "masked tokens\npredicted,\ndecoded": picture}
+            labelled = {"true tokens, decoded": best, "masked tokens predicted, decoded": picture}
             yield labelled, f"{100 * right / max(1, len(chosen)):.0f} % right{guessed}"
 
     return paint
@@ -131,7 +132,7 @@ def pixel_painter(head: PixelsHead) -> Painter:
             shown, picture = row >= 0, own.clone()
             picture[row[shown]] = head.paint(values[shown], own[row[shown]])
             pixels = unpatchify(picture.numpy(), head.config.patch_size)
-            yield {"masked pixels\npredicted": pixels}, f"loss {loss.item() / int(shown.sum()):.3f}"
+            yield {"masked pixels predicted": pixels}, f"loss {loss.item() / int(shown.sum()):.3f}"
 
     return paint
 

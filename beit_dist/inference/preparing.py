@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,18 @@ from beit_dist.images.rejection import ImageRejectedError
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import place_of
 
-AnyImage = Image.Image | NDArray[np.uint8] | str | os.PathLike[str] | bytes
-"""One image: of Pillow, in any mode; uint8 (H, W, 3), (H, W, 4) or (H, W); a path or URL; or a file's bytes."""
-EXPECTED = "images of Pillow, uint8 arrays (H, W, 3), paths, URLs, bytes of image files, or tensors"
+
+@runtime_checkable
+class OpenFile(Protocol):
+    """A file that was opened to read bytes, such as ``io.BytesIO``."""
+
+    def read(self) -> bytes: ...
+
+
+AnyImage = Image.Image | NDArray[np.uint8] | str | os.PathLike[str] | bytes | OpenFile
+"""One image: of Pillow, in any mode; uint8 (H, W, 3), (H, W, 4) or (H, W); a path or URL; a file's bytes; or
+a file that was opened to read them."""
+EXPECTED = "images of Pillow, uint8 arrays (H, W, 3), paths, URLs, image files as bytes or opened, or tensors"
 _CHANNELS = (3, 4)
 
 
@@ -63,6 +73,8 @@ class Preparation:
                 return decode(bytes(image))
             if isinstance(image, str | os.PathLike):
                 return decode(self._read(os.fspath(image)))
+            if isinstance(image, OpenFile) and isinstance(content := image.read(), bytes):
+                return decode(content)
         except ImageRejectedError as error:
             raise DataError(f"{name_of(image) or 'images'}: {error}. Mend or leave it out") from None
         raise ConfigError("images", type(image).__name__, EXPECTED)
@@ -73,23 +85,34 @@ class Preparation:
             return place.read(name)
         except StorageError:
             raise
+        except IsADirectoryError:
+            raise DataError(
+                f"{printable(path) or 'an empty path'}: is a folder, expected an image. Name the images in "
+                "it, such as sorted(Path(folder).iterdir())"
+            ) from None
         except OSError as error:
-            raise DataError(f"{printable(path)}: cannot be read ({error.strerror or error})") from None
+            pattern = ". Patterns are not expanded here: see glob.glob" if set(path) & set("*?[") else ""
+            raise DataError(f"{printable(path)}: cannot be read ({error.strerror or error}){pattern}") from None
 
 
 def name_of(image: object) -> str:
     """An image's path or URL for messages; empty where it has none."""
-    path = getattr(image, "filename", "") if isinstance(image, Image.Image) else image
+    path = image
+    if isinstance(image, Image.Image | OpenFile):
+        path = getattr(image, "filename", "") or getattr(image, "name", "")
     return printable(os.fsdecode(path)) if isinstance(path, str | os.PathLike) else ""
 
 
 def _checked(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)):
+        way_out = "What is normalised already goes in as a tensor (B, 3, S, S)."
+        if array.dtype == np.uint8 and array.ndim == 3 and array.shape[0] in _CHANNELS:
+            way_out = "Put the channels last: array.transpose(1, 2, 0)."
         raise ConfigError(
             "images",
             f"an array {array.shape} of {array.dtype}",
             "uint8 arrays (height, width, 3), values from 0 to 255",
-            "What is normalised already goes in as a tensor (B, 3, S, S).",
+            way_out,
         )
     if not array.size:
         raise ConfigError("images", f"an array {array.shape}", "one with pixels")

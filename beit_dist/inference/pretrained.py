@@ -15,7 +15,7 @@ from beit_dist.config.masking import MaskingConfig
 from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.config.reading import recorded
 from beit_dist.errors import ConfigError, TokenizerError
-from beit_dist.inference.inputs import AnyImages, as_tensor, listed
+from beit_dist.inference.inputs import AnyImages, collected
 from beit_dist.inference.model import LoadedModel
 from beit_dist.inference.painting import Painter, Reconstruction, painted, pixel_painter, token_painter
 from beit_dist.inference.preparing import name_of
@@ -66,9 +66,9 @@ class PretrainedModel(LoadedModel):
                 "a model with the head of its pre-training",
                 "Load the run, or an export that keeps the head: safetensors, hf or unilm.",
             )
-        images = images if isinstance(images, Tensor) or as_tensor(images) is not None else listed(images)
+        images = collected(images)
         patches = self.patches_of(images)
-        names = [name_of(image) for image in images] if isinstance(images, list) else []
+        names = [] if isinstance(images, Tensor) else [name_of(image) for image in images]
         hidden = self._hidden(masked, len(patches), seed)
         paint: Painter | None = None
         tokens = torch.zeros(patches.shape[:2], dtype=torch.int64)
@@ -81,12 +81,12 @@ class PretrainedModel(LoadedModel):
     def _hidden(self, masked: NDArray[np.bool_] | float | None, count: int, seed: int) -> NDArray[np.bool_]:
         """(B, P)"""
         grid = self.config.grid
-        if masked is None or (isinstance(masked, float | int) and not isinstance(masked, bool)):
+        if masked is None or (isinstance(masked, float | int | np.floating) and not isinstance(masked, bool)):
             settings = self._masking(None if masked is None else float(masked))
             return masks_of(settings, grid, seed).masked(np.zeros(count, np.int64), np.arange(count))
         hidden = np.asarray(masked)
         if hidden.dtype != np.bool_ or hidden.shape not in ((grid, grid), (count, grid, grid)):
-            got = f"{hidden.dtype} {hidden.shape}"
+            got = f"{hidden.dtype} {hidden.shape}" if hidden.ndim else masked
             raise ConfigError("masked", got, f"bool ({grid}, {grid}) or ({count}, {grid}, {grid}), or a share")
         hidden = np.broadcast_to(hidden, (count, grid, grid)).reshape(count, -1)
         if not hidden.any(1).all() or hidden.all(1).any():
@@ -98,8 +98,9 @@ class PretrainedModel(LoadedModel):
         recipe = self.provenance.recipe
         run = MaskingConfig() if recipe is None else recorded(PretrainingConfig, recipe).masking
         if share is not None:
-            if not 0 < share < 1:
-                raise ConfigError("masked", share, "a share of the patches between 0 and 1")
+            if not 0 < share <= 1 - 1 / self.config.patches:
+                expected = f"a share between 0 and 1 that leaves one of the {self.config.patches} patches"
+                raise ConfigError("masked", share, expected)
             run = run.model_copy(update={"ratio": share, "masked_patches": 0})
         elif recipe is not None:
             return run

@@ -14,7 +14,7 @@ from beit_dist.config.labelled import SegmentationViewConfig
 from beit_dist.errors import ConfigError
 from beit_dist.images.decoding import Pixels
 from beit_dist.images.labelled.views import SegmentationView
-from beit_dist.inference.inputs import AnyImages, as_tensor, listed
+from beit_dist.inference.inputs import AnyImages, collected
 from beit_dist.inference.model import LoadedModel
 from beit_dist.inference.preparing import Preparation
 from beit_dist.inference.provenance import Provenance
@@ -83,12 +83,12 @@ class SegmentationModel(LoadedModel):
 
         Arguments and errors are those of :meth:`predict`.
         """
-        given = as_tensor(images)
-        if given is not None and given.dtype != torch.uint8:
+        given = collected(images)
+        if isinstance(given, Tensor) and given.dtype != torch.uint8:
             for one in given if given.dim() == 4 and len(given) else [given]:
                 yield self._scores(self.patches_of(one))[0].float().softmax(0)
             return
-        whole = (self.prepare.whole(image) for image in listed(images)) if given is None else _arrays(given)
+        whole = _arrays(given) if isinstance(given, Tensor) else (self.prepare.whole(image) for image in given)
         view = SegmentationView(self.config, self.views)
         for pixels in whole:
             with torch.no_grad():

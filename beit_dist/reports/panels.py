@@ -21,6 +21,8 @@ from beit_dist.reports.samples import ShardSample
 from beit_dist.shards.manifest import Manifest
 from beit_dist.stream.masking.base import Masks
 
+_LABEL = 13
+"""Letters of a line beside a row."""
 _ACROSS = 6
 """Samples side by side."""
 _SIDE = 1.3
@@ -73,7 +75,8 @@ def draw_panel(columns: Sequence[Reconstruction], out: str | Path, title: str = 
 
     The masked area is outlined in the painted pictures: only there does the model's work show.
     """
-    labels = ["image", "what the\nmodel sees", *columns[0].painted]
+    names = ("image", "what the model sees", *columns[0].painted)
+    labels = ["\n".join(textwrap.wrap(name, _LABEL)) for name in names]
     bands = [columns[first : first + _ACROSS] for first in range(0, len(columns), _ACROSS)]
     across, heading = len(bands[0]), textwrap.wrap(title, max(30, 13 * len(bands[0]) + 8))
     size = (_SIDE * across + 1.1, (_SIDE * len(labels) + 0.6) * len(bands) + 0.2 * len(heading) + 0.1)

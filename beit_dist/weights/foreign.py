@@ -26,7 +26,8 @@ WEIGHTS = (FILE, "pytorch_model.bin", PICKLE)
 """Names of the file of weights in a folder."""
 INDICES = tuple(f"{name}.index.json" for name in WEIGHTS)
 """Names of the files that say which files hold parts of the weights."""
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+"""Of files of weights."""
 _CONFIG, _PROCESSOR = SETTINGS = "config.json", "preprocessor_config.json"
 _WRAPPERS = ("model", "module", "state_dict")
 _FILTERS: dict[Any, str] = {2: "bilinear", 3: "bicubic"}
@@ -66,10 +67,10 @@ def is_foreign(source: str) -> bool:
     """Whether ``source`` is a file of weights, or a folder with one, and not a run."""
     path = Path(source)
     if is_url(source):
-        return path.suffix in _SUFFIXES
+        return path.suffix in SUFFIXES
     if path.is_dir():  # whatever its name: what follows a dot may be part of it
         return any((path / name).is_file() for name in (_CONFIG, *WEIGHTS))
-    return path.suffix in _SUFFIXES
+    return path.suffix in SUFFIXES
 
 
 def read_foreign(source: str | Path, model: ModelConfig) -> Foreign:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -161,7 +162,7 @@ def test_every_section_of_the_runs_is_there(page: Path) -> None:
         "about",
     } == ids
     assert "The surest mistakes" in found.text
-    assert "10.0 %" in found.text  # the IoU of the second class
+    assert "10.0%" in found.text  # the IoU of the second class
     pictures = [attributes for tag, attributes in found.tags if tag == "img"]
     assert len(pictures) > 20
     assert all(str(each["src"]).startswith("data:image/webp;base64,") for each in pictures)
@@ -260,6 +261,25 @@ def test_runs_of_several_kinds_have_one_colour_each_on_the_whole_page(tmp_path: 
     assert losses["Loss of the pretraining"] == ["c0"]
     assert losses["Loss of the tokenizer"] == ["c1"]
     assert losses["Gradient norm"] == ["c0", "c1"]
+
+
+def test_a_stop_is_told_with_the_way_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=steps_of(9), marker=("PREEMPTED", {"reason": "SIGTERM", "step": 9}))
+    for runs in ([str(run)], [str(run), str(make_run(tmp_path / "other", steps=steps_of(9)))]):
+        assert main([*runs, "--out", str(tmp_path / "page.html")]) == 0
+        text = (tmp_path / "page.html").read_text()
+        assert text.count("<p>Stopped: SIGTERM. The same command continues it.</p>") == 1
+
+
+def test_data_that_runs_have_in_common_are_shown_once(hostile: list[str], tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(hostile[0], twin)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(models, "load", loaded)
+        assert main([hostile[0], str(twin), "--out", str(tmp_path / "page.html"), "--device", "cpu"]) == 0
+    (section,) = re.findall(r'<section id="data".*?</section>', (tmp_path / "page.html").read_text(), re.DOTALL)
+    assert section.count("<h3>") == 2
+    assert section.count("held-out images of each class") == 1
 
 
 def test_an_accuracy_of_tokens_and_one_of_classes_have_charts_of_their_own(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_shapes_and_default_layers(model: PretrainedModel, classes: Path, photos
     assert torch.equal(found.patch_grid[0, :, 1, 2], found.tokens[0, 1 + 6])
     assert torch.allclose(found.patch_grid.mean((2, 3)), found.patch_mean, atol=1e-6)
     assert beit_dist.load(classes).default_layer == 3
-    for wrong in (4, 0, -1, "9", 1.5, [1, None]):
+    assert list(model.features(photos[0], layers=np.array([3, 1]))) == [1, 3]
+    for wrong in (4, 0, -1, "9", 1.5, [1, None], []):
         with pytest.raises(ConfigError, match=r"layers: got .*, expected numbers from 1 .* to 3"):
             model.features(photos, layers=wrong)
 

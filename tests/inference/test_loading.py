@@ -208,12 +208,18 @@ def test_what_is_no_model_is_refused(tmp_path: Path, pretrained: Path, classes: 
         ({"source": tmp_path / "missing.pth"}, WeightsError, "missing.pth: cannot be read"),
         ({"source": tmp_path / "empty"}, CheckpointError, "expected a run folder or step folder"),
         ({"source": dvae}, WeightsError, "got no backbone of BEiT v1"),
+        ({"source": pretrained / "config.yaml"}, WeightsError, "config.yaml: is no file of weights"),
         ({"source": tmp_path / "damaged.safetensors"}, WeightsError, "a damaged safetensors file"),
         ({"source": tmp_path / "short.safetensors"}, WeightsError, "got no blocks.1.norm2.bias"),
         ({"source": tmp_path / "strange.safetensors"}, WeightsError, "got blocks.0.attn.q_norm.weight, which no"),
         ({"source": tmp_path / "whole.safetensors", "ema": True}, ConfigError, "ema: got True, expected a run"),
         ({"source": pretrained, "ema": True}, CheckpointError, "got no averaged weights"),
         ({"source": pretrained, "device": "gpu"}, ConfigError, "device: got 'gpu', expected auto, cpu"),
+        (
+            {"source": pretrained, "device": torch.device("cuda:99")},
+            ConfigError,
+            "device: got 'cuda:99', expected",
+        ),
         (
             {"source": pretrained, "dtype": torch.int8},
             ConfigError,

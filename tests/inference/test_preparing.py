@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,25 @@ def test_arrays_of_other_channels() -> None:
     assert np.array_equal(PREPARE.whole(pixels[:, ::-1, :3]), pixels[:, ::-1, :3])
 
 
+def test_open_files_and_columns_of_tables(photos: list[Path]) -> None:
+    expected = patches_of(photos[:2], PREPARE, CPU)
+    with photos[0].open("rb") as one:
+        assert torch.equal(patches_of([one, io.BytesIO(photos[1].read_bytes())], PREPARE, CPU), expected)
+    for column in (np.array(photos[:2]), np.array([str(photo) for photo in photos[:2]])):
+        assert torch.equal(patches_of(column, PREPARE, CPU), expected)
+    tensors = [torch.from_numpy(PREPARE(photo)) for photo in photos[:2]]
+    assert torch.equal(patches_of(iter(tensors), PREPARE, CPU), expected)
+
+
+def test_pixels_of_0_to_1_that_nobody_normalised_are_told_of() -> None:
+    images = torch.rand(2, 3, 32, 32)
+    with pytest.warns(UserWarning, match="values from .* look as if they were not normalised"):
+        patches_of(images, PREPARE, CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patches_of(2 * images - 1, PREPARE, CPU)
+
+
 def test_images_are_prepared_in_threads_and_in_processes_without_torch(photos: list[Path]) -> None:
     expected = [PREPARE(photo) for photo in photos]
     with ThreadPoolExecutor(4) as threads:
@@ -113,19 +134,25 @@ BAD_TENSORS: list[tuple[Any, str]] = [
     (torch.full((1, 3, 32, 32), float("inf"), dtype=torch.bfloat16), "values from inf"),
     ([torch.rand(3, 32, 32), torch.rand(3, 16, 16)], "tensors of one size in a list"),
     ([torch.rand(3, 32, 32), "photo.png"], "tensors of one size in a list"),
-    ([], "got 'none', expected at least one"),
+    ([], "got [], expected at least one"),
+    ((torch.rand(3, size, size) for size in (32, 16)), "tensors of one size in a list"),
+    ({"photo.png": 1}, "got 'dict', expected images of Pillow"),
+    (io.StringIO("no image"), "got 'StringIO', expected images of Pillow"),
+    (io.BytesIO(b"no image"), "not an image that Pillow reads"),
     (None, "got 'NoneType', expected images of Pillow"),
     (7, "got 'int', expected images of Pillow"),
     ([None], "got 'NoneType', expected images of Pillow"),
     (np.zeros((32, 32, 3), np.float32), "an array (32, 32, 3) of float32', expected uint8 arrays"),
     (np.zeros((3, 32, 32), np.uint8), "an array (3, 32, 32) of uint8', expected uint8 arrays"),
+    (np.zeros((3, 32, 32), np.uint8), "array.transpose(1, 2, 0)"),
     (np.zeros((0, 32, 3), np.uint8), "expected one with pixels"),
     (np.zeros((2, 2, 3), np.uint8), "a side shorter than 8 px"),
     (Image.new("F", (32, 32)), "floating-point pixels, whose range is not known"),
     (b"no image", "not an image that Pillow reads"),
     ("missing.png", "missing.png: cannot be read (No such file or directory)"),
-    (".", ".: cannot be read"),
-    ("", "cannot be read"),
+    ("photos/*.png", "Patterns are not expanded here"),
+    (".", ".: is a folder, expected an image. Name the images in it"),
+    ("", "an empty path: is a folder"),
     ("s3:/photo.png", "s3:// with two slashes"),
 ]
 

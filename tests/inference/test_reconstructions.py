@@ -130,9 +130,11 @@ def test_what_cannot_be_reconstructed_is_refused(
         (np.ones((5, 4, 4), np.bool_), "a mask that hides all or nothing"),
         (np.zeros((3, 3), np.bool_), r"got 'bool \(3, 3\)', expected bool \(4, 4\) or \(5, 4, 4\)"),
         (np.ones((4, 4)), "got 'float64"),
-        (0.0, "a share of the patches between 0 and 1"),
-        (1, "a share of the patches between 0 and 1"),
-        (True, "got 'bool"),
+        (0.0, "masked: got 0.0, expected a share between 0 and 1 that leaves one of the 16 patches"),
+        (1, "masked: got 1.0, expected a share between 0 and 1"),
+        (0.99, "masked: got 0.99, expected a share"),
+        (True, "got True, expected bool"),
+        ("0.4", "got '0.4', expected bool"),
     ):
         with pytest.raises(ConfigError, match=said):
             model.reconstruct(photos, masked)

@@ -94,7 +94,7 @@ def test_predictions_take_the_place_of_masked_tokens_only(tmp_path: Path, make_s
         expected[positions] = guesses
         assert torch.equal(painted[row], expected)
         assert column.said == f"{100 * right / 6:.0f} % right,\n6 % by guessing"
-        assert list(column.painted) == ["true tokens,\ndecoded", "masked tokens\npredicted,\ndecoded"]
+        assert list(column.painted) == ["true tokens, decoded", "masked tokens predicted, decoded"]
 
 
 def test_masked_patches_are_grey_and_others_untouched(tmp_path: Path, make_shards: MakeShards) -> None:

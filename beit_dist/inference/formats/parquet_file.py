@@ -124,6 +124,9 @@ def _pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError:
         raise ConfigError(
-            ".parquet", None, "the package pyarrow", "pip install 'beit_dist[parquet]', or use another suffix."
+            "pyarrow",
+            None,
+            "this package, for .parquet",
+            "pip install 'beit_dist[parquet]', or use another suffix.",
         ) from None
     return pyarrow

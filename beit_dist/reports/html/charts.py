@@ -149,7 +149,7 @@ def draw(
         first, last = first - 0.5, last + 0.5
     x = _Scale(first, last, LEFT, WIDTH - RIGHT)
     y = _Scale(low, high, HEIGHT - BOTTOM, TOP, log=log)
-    unit = " %" if percent else ""
+    unit = "%" if percent else ""
     return Chart(
         title=title,
         summary=summary,

@@ -120,7 +120,7 @@ def _token_chart(run: Subject, counts: np.ndarray[tuple[int], np.dtype[np.int64]
         "Tokens by frequency",
         [Line(np.arange(1.0, len(shares) + 1), shares, "smooth", run.number)],
         along="rank of the token",
-        summary=f"The commonest token has {shares[0]:.1f} % of all positions." if len(shares) else "No tokens.",
+        summary=f"The commonest token has {shares[0]:.1f}% of all positions." if len(shares) else "No tokens.",
         help="Percent of all positions, the commonest token first. The flatter, the more a position says.",
         log=True,
     )

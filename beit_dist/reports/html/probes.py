@@ -70,9 +70,7 @@ def probe_charts(found: Sequence[tuple[Subject, Probes]]) -> list[Chart]:
             for run, one in found
         ]
         levels = {one.commonest for _, one in found if one.commonest is not None}
-        said = [
-            f"{run.name}: best {one.best(name)[0]:.1f} % with layer {one.best(name)[1]}." for run, one in found
-        ]
+        said = [f"{run.name}: best {one.best(name)[0]:.1f}% with layer {one.best(name)[1]}." for run, one in found]
         chart = draw(
             title,
             lines,
@@ -80,7 +78,7 @@ def probe_charts(found: Sequence[tuple[Subject, Probes]]) -> list[Chart]:
             summary=f"{title}, test accuracy by layer. " + " ".join(said),
             help="Share of test images that are right, from frozen features of each layer.",
             levels=[
-                Level(value, f"commonest class {value:.1f} %", place) for place, value in enumerate(sorted(levels))
+                Level(value, f"commonest class {value:.1f}%", place) for place, value in enumerate(sorted(levels))
             ],
             percent=True,
         )

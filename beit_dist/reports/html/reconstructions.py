@@ -47,7 +47,6 @@ def reconstructions_of(run: Subject, wishes: Wishes, access: Access) -> Reconstr
 def _shown(column: Reconstruction) -> Shown:
     pictures = [("image", data_uri(column.image)), ("what the model sees", data_uri(column.masked))]
     pictures += [
-        (" ".join(what.split()), data_uri(outlined(enlarged(pixels), column.hidden)))
-        for what, pixels in column.painted.items()
+        (what, data_uri(outlined(enlarged(pixels), column.hidden))) for what, pixels in column.painted.items()
     ]
     return Shown(column.name, tuple(pictures), " ".join(column.said.split()))

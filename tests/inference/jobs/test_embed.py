@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from beit_dist.commands.embed import job_of, main, parser
 from beit_dist.errors import ConfigError, DataError, SpaceError
 from beit_dist.images.decoding import decode
 from beit_dist.images.sources.folder import Folder
+from beit_dist.inference import estimate as estimates
 from beit_dist.inference import job as jobs
 from beit_dist.inference.loading import load
 from beit_dist.probing import room
@@ -158,7 +160,9 @@ def test_a_file_of_another_job_is_refused_and_that_of_the_same_is_left_alone(
     before = out.stat().st_mtime_ns
     assert main(words(run, mixed, out)) == 0
     assert out.stat().st_mtime_ns == before
-    assert "nothing is left to do" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "nothing is left to do" in shown
+    assert shown.count("wrote  ") == 1
     fewer = mixed._replace(sources=mixed.sources[:1])
     for command, said in (
         (words(run, mixed, out, "--layers", "2"), "that one holds features of other layers"),
@@ -201,6 +205,14 @@ def test_what_cannot_be_done_is_refused(
         main([*words(run, mixed, tmp_path / "f.npz"), *more])
 
 
+def test_a_place_that_takes_no_file_is_refused_before_the_work(run: Path, mixed: Mixed, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=r"--out: got .*f\.npz', expected a file that can be written .*directory"
+    ):
+        main(words(run, mixed, tmp_path / "file" / "new" / "f.npz"))
+
+
 def test_sources_without_an_image_that_can_be_read_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     command = [str(run), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "f.npz"), "--device", "cpu"]
@@ -221,7 +233,7 @@ def test_without_pyarrow_parquet_is_refused_at_once_and_npz_is_written(
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        ConfigError, match=r"the package pyarrow. pip install 'beit_dist\[parquet\]', or use another"
+        ConfigError, match=r"this package, for .parquet. pip install 'beit_dist\[parquet\]', or use another"
     ):
         main(words(run, mixed, tmp_path / "f.parquet"))
     assert main(words(run, mixed, tmp_path / "f.npz")) == 0
@@ -268,3 +280,22 @@ def test_a_dry_run_tells_counts_bytes_and_time_and_writes_nothing(
     assert "space   5.2 KiB while it is made" in shown
     assert "ms an image on one rank (42 looked at, 3 of which cannot be read)" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", [4.0, 0.1])
+def test_an_estimate_holds_for_a_model_so_slow_that_its_first_batch_is_all_there_is_time_for(
+    run: Path, mixed: Mixed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    job, clock = job_of(parser().parse(words(run, mixed, tmp_path / "f.npz"))), [0.0]
+    make = job.work.make
+
+    def slowly(prepared: Sequence[Any], numbers: Sequence[int] | None) -> Any:
+        clock[0] += seconds * len(prepared)
+        return make(prepared, numbers)
+
+    monkeypatch.setattr(job.work, "make", slowly)
+    monkeypatch.setattr(estimates, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    found = estimates.estimate(job, torch.device("cpu"))
+    readable = 1 - found.unreadable / found.looked_at
+    assert found.seconds == pytest.approx(seconds * readable, rel=0.2)
+    assert found.looked_at == (3 if seconds > 1 else 42)

@@ -135,6 +135,11 @@ def test_what_cannot_be_compared_is_refused(
         (pretrained, ["--embedded", str(tmp_path / "no.npz")], "there is none of that name"),
         (pretrained, ["--embedded", str(other)], "this one is not, or is damaged"),
         (pretrained, ["--embedded", "f.csv"], "--embedded: got 'f.csv', expected a file of beit embed"),
+        (
+            pretrained,
+            ["--embedded", str(file), "--out", f"{other}/s.png"],
+            "a file that can be written .*directory",
+        ),
         (pretrained, ["--embedded", str(file), "--out", "s.jpg"], "--out: got 's.jpg', expected a file that ends"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -69,7 +69,7 @@ def test_baselines_are_within_the_range() -> None:
 def test_percent_begins_at_0_and_ticks_say_so() -> None:
     drawn = chart([40.0, 50.0], percent=True)
     assert drawn is not None
-    assert drawn.upwards[0].text == "0 %"
+    assert drawn.upwards[0].text == "0%"
     assert drawn.upwards[0].at == pytest.approx(HEIGHT - BOTTOM)
 
 
