@@ -21,6 +21,10 @@ TRAININGS = ("pretrain", "finetune")
 
 # srun: notes its arguments and the rendezvous, then does what $BEHAVIOUR says. So does a worker's Python.
 SRUN = """#!/usr/bin/env bash
+if [[ ${*: -1} == true || ${*: -1} == --preflight ]]; then
+  # A step on one node gets neither all GPUs of the job, nor the environment where SLURM_EXPORT_ENV=NONE.
+  [[ -z ${SLURM_GPUS:-}${SLURM_NTASKS_PER_NODE:-} && " $* " == *" --export=ALL "* ]] || exit 1
+fi
 [[ ${*: -1} == true ]] && { echo step >> unused.steps; exit; }
 [[ ${*: -1} == --preflight ]] && { printf '%s\\n' "$@" > preflight.called; exit "${UNFIT:-0}"; }
 printf '%s\\n' "$MASTER_ADDR:$MASTER_PORT" "$@" > srun.called
@@ -283,7 +287,8 @@ def test_steps_of_ranks_have_other_numbers_than_those_of_the_last_two_starts(job
     numbers = []
     for restart in range(6):
         (job / "unused.steps").write_text("")
-        assert ended(start(job, "done", SLURM_RESTART_COUNT=str(restart)))[0] == 0
+        asked = {"SLURM_GPUS": "16", "SLURM_NTASKS_PER_NODE": "8"}
+        assert ended(start(job, "done", SLURM_RESTART_COUNT=str(restart), **asked))[0] == 0
         numbers.append((job / "unused.steps").read_text().count("step"))
     assert all(len(set(numbers[first : first + 3])) == 3 for first in range(4))
 
@@ -371,6 +376,28 @@ def test_outside_a_job_and_with_a_wrong_setting_it_says_so(job: Path) -> None:
     assert code == 2
     assert "MAX_RESTARTS: got 'many'" in output
     assert not (job / "srun.called").exists()
+
+
+@pytest.mark.parametrize("given", ["run=other", "--run", "--run=run"])
+def test_a_run_folder_that_the_script_does_not_know_of_is_refused(job: Path, given: str) -> None:
+    code, output = ended(start(job, "done", arguments=["steps=9", given]))
+    assert code == 2
+    assert f"error: got the argument '{given}', but the script looks into run. Set RUN" in output
+    assert not (job / "srun.called").exists()
+    assert ended(start(job, "done", arguments=["run=run"]))[0] == 0
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_names_of_folders_may_have_spaces(job: Path, script: str) -> None:
+    targets = job / "all targets" / "train"
+    targets.mkdir(parents=True)
+    names = {"RUN": "a run", "DATA": "some data", "TEST": "more data", "INIT_FROM": "", "RECIPE": "my recipe.yaml"}
+    code, output = ended(start(job, "fails", script=script, BEIT_TARGETS=str(targets.parent), **names))
+    assert code == 3
+    assert "run folder a run" in output
+    assert {"run=a run", "data=some data", "my recipe.yaml"} <= set((job / "srun.called").read_text().splitlines())
+    assert (job / "a run" / "slurm-jobs").read_text() == "41016\n"
+    assert not list(targets.iterdir())
 
 
 def test_fine_tuning_has_the_same_body_and_its_own_settings(job: Path) -> None:
