@@ -50,6 +50,10 @@ class SampleError(DataError):
     exit_code = 1
 
 
+class MissingShardError(SampleError):
+    """A shard that the manifest lists is not there during a run."""
+
+
 class TokenizerError(UserError):
     """A tokenizer file is missing, damaged, or not the one that was asked for."""
 

@@ -29,6 +29,8 @@ from beit_dist.storage.place import Place
 RUNNING, WAITING, STALLED, DEAD = "running", "waiting", "stalled", "dead"
 STATE_OF = {DONE: "done", PREEMPTED: "preempted", FAILED: "failed"}
 """What a marker says of its run."""
+_UNSAID = {STATE_OF[FAILED]: "the reason could not be written, as on a full disk: read the end of its output"}
+"""Notes of markers without content."""
 
 LOSS = Number(name="loss", help="", text="loss {:.4f}", better="lower")
 """What every kind of training calls what it minimises."""
@@ -36,6 +38,9 @@ LOSS = Number(name="loss", help="", text="loss {:.4f}", better="lower")
 _STALL, _START = 600.0, 3600.0
 """Seconds without a step, and without the first, after which a run counts as stalled: the default of
 ``watchdog.stall_seconds``, and what stands for ``watchdog.start_seconds``, whose default watches no start."""
+_LATE = 900.0
+"""Seconds without a checkpoint that are nothing to tell, however often the recipe asks for one."""
+
 _REUSED = 3600.0
 """A process that began so many seconds after a start is another one of its number. When the system's clock is put
 right, the times of processes move with it, but hardly by so much."""
@@ -138,6 +143,8 @@ def read_state(run: Place, name: str, now: float) -> RunState:
     pace = _seconds_of_a_step(steps, config)
     limit = _patience(steps, config, pace, stepping, run.is_local)
     state, note = _judged(start, stepping, math.inf if active_at is None else now - active_at, limit)
+    if state == RUNNING:
+        note = _overdue(config, pace, saved_step, max(saved_at or 0.0, start.begun or now), now)
     step = _whole(start.marker or {}, "step", _whole(last, "step", saved_step))
     total = _whole(facts, "total_steps", _whole(config, "steps"))
     left = None
@@ -195,7 +202,7 @@ def _judged(start: _Start, stepping: bool, quiet: float, limit: float) -> tuple[
         limit: after how many of them something is wrong.
     """
     if start.marker is not None:
-        return start.marker["state"], reason_of(start.marker)
+        return start.marker["state"], reason_of(start.marker) or _UNSAID.get(start.marker["state"], "")
     if start.alive is False:
         ended = "its processes on this host ended and left no marker: killed, or unable to write it"
         return DEAD, f"{ended}; start it again with the same command"
@@ -205,6 +212,31 @@ def _judged(start: _Start, stepping: bool, quiet: float, limit: float) -> tuple[
             return STALLED, f"{since}, but its processes run: see ranks/*.stacks.txt in its folder"
         return STALLED, f"{since}; whether its processes run is known on {', '.join(start.hosts) or 'its hosts'}"
     return (RUNNING if stepping else WAITING), ("" if stepping else "no step of this start yet")
+
+
+def _overdue(config: Mapping[str, Any], pace: float | None, saved: int | None, since: float, now: float) -> str:
+    """A note where the time for two checkpoints has passed without one; nothing elsewhere.
+
+    Args:
+        pace: seconds of a step.
+        saved: step of the newest checkpoint.
+        since: Unix time of that checkpoint, or of the start that came after it.
+        now: Unix time.
+    """
+    gap = _checkpoint_gap(config, pace)
+    age = now - since
+    if gap is None or age <= max(_LATE, 2 * gap):
+        return ""
+    last = "no checkpoint" if saved is None else f"no checkpoint since step {saved}"
+    return f"{last}, for {duration(age)}; one is due every {duration(gap)}: search its output for 'not saved'"
+
+
+def _checkpoint_gap(config: Mapping[str, Any], pace: float | None) -> float | None:
+    """Seconds between checkpoints, as the recipe has it; None where it asks for none."""
+    minutes, every = (_number(config, "checkpoint", name) for name in ("every_minutes", "every_steps"))
+    gaps = [60 * minutes] if minutes else []
+    gaps += [every * pace] if every and pace else []
+    return min(gaps, default=None)
 
 
 def reason_of(marker: Mapping[str, Any]) -> str:
@@ -223,10 +255,8 @@ def _patience(steps: Series, config: Mapping[str, Any], pace: float | None, step
     interval = times[-1] - times[-2] if len(times) > 1 else 0.0
     if local:
         return stall + 2 * interval
-    minutes, every = (_number(config, "checkpoint", name) for name in ("every_minutes", "every_steps"))
-    gaps = [60 * minutes] if minutes else []
-    gaps += [every * pace] if every and pace else []
-    return stall + 2 * interval + 2 * min(gaps, default=0.0)  # the numbers come with the checkpoints
+    # The numbers come with the checkpoints.
+    return stall + 2 * interval + 2 * (_checkpoint_gap(config, pace) or 0.0)
 
 
 def _alive(processes: Sequence[Mapping[str, Any]], begun: float | None) -> bool | None:

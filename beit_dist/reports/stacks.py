@@ -11,6 +11,8 @@ _NAME = re.compile(r"rank-(\d+)\.stacks\.txt")
 _BEGIN = re.compile(rb"^(?:Current thread|Thread) 0x\w+ \(most recent call first\):\n", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.MULTILINE)
 _OURS = re.compile(r".*/(beit_dist/.+)")
+_SILENT = "has written no stacks: its process is frozen, or its host is gone"
+_ALL_SILENT = "have written no stacks, as while they measure on held-out data; or all processes are frozen"
 _END = 1 << 16
 """Bytes at the end of a file that hold its last stack, which is that of the main thread."""
 
@@ -25,6 +27,8 @@ def waits_of(ranks: Path, since: float) -> list[str]:
     where: dict[str, list[int]] = defaultdict(list)
     for rank, path in _files(ranks):
         where[_place(path, since)].append(rank)
+    if where.keys() == {_SILENT}:  # a rank that hangs makes the others wait, and these write
+        return [f"all ranks {_ALL_SILENT}"]
     groups = sorted(where.items(), key=lambda group: (len(group[1]), group[1]))
     return [f"{'rank' if len(found) == 1 else 'ranks'} {_in_words(found)}: {place}" for place, found in groups]
 
@@ -43,7 +47,7 @@ def _place(path: Path, since: float) -> str:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             if size == 0 or path.stat().st_mtime < since:
-                return "has written no stacks: its process is frozen, or its host is gone"
+                return _SILENT
             file.seek(max(0, size - _END))
             text = file.read()
     except OSError as error:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from beit_dist.errors import SampleError, StorageError
+from beit_dist.errors import MissingShardError, SampleError, StorageError
 from beit_dist.storage.place import Buffer, Place
 from beit_dist.stream.block_cache import BlockCache
 from beit_dist.stream.counts import bytes_read
@@ -137,6 +137,8 @@ class RemoteReader:
             raise
         except EOFError as error:
             raise SampleError(f"{error}; the file is cut short") from None
+        except FileNotFoundError:
+            raise MissingShardError(f"{self.place}/{shard}: not found") from None
         except OSError as error:
             raise SampleError(f"{self.place}/{shard}: byte {offset}: cannot be read ({error})") from None
         bytes_read.add("store", size)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from beit_dist.errors import DataError, SampleError
+from beit_dist.errors import DataError, MissingShardError, SampleError
 from beit_dist.shards.manifest import Manifest
 from beit_dist.shards.sample import SampleLayout, checked_sample_id
 from beit_dist.stream import counts
@@ -191,6 +191,11 @@ class _Reading:
             sample_id = self._attempt(shard, row, view, patches, tokens, fresh=True)
         except DataError as error:
             counts.read_again.add("damaged")
+            if isinstance(error, MissingShardError):
+                raise SampleError(
+                    f"{error}, also when tried again. Was the data set moved, or is its disk no longer mounted? "
+                    "beit check lists all that is missing."
+                ) from None
             raise SampleError(
                 f"{shard}, sample {row}, byte {row * self.layout.stride}: damaged, also when read again: {error}. "
                 "beit check lists all damage. loader.bad_samples=N leaves out up to N such samples."

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
-from beit_dist.errors import SampleError
+from beit_dist.errors import MissingShardError, SampleError
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import as_place
 from beit_dist.storage.place import Place
@@ -83,6 +83,8 @@ class LocalReader:
                 got += more
         except OSError as error:
             self._forget(shard)  # a second attempt opens it anew, which heals a stale handle
+            if isinstance(error, FileNotFoundError):
+                raise MissingShardError(f"{self._path(shard)}: not found") from None
             raise SampleError(f"{self._path(shard)}: byte {offset}: cannot be read ({error.strerror})") from None
         if got != expected:
             self._forget(shard)

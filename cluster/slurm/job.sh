@@ -131,11 +131,18 @@ requeue() {
   exit "${2:-0}"
 }
 
+# once OPTIONS COMMAND...: srun with one task on each of its nodes, whatever the job has asked for each task. What sbatch
+# was given for GPUs in all would be asked of a step on one node, and be refused.
+once() {
+  exec env -u SLURM_GPUS -u SLURM_GPUS_PER_NODE -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK -u SLURM_NTASKS_PER_NODE \
+    -u SLURM_NTASKS_PER_GPU srun --export=ALL --ntasks-per-node=1 "$@"
+}
+
 # preflight COMMAND...: whether each host of the job can take part; ends the script where one cannot.
 preflight() {
   local code hosts=${SLURM_JOB_NUM_NODES:-1}
   # The step ends before the job's own limit if a host hangs, as on a file system that does not answer.
-  attend TERM srun --export=ALL --nodes="$hosts" --ntasks="$hosts" --ntasks-per-node=1 --time=10 \
+  attend TERM once --nodes="$hosts" --ntasks="$hosts" --time=10 \
     ${SLURM_CPUS_PER_TASK:+-c "$SLURM_CPUS_PER_TASK"} "$@" --preflight
   code=$?
   [[ -n $STOPPED ]] && requeue "stopped before the start" 1
@@ -150,14 +157,21 @@ preflight() {
 renumber() {
   local unused
   for ((unused = RESTART % 3; unused > 0; unused--)); do
-    srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true
+    (once --nodes=1 --ntasks=1 --gres=none true)
   done
 }
 
 # train COMMAND...: one rank for each task of the job, in the run folder RUN; ends the script.
 train() {
-  local code
-  echo "job $SLURM_JOB_ID, restart $RESTART, ${SLURM_NTASKS:-?} ranks, rank 0 on $MASTER_ADDR:$MASTER_PORT"
+  local code word
+  echo "job $SLURM_JOB_ID, restart $RESTART, ${SLURM_NTASKS:-?} ranks, rank 0 on $MASTER_ADDR:$MASTER_PORT," \
+    "run folder $RUN"
+  for word; do # the markers in RUN would be those of another run
+    if [[ $word == --run || $word == --run=* || ($word == run=* && $word != "run=$RUN") ]]; then
+      echo "error: got the argument '$word', but the script looks into $RUN. Set RUN in the environment of sbatch" >&2
+      exit 2
+    fi
+  done
 
   claim "$RUN" "$SLURM_JOB_ID" || exit 2
   [[ $PREFLIGHT == no ]] || preflight "$@"

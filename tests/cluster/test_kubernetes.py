@@ -126,6 +126,17 @@ def test_the_number_of_nodes_is_set_in_one_place(tmp_path: Path) -> None:
     assert (found.spec["parallelism"], found.environment["NODES"]) == (32, "32")
 
 
+@pytest.mark.parametrize("base", ["base", "finetune", "overlays/many-nodes"])
+def test_a_second_run_in_a_namespace_finds_its_own_rank_0(tmp_path: Path, base: str) -> None:
+    name = render(base).training.name
+    found = _with(tmp_path, base, "counts", "Job", name, {"completions": 3}, nameSuffix="-b")
+    job = found.training
+    assert job.name == job.service == f"{name}-b"
+    assert job.environment["MASTER_ADDR"] == job.host_name(0)
+    (service,) = found.of_kind("Service")
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": f"{name}-b"}
+
+
 def test_the_number_of_workers_is_set_in_one_place(tmp_path: Path) -> None:
     found = _with(tmp_path, "tokenize", "tokenize/workers", "Job", "beit-tokenize-work", {"completions": 3})
     work = found.workloads["beit-tokenize-work"]
@@ -148,7 +159,7 @@ def test_the_kustomization_in_the_docs_sets_what_it_says(tmp_path: Path) -> None
     assert found.of_kind("PodMonitor")
 
 
-def _with(folder: Path, base: str, counts: str, kind: str, name: str, spec: Resource) -> Rendered:
+def _with(folder: Path, base: str, counts: str, kind: str, name: str, spec: Resource, **others: str) -> Rendered:
     """A user's kustomization that changes one specification."""
     place = os.path.relpath(KUBERNETES, folder.resolve())
     patch = {"apiVersion": "batch/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}
@@ -156,6 +167,7 @@ def _with(folder: Path, base: str, counts: str, kind: str, name: str, spec: Reso
         "resources": [f"{place}/{base}"],
         "patches": [{"patch": yaml.safe_dump(patch)}],
         "transformers": [f"{place}/{counts}"],
+        **others,
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(own))
     return render(folder)

@@ -4,110 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+from support.slurm_programs import FOLDER, SCONTROL, ended, place_programs, start, until_ready
 
-FOLDER = Path(__file__).resolve().parents[2] / "cluster" / "slurm"
 SCRIPTS = ("pretrain", "finetune", "tokenize", "beit")
 TRAININGS = ("pretrain", "finetune")
-
-# srun: notes its arguments and the rendezvous, then does what $BEHAVIOUR says. So does a worker's Python.
-SRUN = """#!/usr/bin/env bash
-[[ ${*: -1} == true ]] && { echo step >> unused.steps; exit; }
-[[ ${*: -1} == --preflight ]] && { printf '%s\\n' "$@" > preflight.called; exit "${UNFIT:-0}"; }
-printf '%s\\n' "$MASTER_ADDR:$MASTER_PORT" "$@" > srun.called
-case $BEHAVIOUR in
-  done) touch run/DONE ;;
-  fails) exit 3 ;;
-  stops) touch run/PREEMPTED ;;
-  deaf)
-    touch ready
-    exec sleep 30 ;;
-  waits)
-    trap 'echo stop >> signals; touch run/PREEMPTED; exit 0' USR1
-    touch ready
-    for _ in $(seq 600); do sleep 0.05; done ;;  # not for ever, should no signal come
-esac
-"""
-PYTHON = """#!/usr/bin/env bash
-printf '%s\\n' "${BEIT_WORKERS:-}" "$@" > python.called
-case $BEHAVIOUR in
-  fails) exit 3 ;;
-  waits)
-    touch ready
-    exec sleep 30 ;;
-esac
-"""
-SCONTROL = """#!/usr/bin/env bash
-[[ $1 == show ]] && printf 'node7\\nnode8\\n'
-[[ $2 == show ]] && echo "JobId=41016 $FACTS Reason=None"
-[[ $1 == requeue ]] && echo "$2" >> requeued
-exit 0
-"""
-SQUEUE = """#!/usr/bin/env bash
-cat queue
-"""
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     """A folder to submit from, with an empty run folder and the stand-ins."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "queue").touch()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("python", PYTHON)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    place_programs(tmp_path)
     return tmp_path
-
-
-def start(
-    job: Path,
-    behaviour: str,
-    without: Collection[str] = (),
-    script: str = "pretrain",
-    arguments: Collection[str] = ("optimizer.lr=1e-3",),
-    **settings: str,
-) -> subprocess.Popen[str]:
-    """A copy of the script as slurmd would start it, without some of the variables."""
-    copy = shutil.copy(FOLDER / f"{script}.sbatch", job / "slurm_script")
-    environment = {
-        "PATH": f"{job}:{os.environ['PATH']}",
-        "BEHAVIOUR": behaviour,
-        "BEIT_SLURM": str(FOLDER),
-        "RUN": "run",
-        "SLURM_SUBMIT_DIR": str(job),
-        "SLURM_JOB_ID": "41016",
-        "FACTS": "JobState=RUNNING EndTime=2026-11-28T09:06:09 PreemptTime=None",
-        "SLURM_JOB_NODELIST": "node[7-8]",
-        "SLURM_NTASKS": "16",
-        "SLURM_CPUS_PER_TASK": "8",
-        **settings,
-    }
-    environment = {name: value for name, value in environment.items() if name not in without}
-    command = ["bash", str(copy), *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, cwd=job, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-
-
-def until_ready(job: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until the stand-in for the ranks runs."""
-    while not (job / "ready").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and output."""
-    output, _ = process.communicate(timeout=60)
-    return process.returncode, output
 
 
 def test_one_rank_for_each_task_with_one_rendezvous_and_the_overrides(job: Path) -> None:
@@ -283,7 +198,8 @@ def test_steps_of_ranks_have_other_numbers_than_those_of_the_last_two_starts(job
     numbers = []
     for restart in range(6):
         (job / "unused.steps").write_text("")
-        assert ended(start(job, "done", SLURM_RESTART_COUNT=str(restart)))[0] == 0
+        asked = {"SLURM_GPUS": "16", "SLURM_NTASKS_PER_NODE": "8"}
+        assert ended(start(job, "done", SLURM_RESTART_COUNT=str(restart), **asked))[0] == 0
         numbers.append((job / "unused.steps").read_text().count("step"))
     assert all(len(set(numbers[first : first + 3])) == 3 for first in range(4))
 
@@ -371,6 +287,28 @@ def test_outside_a_job_and_with_a_wrong_setting_it_says_so(job: Path) -> None:
     assert code == 2
     assert "MAX_RESTARTS: got 'many'" in output
     assert not (job / "srun.called").exists()
+
+
+@pytest.mark.parametrize("given", ["run=other", "--run", "--run=run"])
+def test_a_run_folder_that_the_script_does_not_know_of_is_refused(job: Path, given: str) -> None:
+    code, output = ended(start(job, "done", arguments=["steps=9", given]))
+    assert code == 2
+    assert f"error: got the argument '{given}', but the script looks into run. Set RUN" in output
+    assert not (job / "srun.called").exists()
+    assert ended(start(job, "done", arguments=["run=run"]))[0] == 0
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_names_of_folders_may_have_spaces(job: Path, script: str) -> None:
+    targets = job / "all targets" / "train"
+    targets.mkdir(parents=True)
+    names = {"RUN": "a run", "DATA": "some data", "TEST": "more data", "INIT_FROM": "", "RECIPE": "my recipe.yaml"}
+    code, output = ended(start(job, "fails", script=script, BEIT_TARGETS=str(targets.parent), **names))
+    assert code == 3
+    assert "run folder a run" in output
+    assert {"run=a run", "data=some data", "my recipe.yaml"} <= set((job / "srun.called").read_text().splitlines())
+    assert (job / "a run" / "slurm-jobs").read_text() == "41016\n"
+    assert not list(targets.iterdir())
 
 
 def test_fine_tuning_has_the_same_body_and_its_own_settings(job: Path) -> None:

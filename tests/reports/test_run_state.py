@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from support.run_folders import ELSEWHERE, GONE, HERE, line, lines_of, make_run
+import yaml
+from support.run_folders import CONFIG, ELSEWHERE, GONE, HERE, line, lines_of, make_run
 
 from beit_dist.checkpoints.layout import MANIFEST, folder_name
 from beit_dist.reports.history import read_tail
@@ -82,6 +83,34 @@ def test_every_state_is_told_from_the_folder(run: LocalPlace, made: dict[str, An
     assert (found.state, found.damage) == (state, ())
     assert note in found.note if note else not found.note
     assert (found.seconds_left is not None) == (state == "running")
+
+
+@pytest.mark.parametrize(
+    ("age", "checkpoint", "said"),
+    [
+        (1700.0, {"every_minutes": 15.0}, ""),
+        (1900.0, {"every_minutes": 15.0}, "since step 90, for 32 min; one is due every 15 min: search its output"),
+        (1900.0, {"every_minutes": None}, ""),
+        (1900.0, {"every_minutes": None, "every_steps": 100}, "one is due every 3.3 min"),
+        (1900.0, {"every_minutes": None, "every_steps": 500}, ""),
+        (800.0, {"every_minutes": None, "every_steps": 10}, ""),
+    ],
+)
+def test_checkpoints_that_do_not_come_are_told(
+    run: LocalPlace, age: float, checkpoint: dict[str, Any], said: str
+) -> None:
+    make_run(run, NOW)
+    saved_at = NOW - 23.0
+    later = saved_at + age
+    run.write("config.yaml", yaml.safe_dump({**CONFIG, "checkpoint": checkpoint}).encode())
+    run.write("metrics.jsonl", lines_of(*(line(step, later - 2.0 * (900 - step)) for step in range(800, 901))))
+    facts = json.loads(run.read("run.json"))
+    run.write("run.json", json.dumps({**facts, "started": saved_at - 500.0}).encode())
+    found = look(run, later)
+    assert found.state == "running"
+    assert said in found.note if said else not found.note
+    run.write("run.json", json.dumps({**facts, "started": later - 60.0}).encode())
+    assert not look(run, later).note  # what came before this start is not its own
 
 
 def test_a_start_that_follows_is_not_judged_by_the_one_before(run: LocalPlace) -> None:
@@ -196,6 +225,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_told(
     assert said in found.damage[0]
     assert (found.step, found.loss) == (100, 5.0)
     assert found.state == ("failed" if name == "FAILED" else "running")
+    assert ("the reason could not be written" in found.note) == (name == "FAILED")
     json.dumps(found.facts(), allow_nan=False)
 
 
