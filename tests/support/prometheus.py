@@ -68,8 +68,14 @@ class Server:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
             pytest.fail(f"{parameters}: {error.read().decode()}")
-        except OSError:  # it does not listen yet
-            return {"result": []}
+
+    def is_ready(self) -> bool:
+        """Whether it answers queries; it says 503 while it reads its data."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=10):
+                return True
+        except OSError:
+            return False
 
     def firing(self, run: str) -> set[str]:
         """Names of the alerts that fire for a run."""
@@ -113,7 +119,9 @@ def running(folder: Path, times: int = 1) -> Iterator[Server]:
     command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
     with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
-            yield Server(f"http://127.0.0.1:{port}", folder)
+            server = Server(f"http://127.0.0.1:{port}", folder)
+            until(server.is_ready, "Prometheus")
+            yield server
         finally:
             process.terminate()
 
