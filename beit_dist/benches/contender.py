@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -35,13 +35,21 @@ class Contender:
         original: folder of the original code.
         clock: ``wall``, or ``own``: on a CPU with one thread the processor's time, which hardly changes with what
             other programs do at the same time.
+        environment: of its process.
 
     Raises:
         UnavailableError: it is not to be had here, or failed.
     """
 
     def __init__(
-        self, name: str, size: str, batch: int, precision: str, original: str | None, clock: str = "own"
+        self,
+        name: str,
+        size: str,
+        batch: int,
+        precision: str,
+        original: str | None,
+        clock: str = "own",
+        environment: Mapping[str, str] = os.environ,
     ) -> None:
         arguments = [name, size, str(batch), precision, original or "", clock]
         self._errors = tempfile.TemporaryFile(mode="w+")  # what it prints there matters only if it fails  # noqa: SIM115
@@ -51,7 +59,7 @@ class Contender:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         self.first = self._answer()[0]
         """Seconds of its first step, in which it compiles."""

@@ -119,7 +119,7 @@ def environment() -> dict[str, str]:
 def _two_at_once(named: str, case: Case, precision: str) -> Iterator[Row]:
     """What the machine leaves of a step when its other core takes steps too: two ranks cannot do better."""
     name = "ours, compiled, updated" if "compile=true" in case.more else "ours, updated"
-    given = (name, case.size, case.batch, precision, None, "wall")
+    given = (name, case.size, case.batch, precision, None, "wall", environment())
     try:
         with Contender(*given) as one, Contender(*given) as other:
             alone, beside = one.step(3), one.step_beside(other, 3)
@@ -135,7 +135,7 @@ def _beside_plain(
 ) -> Iterator[Row]:
     name = "ours, compiled, updated" if "compile=true" in case.more else "ours, updated"
     try:
-        with Contender(name, case.size, case.batch, precision, None, clock="wall") as plain:
+        with Contender(name, case.size, case.batch, precision, None, "wall", environment()) as plain:
             bare, products = plain.step(3 if device.type == "cpu" else 20), plain.product(5)
     except UnavailableError as reason:
         print(f"trainer: plain PyTorch: left out: {reason}", file=sys.stderr)
