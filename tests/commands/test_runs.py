@@ -79,6 +79,8 @@ def test_a_terminal_gets_what_fits_with_colours_unless_told_otherwise(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
+    now = time.time()
+    monkeypatch.setattr("beit_dist.commands.runs.time.time", lambda: now)  # the listings have ages in seconds
     lines = listed(capsys, str(folder))
     plain = [re.sub("\x1b\\[\\d+m", "", each) for each in lines]
     assert plain != lines
