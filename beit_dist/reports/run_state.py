@@ -17,18 +17,27 @@ from typing import Any
 import psutil
 import yaml
 
-from beit_dist.checkpoints.layout import newest_first
 from beit_dist.engine.checkpoint.attempts import Attempts
 from beit_dist.engine.durations import duration
-from beit_dist.engine.run_folder import DONE, FAILED, METRICS, PREEMPTED
-from beit_dist.reports.history import Series, read_tail
+from beit_dist.engine.run_folder import FAILED
+from beit_dist.reports.history import Series
+from beit_dist.reports.run_files import (
+    STATE_OF,
+    began_at,
+    finite,
+    mark_of,
+    marker_of,
+    newest_attempt,
+    newest_saved,
+    read_mapping,
+    tail_of,
+    whole,
+)
 from beit_dist.reports.stacks import waits_of
 from beit_dist.step_numbers import Baseline, KnownBaselines, Number
 from beit_dist.storage.place import Place
 
 RUNNING, WAITING, STALLED, DEAD = "running", "waiting", "stalled", "dead"
-STATE_OF = {DONE: "done", PREEMPTED: "preempted", FAILED: "failed"}
-"""What a marker says of its run."""
 _UNSAID = {STATE_OF[FAILED]: "the reason could not be written, as on a full disk: read the end of its output"}
 """Notes of markers without content."""
 
@@ -134,19 +143,19 @@ def read_state(run: Place, name: str, now: float) -> RunState:
     facts = read_mapping(run, "run.json", json.loads, damage)
     config = read_mapping(run, "config.yaml", yaml.safe_load, damage)
     start = _newest_start(run, facts, damage)
-    steps = _tail(run, damage)
-    saved_step, saved_at = _newest_saved(run, damage)
+    steps = tail_of(run, damage)
+    saved_step, saved_at = newest_saved(run, damage)
     last = steps.lines[-1] if steps.lines else {}
-    signs = (_number(last, "time"), saved_at, start.begun, _number(start.marker or {}, "time"))
+    signs = (finite(last, "time"), saved_at, start.begun, finite(start.marker or {}, "time"))
     active_at = max((each for each in signs if each is not None), default=None)
-    stepping = bool(last) and _number(last, "attempt") == start.number
+    stepping = bool(last) and finite(last, "attempt") == start.number
     pace = _seconds_of_a_step(steps, config)
     limit = _patience(steps, config, pace, stepping, run.is_local)
     state, note = _judged(start, stepping, math.inf if active_at is None else now - active_at, limit)
     if state == RUNNING:
         note = _overdue(config, pace, saved_step, max(saved_at or 0.0, start.begun or now), now)
-    step = _whole(start.marker or {}, "step", _whole(last, "step", saved_step))
-    total = _whole(facts, "total_steps", _whole(config, "steps"))
+    step = whole(start.marker or {}, "step", whole(last, "step", saved_step))
+    total = whole(facts, "total_steps", whole(config, "steps"))
     left = None
     if state == RUNNING and step is not None and total is not None and pace is not None:
         left = max(0, total - step) * pace
@@ -159,8 +168,8 @@ def read_state(run: Place, name: str, now: float) -> RunState:
         total=total,
         loss=_loss(steps),
         baseline=_baseline(facts),
-        images_per_second=_number(last, "images_per_second"),
-        data_wait=_number(last, "data_wait"),
+        images_per_second=finite(last, "images_per_second"),
+        data_wait=finite(last, "data_wait"),
         seconds_left=left,
         saved_step=saved_step,
         saved_at=saved_at,
@@ -178,15 +187,15 @@ def read_state(run: Place, name: str, now: float) -> RunState:
 def _newest_start(run: Place, facts: Mapping[str, Any], damage: list[str]) -> _Start:
     """Processes are looked for before the marker: one that ends in between has left it."""
     attempts = Attempts(run / "checkpoints")
-    told = _whole(facts, "attempt") or 0
-    number = max(_newest(attempts, damage), told)
+    told = whole(facts, "attempt") or 0
+    number = max(newest_attempt(attempts, damage), told)
     while True:
-        begun = _number(facts, "started") if told == number else _began(attempts, number)
-        ranks = facts.get("ranks") if told == number else [_mark(attempts, number)]
+        begun = finite(facts, "started") if told == number else began_at(attempts, number)
+        ranks = facts.get("ranks") if told == number else [mark_of(attempts, number)]
         processes = [each for each in ranks if isinstance(each, Mapping)] if isinstance(ranks, list) else []
         alive = _alive(processes, begun)
-        marker = _marker(run, damage)
-        newer = _newest(attempts, damage)
+        marker = marker_of(run, damage)
+        newer = newest_attempt(attempts, damage)
         if marker is not None or newer <= number:
             hosts = sorted({str(each["host"]) for each in processes if "host" in each})
             return _Start(number, begun, tuple(hosts), alive, marker)
@@ -233,7 +242,7 @@ def _overdue(config: Mapping[str, Any], pace: float | None, saved: int | None, s
 
 def _checkpoint_gap(config: Mapping[str, Any], pace: float | None) -> float | None:
     """Seconds between checkpoints, as the recipe has it; None where it asks for none."""
-    minutes, every = (_number(config, "checkpoint", name) for name in ("every_minutes", "every_steps"))
+    minutes, every = (finite(config, "checkpoint", name) for name in ("every_minutes", "every_steps"))
     gaps = [60 * minutes] if minutes else []
     gaps += [every * pace] if every and pace else []
     return min(gaps, default=None)
@@ -248,10 +257,10 @@ def reason_of(marker: Mapping[str, Any]) -> str:
 
 def _patience(steps: Series, config: Mapping[str, Any], pace: float | None, stepping: bool, local: bool) -> float:
     """Seconds without a sign of life that are nothing unusual."""
-    stall = _number(config, "watchdog", "stall_seconds") or _STALL
+    stall = finite(config, "watchdog", "stall_seconds") or _STALL
     if not stepping:
-        return max(stall, _number(config, "watchdog", "start_seconds") or _START)
-    times = sorted({time for line in steps.lines if (time := _number(line, "time")) is not None})
+        return max(stall, finite(config, "watchdog", "start_seconds") or _START)
+    times = sorted({time for line in steps.lines if (time := finite(line, "time")) is not None})
     interval = times[-1] - times[-2] if len(times) > 1 else 0.0
     if local:
         return stall + 2 * interval
@@ -301,15 +310,15 @@ def _seconds_of_a_step(steps: Series, config: Mapping[str, Any]) -> float | None
         (step, time)
         for line in steps.lines
         if line.get("attempt") == last.get("attempt")
-        and (step := _whole(line, "step")) is not None
-        and (time := _number(line, "time")) is not None
+        and (step := whole(line, "step")) is not None
+        and (time := finite(line, "time")) is not None
     ]
     if own and own[-1][0] > own[0][0] and own[-1][1] > own[0][1]:
         ends = {time: step for step, time in own}  # of each interval its last step
         (first_time, first), (last_time, final) = min(ends.items()), max(ends.items())
         if final > first:
             return (last_time - first_time) / (final - first)
-    batch, speed = _number(config, "global_batch"), _number(last, "images_per_second")
+    batch, speed = finite(config, "global_batch"), finite(last, "images_per_second")
     return batch / speed if batch and speed else None
 
 
@@ -331,99 +340,3 @@ def _baseline(facts: Mapping[str, Any]) -> Baseline | None:
         return LOSS.strongest(known.training.get(LOSS.name, ()))
     except (AttributeError, TypeError, ValueError):
         return None
-
-
-# ------------------------------------------------------------------------------------------------------- the files
-
-
-def read_mapping(run: Place, name: str, parse: Any, damage: list[str]) -> dict[str, Any]:
-    """A file's content; nothing where it is not there yet, or is damaged."""
-    try:
-        found = parse(run.read(name))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        damage.append(_refused(name, error))
-        return {}
-    except (ValueError, RecursionError, yaml.YAMLError):
-        found = None
-    if not isinstance(found, dict):
-        damage.append(f"{name}: damaged")
-        return {}
-    return found
-
-
-def _marker(run: Place, damage: list[str]) -> dict[str, Any] | None:
-    """The newest marker. One without content, as a full disk leaves it, says its name all the same."""
-    found = []
-    for name, state in STATE_OF.items():
-        try:
-            there = run.exists(name)
-        except OSError as error:
-            damage.append(_refused(name, error))
-            continue
-        if there:
-            found.append({**read_mapping(run, name, json.loads, damage), "state": state})
-    return max(found, key=lambda marker: _number(marker, "time") or 0.0, default=None)
-
-
-def _newest(attempts: Attempts, damage: list[str]) -> int:
-    try:
-        return attempts.newest()
-    except OSError as error:
-        damage.append(_refused("checkpoints/attempts", error))
-        return 0
-
-
-def _mark(attempts: Attempts, number: int) -> dict[str, Any]:
-    """Host and process id of rank 0 of a start that has not written ``run.json`` yet."""
-    return read_mapping(attempts.place, f"{number:06d}", json.loads, [])
-
-
-def _began(attempts: Attempts, number: int) -> float | None:
-    if not attempts.place.is_local:
-        return None
-    try:
-        return (attempts.place.path / f"{number:06d}").stat().st_mtime
-    except OSError:
-        return None
-
-
-def _tail(run: Place, damage: list[str]) -> Series:
-    try:
-        steps, wrong = read_tail(run)
-    except OSError as error:
-        steps, wrong = Series([]), _refused(METRICS, error)
-    damage += [wrong] if wrong else []
-    return steps
-
-
-def _newest_saved(run: Place, damage: list[str]) -> tuple[int | None, float | None]:
-    """Step and time of the newest whole checkpoint."""
-    try:
-        for saved in newest_first(run / "checkpoints"):
-            if saved.manifest:
-                return saved.step, _number(saved.manifest, "saved_at")
-            damage.append(f"checkpoints/{saved.folder.name}/manifest.json: damaged")
-    except OSError as error:
-        damage.append(_refused("checkpoints", error))
-    return None, None
-
-
-def _refused(name: str, error: OSError) -> str:
-    return f"{name}: {error.strerror or error}"
-
-
-def _number(tree: Mapping[str, Any], *path: str) -> float | None:
-    """A finite number in mappings of mappings; None where there is something else, or nothing."""
-    value: Any = tree
-    for name in path:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _whole(tree: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
-    value = _number(tree, name)
-    return default if value is None else int(value)

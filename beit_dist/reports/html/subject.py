@@ -16,7 +16,8 @@ from beit_dist.engine.durations import counted
 from beit_dist.errors import DataError, UserError, printable
 from beit_dist.reports.drawing import Kind, names_of, reaching, run_of
 from beit_dist.reports.history import History, read_history
-from beit_dist.reports.run_state import RunState, read_mapping, read_state
+from beit_dist.reports.run_files import read_mapping
+from beit_dist.reports.run_state import RunState, read_state
 from beit_dist.step_numbers import KnownBaselines
 from beit_dist.storage.access import Access
 from beit_dist.storage.opening import open_place
