@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from beit_dist.commands.options import add_device, add_images, add_storage, at_least, check_out, number_of_ranks
@@ -99,8 +99,22 @@ def given(args: argparse.Namespace, access: Access) -> Given:
     return Given(model, find_collection(args.images, access, sniff=args.sniff), access)
 
 
-def do(job: Job[Any], args: argparse.Namespace, ranks: Ranks) -> int:
-    """Do a job as one of the ranks, and tell of it; the exit code."""
+def do(args: argparse.Namespace, job_of: Callable[[argparse.Namespace], Job[Any]]) -> int:
+    """Do the job as one of the ranks, or start those that ``--ranks`` asks for; the exit code.
+
+    Args:
+        args: of the command.
+        job_of: what they ask for, with everything looked at that can be wrong.
+    """
+    from beit_dist.engine.ranks.launchers import as_one_rank
+    from beit_dist.engine.ranks.local import started_here
+
+    code = started_here(args.ranks, dry_run=args.dry_run, device=args.device)
+    return as_one_rank(lambda ranks: _do(job_of(args), args, ranks)) if code is None else code
+
+
+def _do(job: Job[Any], args: argparse.Namespace, ranks: Ranks) -> int:
+    """As one of the ranks."""
     from tqdm import tqdm
 
     from beit_dist.probing.ranks import joined

@@ -12,7 +12,6 @@ from beit_dist.commands.parsing import CommandParser
 from beit_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from beit_dist.engine.ranks.distributed import Ranks
     from beit_dist.inference.job import Job
     from beit_dist.inference.segmentation import SegmentationModel
     from beit_dist.storage.access import Access
@@ -73,17 +72,7 @@ def parser() -> CommandParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict; returns the exit code."""
-    args = parser().parse(argv)
-    from beit_dist.engine.ranks.launchers import as_one_rank
-    from beit_dist.engine.ranks.local import started_here
-
-    code = started_here(args.ranks, dry_run=args.dry_run, device=args.device)
-    return as_one_rank(lambda ranks: run(args, ranks)) if code is None else code
-
-
-def run(args: argparse.Namespace, ranks: Ranks) -> int:
-    """Predict as one of the ranks."""
-    return do(job_of(args), args, ranks)
+    return do(parser().parse(argv), job_of)
 
 
 def job_of(args: argparse.Namespace) -> Job[Any]:
