@@ -6,12 +6,14 @@ have. The final norm of pre-training is not used, as there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from beit_dist.config.model import BackboneConfig
 from beit_dist.models.flops import backbone_multiply_adds
-from beit_dist.models.initial_values import INIT_STD, finetuning_value, generator_of, normal
+from beit_dist.models.initial_values import INIT_STD, fill, finetuning_value, generator_of, normal
 from beit_dist.models.vit import NORM_EPS, BeitBackbone
 
 HEAD_INIT_SCALE = 0.001
@@ -56,12 +58,13 @@ class ImageClassifier(BeitBackbone):
     def initialise(self, seed: int) -> None:
         """Set every parameter, keyed by ``seed`` and the parameter's name: the same on every rank."""
         self.reset_constants()
-        for name, parameter in self.named_parameters():
+
+        def draw(name: str, shape: Sequence[int]) -> Tensor:
             if name == "head.weight":
-                value = normal(parameter.shape, INIT_STD * self.head_init_scale, generator_of(seed, name))
-            else:
-                value = finetuning_value(name, parameter.shape, self.config, seed)
-            parameter.copy_(value)
+                return normal(shape, INIT_STD * self.head_init_scale, generator_of(seed, name))
+            return finetuning_value(name, shape, self.config, seed)
+
+        fill(self, draw)
 
 
 def multiply_adds(config: BackboneConfig, classes: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from beit_dist.config.model import ModelConfig
 from beit_dist.models.heads.base import Head
 from beit_dist.models.heads.targets import head_of
-from beit_dist.models.initial_values import pretraining_value
+from beit_dist.models.initial_values import fill, pretraining_value
 from beit_dist.models.layer_decay import layer_groups
 from beit_dist.models.vit import BeitBackbone
 
@@ -77,8 +77,7 @@ class MaskedImageModel(BeitBackbone):
     def initialise(self, seed: int) -> None:
         """Set every parameter, keyed by ``seed`` and the parameter's name: the same on every rank."""
         self.reset_constants()
-        for name, parameter in self.named_parameters():
-            parameter.copy_(pretraining_value(name, parameter.shape, self.config, seed))
+        fill(self, lambda name, shape: pretraining_value(name, shape, self.config, seed))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The optimizer's groups ``decay`` and ``no_decay``; see :func:`layer_groups`."""

@@ -6,6 +6,8 @@ As in the original (unilm ``semantic_segmentation/backbone/beit.py``), whose nam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,7 +17,13 @@ from beit_dist.errors import ConfigError
 from beit_dist.models import dissected
 from beit_dist.models.activations import backbone_activation_bytes
 from beit_dist.models.batch_norm import BatchNorm
-from beit_dist.models.initial_values import convolution_default, finetuning_value, generator_of, normal
+from beit_dist.models.initial_values import (
+    convolution_default,
+    fill,
+    finetuning_value,
+    generator_of,
+    normal,
+)
 from beit_dist.models.upernet import FCNHead, UPerHead, head_deviation, resized
 from beit_dist.models.vit import BeitBackbone
 
@@ -89,11 +97,12 @@ class ImageSegmenter(BeitBackbone):
     def initialise(self, seed: int) -> None:
         """Set every parameter, keyed by ``seed`` and the parameter's name: the same on every rank."""
         self.reset_constants()
-        for name, parameter in self.named_parameters():
+
+        def draw(name: str, shape: Sequence[int]) -> Tensor:
             value = self._head_value(name, seed) if name.startswith(_HEADS) else None
-            if value is None:
-                value = finetuning_value(name, parameter.shape, self.config, seed)
-            parameter.copy_(value)
+            return finetuning_value(name, shape, self.config, seed) if value is None else value
+
+        fill(self, draw)
 
     def reset_constants(self) -> None:
         """Compute all buffers anew, for a module that was built on the meta device, and forget all statistics."""

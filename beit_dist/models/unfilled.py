@@ -15,4 +15,6 @@ def unfilled(build: Callable[[], ModelT]) -> ModelT:
     """What ``build`` returns, on the CPU, with whatever was in its memory as parameters and buffers."""
     with torch.device("meta"):
         model = build()
-    return model.to_empty(device="cpu")
+    # As Module.to_empty does, but its empty_like of a meta tensor imports SymPy, which takes up to a second.
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))  # type: ignore[no-untyped-call]
+    return model

@@ -42,7 +42,8 @@ def init_process_groups(
     index = ranks.local_rank
     if accelerator.device_name() == "cpu":
         # This op serves inference only; leaving it on compiles C++ at every first start (needs g++ and ninja).
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Reading the attribute would try out all ops, for half a second, so the dictionary is put there unread.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     else:
         index = check_devices(ranks, accelerator.device_count(), accelerator.device_name())
         accelerator.set_device(index)
