@@ -70,11 +70,14 @@ def test_trials_that_are_compared_differ_in_what_is_compared_only() -> None:
     assert pixels == {"model.target=pixels"}
 
 
+FITTED = {"{work}/lists/fit-10.csv", "{work}/lists/fit-100.csv"}
+
+
 def test_nothing_is_chosen_by_the_test_images() -> None:
-    choices = [trial for trial in TRIALS if trial.name.startswith("choose/") and trial.words[0] == "finetune"]
+    choices = [trial for trial in TRIALS if trial.name.startswith("choose/") and "--test" in trial.words]
     assert not [trial for trial in TRIALS if trial.words[0] == "train" and "test" in " ".join(trial.words)]
     assert {trial.words[trial.words.index("--test") + 1] for trial in choices} == {"{work}/lists/choose.csv"}
-    assert {trial.words[trial.words.index("--data") + 1] for trial in choices} == {"{work}/lists/fit-10.csv"}
+    assert {trial.words[trial.words.index("--data") + 1] for trial in choices} == FITTED
     during = [trial for trial in TRIALS if trial.words[0] == "finetune" and AT_THE_END[0] not in trial.words]
     assert not during, "these would measure the test images while they train"
 
@@ -232,9 +235,17 @@ def test_differences_name_the_trials_that_came_to_something_else() -> None:
     assert said[0] == "y/b: linear 0.5300, earlier 0.5000, difference +0.0300"
     assert said[1].startswith("z/c: another command")
     assert said[2] == (
-        "3 trials are in both results: 1 equal to the last digit, largest difference of the others 0.0300"
+        "3 trials are in both results, 1 of them in another precision or with another command: 1 equal to the "
+        "last digit, largest difference of the others 0.0300"
     )
     assert list(differences({"a": result(0.5)}, {})) == ["no trial is in both results with the same seeds"]
+
+
+def test_what_was_computed_in_another_precision_is_compared_all_the_same() -> None:
+    earlier = {"x/a": result(0.5, command="beit train precision=bf16 seed=0")}
+    said = list(differences({"x/a": result(0.4, command="beit train precision=fp32 seed=0")}, earlier))
+    assert said[0] == "x/a: linear 0.4000, earlier 0.5000, difference -0.1000"
+    assert "1 of them in another precision" in said[1]
 
 
 def test_trials_of_other_seeds_are_compared_by_their_means() -> None:

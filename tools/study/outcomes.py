@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def differences(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> I
         if key is None:
             continue
         now, before = ours[name]["numbers"][key], theirs[name]["numbers"].get(key)
-        if before is None or ours[name]["command"] != theirs[name]["command"]:
+        if before is None or _but_precision(ours[name]) != _but_precision(theirs[name]):
             yield f"{name}: another command than that of the earlier results"
         elif now == before:
             equal += 1
@@ -48,6 +49,8 @@ def differences(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> I
             yield f"{name}: {key} {now:.4f}, earlier {before:.4f}, difference {now - before:+.4f}"
     other = {theirs[name]["machine"] for name in both} - {ours[name]["machine"] for name in both}
     where = f" (earlier on {'; '.join(sorted(other))})" if other else ""
+    elsewise = sum(ours[name]["command"] != theirs[name]["command"] for name in both)
+    where += f", {elsewise} of them in another precision or with another command" if elsewise else ""
     yield from _of_other_seeds(ours, theirs)
     if not both:
         yield "no trial is in both results with the same seeds"
@@ -56,6 +59,11 @@ def differences(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> I
             f"{len(both)} trials are in both results{where}: {equal} equal to the last digit, "
             f"largest difference of the others {largest:.4f}"
         )
+
+
+def _but_precision(found: Outcome) -> str:
+    """The command without what machines differ in: bf16 where a processor is quick in it."""
+    return re.sub(r" precision=\w+", "", found["command"])
 
 
 def _of_other_seeds(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> Iterator[str]:

@@ -181,13 +181,13 @@ def _others(found: Found) -> Iterator[str]:
 def _choices(found: Found) -> Iterator[str]:
     rows = []
     for name in found:
-        if name.startswith("choose/"):
-            number = "probe_linear" if name.startswith("choose/pretrain/") else "accuracy"
+        if name.startswith("choose/") and not name.startswith("choose/pretrain/"):
+            number = "linear" if name.startswith("choose/probe/") else "accuracy"
             rows.append([name.removeprefix("choose/"), str(spread(found, re.escape(name), number))])
     if rows:
         yield from ("## How settings were chosen", "")
-        yield "One seed, training images only. `pretrain`: linear probe after a quarter of the epochs, a fifth of"
-        yield "3,000 images held out. The others: fitted to 10 % of nine tenths, measured on the other tenth."
+        yield "One seed, training images only, a tenth of which is measured. `probe`: a linear probe, fitted to the"
+        yield "other nine tenths, after a quarter of the epochs. The others: fine-tuned with 10 % of those."
         yield from ("", *_table(["what", "accuracy"], rows))
 
 

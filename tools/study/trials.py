@@ -26,6 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "width-192": ("model.width=192", "model.depth=4", "model.heads=3"),
 }
 """Settings of short pre-trainings that are compared with the recipe's."""
+CHOOSING = "{work}/lists/choose.csv"
+"""The tenth of the training images by which settings are chosen, never by the test images."""
 PRECISION = "precision={precision}"
 AT_THE_END = ("validation.every_steps=1000000",)
 """The test images are looked at once, after the last step."""
@@ -132,6 +134,7 @@ def _choices(origin: str) -> Iterator[Trial]:
     for name, settings in CHOICES.items():
         epochs = EPOCHS // 4
         yield _pretraining(f"choose/pretrain/{name}", 0, f"shards/good-{VIEWS}", *settings, epochs=epochs)
+        yield _probing(f"choose/probe/{name}", f"choose/pretrain/{name}", "{work}/lists/fit-100.csv", CHOOSING)
     for rate in ("5e-4", "1e-3", "2e-3", "4e-3"):
         for arm, first in FIRST.items():
             start, needs = ((f"init_from={{work}}/{origin}",), (origin,)) if arm == "pre-trained" else ((), ())
@@ -225,16 +228,20 @@ def _pretrained(
 
 
 def _probe(arm: str, seed: int) -> Trial:
+    images = ("{data}/cifar10/train", "{data}/cifar10/val")
+    return _probing(f"probe/{arm}/{seed}", f"pretrain/{arm}/{seed}", *images)
+
+
+def _probing(name: str, run: str, data: str, test: str) -> Trial:
     return Trial(
-        f"probe/{arm}/{seed}",
+        name,
         (
-            *("probe", "--run", f"{{work}}/pretrain/{arm}/{seed}", "--data", "{data}/cifar10/train"),
-            *("--test", "{data}/cifar10/val", "--out", "{own}/features", "--json", "{own}/probe.json"),
-            *("--workers", "1"),
+            *("probe", "--run", f"{{work}}/{run}", "--data", data, "--test", test),
+            *("--out", "{own}/features", "--json", "{own}/probe.json", "--workers", "1"),
         ),
         "probe.json",
         60 + (IMAGES + TEST) / RATES["probe"],
-        (f"pretrain/{arm}/{seed}",),
+        (run,),
     )
 
 
