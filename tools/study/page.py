@@ -186,8 +186,8 @@ def _choices(found: Found) -> Iterator[str]:
             rows.append([name.removeprefix("choose/"), str(spread(found, re.escape(name), number))])
     if rows:
         yield from ("## How settings were chosen", "")
-        yield "One seed, training images only, a tenth of which is measured. `probe`: a linear probe, fitted to the"
-        yield "other nine tenths, after a quarter of the epochs. The others: fine-tuned with 10 % of those."
+        yield "One seed, training images only, a tenth of which is measured. `probe`: a linear probe, fitted to"
+        yield "the other nine tenths, after a quarter of the epochs. The others: fine-tuned with 10 % of those."
         yield from ("", *_table(["what", "accuracy"], rows))
 
 
