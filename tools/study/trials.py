@@ -19,8 +19,8 @@ FIRST = {"pre-trained": ("layer_decay=0.75",), "scratch": ("layer_decay=1.0",)}
 """What differs by the first weights, as either gets what suits it. From random ones there is nothing to keep."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "as-it-is": (),
-    "lr-1e-3": ("optimizer.lr=1e-3",),
-    "lr-4e-3": ("optimizer.lr=4e-3",),
+    "lr-2e-3": ("optimizer.lr=2e-3",),
+    "lr-8e-3": ("optimizer.lr=8e-3",),
     "ratio-0.6": ("masking.ratio=0.6",),
     "batch-16": ("global_batch=16", "micro_batch=16"),
     "width-192": ("model.width=192", "model.depth=4", "model.heads=3"),
