@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,8 @@ def start(
     """
     config, agreement, device = task.config, process.agreement, process.device
     ranks, resolved = agreement.ranks, prepared.resolved
-    saved = store.newest_whole()
+    saved = _take_up(task, store, loud=ranks.rank == 0)
     manifest = saved.manifest if saved else None
-    if manifest is not None:
-        compare(task, manifest, loud=ranks.rank == 0)
-    task.take_up(manifest)
     progress = progress_of(task, manifest)
     schedule = schedule_of(config, task.epoch_samples, progress.first_batch, progress.step, progress.samples)
     total_steps = steps_of(config, task.epoch_samples, progress.step, progress.samples)
@@ -148,19 +146,20 @@ def start(
     watchers.recorder.listeners.append(watchers.guard.fetched)
     give_way(process)
     fragments = average.fragments if average is not None else state.owned_weights()
-    task.open(
-        Running(
-            engine=engine,
-            progress=progress,
-            total_steps=total_steps,
-            run=run,
-            ranks_on_host=hosts.count(hosts[ranks.rank]),
-            weights=lambda: gathered(fragments, shapes, device),
-            others_wait=watchers.stragglers.others_wait,
-        )
-    )
+    weights, neighbours = partial(gathered, fragments, shapes, device), hosts.count(hosts[ranks.rank])
+    task.open(Running(engine, progress, total_steps, run, neighbours, weights, watchers.stragglers.others_wait))
     saving = Saving(store, state, config.checkpoint, process, run, facts, metrics)
     return Trainer(task, engine, process, schedule, total_steps, progress, saving, average, watchers)
+
+
+def _take_up(task: AnyTask, store: CheckpointStore, *, loud: bool) -> Saved | None:
+    """The newest whole checkpoint, which the task now continues; None for a new run. Collective."""
+    saved = store.newest_whole()
+    manifest = saved.manifest if saved else None
+    if manifest is not None:
+        compare(task, manifest, loud=loud)
+    task.take_up(manifest)
+    return saved
 
 
 def _fill(
