@@ -104,6 +104,31 @@ def add_samples(group: Group, default: int, help: str) -> None:
     )
 
 
+def add_runs(group: Group) -> None:
+    """One run or several; :func:`runs_of` reads them."""
+    group.add_argument(
+        "runs", metavar="RUN", nargs="*", help="run folder, one of its step folders, or a URL; or several of them"
+    )
+    group.add_argument("--run", metavar="RUN", action="append", default=[], help="the same as RUN")
+
+
+def runs_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[str]:
+    """What was named for :func:`add_runs`; without any, the parser's error."""
+    runs = [*arguments.runs, *arguments.run]
+    if not runs:
+        parser.error("expected RUN or --run RUN")
+    return runs
+
+
+def add_their_tokenizer(group: Group) -> None:
+    """``--tokenizer`` of shards that are there."""
+    group.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer that made the shards (default: the recipe's, or tokenizer.safetensors beside the data)",
+    )
+
+
 def check_out(out: str | Path) -> None:
     """Refuse a file of ``--out`` that cannot be written, before the work instead of after.
 

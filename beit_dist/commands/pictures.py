@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from beit_dist.commands.options import access_of, add_device, add_out, add_samples, add_storage
+from beit_dist.commands.options import (
+    access_of,
+    add_device,
+    add_out,
+    add_runs,
+    add_samples,
+    add_storage,
+    add_their_tokenizer,
+    runs_of,
+)
 from beit_dist.commands.parsing import CommandParser
 
 if TYPE_CHECKING:
@@ -38,20 +47,13 @@ def parser() -> CommandParser:
     """The command line."""
     parser = CommandParser("pictures", SENTENCE, EXAMPLES, MORE)
     what = parser.add_argument_group("what to draw")
-    what.add_argument(
-        "runs", metavar="RUN", nargs="*", help="run folder, one of its step folders, or a URL; or several of them"
-    )
-    what.add_argument("--run", metavar="RUN", action="append", default=[], help="the same as RUN")
+    add_runs(what)
     what.add_argument(
         "--data",
         metavar="DIR_OR_URL",
         help="shards to take images from (default: the run's held-out images or, without any, its data)",
     )
-    what.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help="tokenizer that made the shards (default: the recipe's, or tokenizer.safetensors beside the data)",
-    )
+    add_their_tokenizer(what)
     add_samples(what, 6, "images of the panel")
     what.add_argument("--ema", action="store_true", help="paint with the averaged weights, if the run keeps them")
     add_storage(what)
@@ -65,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the pictures; returns the exit code."""
     asked = parser()
     arguments = asked.parse(argv)
-    runs = [*arguments.runs, *arguments.run]
-    if not runs:
-        asked.error("expected RUN or --run RUN")
+    runs = runs_of(asked, arguments)
     from beit_dist.engine.device import device_of
     from beit_dist.reports.drawing import Wishes, compare_runs, draw_run
 

@@ -9,10 +9,13 @@ from beit_dist.commands.options import (
     access_of,
     add_device,
     add_out,
+    add_runs,
     add_samples,
     add_storage,
+    add_their_tokenizer,
     at_least,
     check_out,
+    runs_of,
 )
 from beit_dist.commands.parsing import CommandParser
 from beit_dist.errors import ConfigError
@@ -45,21 +48,14 @@ def parser() -> CommandParser:
     """The command line."""
     parser = CommandParser("report", SENTENCE, EXAMPLES, MORE)
     what = parser.add_argument_group("what to report")
-    what.add_argument(
-        "runs", metavar="RUN", nargs="*", help="run folder, one of its step folders, or a URL; or several of them"
-    )
-    what.add_argument("--run", metavar="RUN", action="append", default=[], help="the same as RUN")
+    add_runs(what)
     what.add_argument(
         "--data",
         metavar="SRC",
         help="held-out images to look at: shards for a pre-training, labelled images for a fine-tuning (default: "
         "the run's own)",
     )
-    what.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help="tokenizer that made the shards (default: the recipe's, or tokenizer.safetensors beside the data)",
-    )
+    add_their_tokenizer(what)
     add_samples(what, 6, "images of the reconstructions; other pictures in proportion, and fewer for several runs")
     what.add_argument(
         "--predicted",
@@ -80,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; returns the exit code."""
     asked = parser()
     arguments = asked.parse(argv)
-    runs = [*arguments.runs, *arguments.run]
-    if not runs:
-        asked.error("expected RUN or --run RUN")
+    runs = runs_of(asked, arguments)
     if arguments.out is None:
         asked.error("expected --out F.html, the file of the page")
     out = Path(arguments.out)
