@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from beit_dist.engine.ranks.devices import claim, device_index, identity
+from beit_dist.engine.ranks.processors import gather_in_place
 from beit_dist.errors import PreflightError
 
 
@@ -60,6 +61,8 @@ def init_process_groups(
         dist.init_process_group(backend, store=whole, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
     # DeepSpeed takes the group that is there.
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    if backend == "gloo":
+        gather_in_place(deepspeed.comm.comm.cdb)
     return device
 
 

@@ -1,0 +1,61 @@
+"""What ranks on processors exchange in a step, through gloo, without the copies that DeepSpeed and PyTorch make.
+
+Gradients are summed where they lie and in the type in which they are kept; weights arrive where they are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_in_place(engine: Any, settings: dict[str, Any]) -> None:
+    """Have a bf16 engine's gradients averaged over the ranks in the buffers that they are accumulated in.
+
+    DeepSpeed copies all of them together, casts, exchanges, casts and copies apart. It still does where
+    ``settings`` say how to exchange them.
+
+    Args:
+        engine: DeepSpeed's, around its ``BF16_Optimizer``.
+        settings: those that it was made with.
+    """
+    if settings.keys() & {"communication_data_type", "prescale_gradients", "gradient_predivide_factor"}:
+        return
+
+    def average(**_: Any) -> None:
+        gradients, _experts = engine.optimizer.get_grads_for_reduction()
+        for flat in gradients:
+            dist.all_reduce(flat)
+            flat.div_(dist.get_world_size())
+
+    engine.buffered_allreduce_fallback = average
+
+
+def gather_in_place(backend: Any) -> None:
+    """Have equal parts of a tensor collected by a broadcast of each, which takes a fifth of gloo's own gathering.
+
+    Args:
+        backend: DeepSpeed's, of which gathering into one tensor is replaced.
+    """
+    usual = backend.all_gather_function
+
+    def gather(
+        output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> dist.Work | None:
+        if async_op:
+            work: dist.Work = usual(output_tensor, input_tensor, group=group, async_op=True)
+            return work
+        parts = output_tensor.view(dist.get_world_size(group), *input_tensor.shape)
+        own = parts[dist.get_rank(group)]
+        if own.data_ptr() != input_tensor.data_ptr():
+            own.copy_(input_tensor)
+        sent = [
+            dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)
+        ]
+        for work in sent:
+            work.wait()
+        return None
+
+    backend.all_gather_function = gather
