@@ -120,6 +120,7 @@ def _measure(
 
     with _PeakMemory() as peak:
         store.prepare(state, device)
+        store.find_memory()
         step()
         first = begin_save()
         store.finish_save()

@@ -91,6 +91,10 @@ class Saving:
         if self._metrics is not None:
             self._metrics.observe("beit_checkpoint_stall_seconds", self._last - began)
 
+    def find_memory(self) -> None:
+        """Make the first save as quick as the others: to be called when the first step has what it needs."""
+        self._store.find_memory()
+
     def finish(self) -> None:
         """Wait for the save in flight, if there is one, and count how it ended.
 

@@ -109,6 +109,7 @@ class Trainer:
                 self.saving.finish()
             assert fetched is not None  # for the type checker: there is one where steps are left
             fetched = self._train_step(fetched, summed)
+            self.saving.find_memory()
             left = progress.step < self.total_steps
             if not left:
                 self.watchers.recorder.flush()

@@ -178,7 +178,7 @@ class CheckpointStore:
         self._whole_step, self._resumed_from = saved.step, saved.folder.name
 
     def prepare(self, state: EngineState, device: torch.device) -> None:
-        """Have the system find the memory for the copies, in a thread: the first save then need not wait for it.
+        """Reserve addresses for the copies, and no memory yet.
 
         Args:
             state: what will be saved.
@@ -192,7 +192,14 @@ class CheckpointStore:
                 image.pin(device)
 
         self._preparing = threading.Thread(target=find, name="checkpoint-memory", daemon=True)
-        self._preparing.start()
+
+    def find_memory(self) -> None:
+        """Have the system find the memory for the copies, in a thread: the first save then need not wait for it.
+
+        Beside the first step this would hold it up, which needs much new memory of its own. Once is enough.
+        """
+        if self._preparing is not None and self._preparing.ident is None:
+            self._preparing.start()
 
     def begin_save(
         self,
@@ -229,9 +236,9 @@ class CheckpointStore:
             "loss_scale": state.loss_scale,
             **facts,
         }
-        if self._preparing is not None:
+        if self._preparing is not None and self._preparing.ident is not None:
             self._preparing.join()
-            self._preparing = None
+        self._preparing = None
         fragments = state.saved_fragments()
         if self._image is None or not self._image.fits(fragments):
             self._image = FileImage(fragments)

@@ -436,6 +436,9 @@ def test_the_copy_is_laid_out_as_the_file_and_its_memory_is_found_once_and_befor
     memory = writer._image
     assert memory is not None
     assert writer._preparing is not None
+    assert not writer._preparing.is_alive(), "the first step comes first"
+    for _ in range(2):
+        writer.find_memory()
     writer._preparing.join()
     assert faults(lambda: memory.take(state.tensors)) < unprepared / 4
     for step in (1, 2):
