@@ -259,10 +259,12 @@ def test_trials_of_other_seeds_are_compared_by_their_means() -> None:
 def test_the_page_says_what_an_aim_came_to(tmp_path: Path, gain: float, said: str) -> None:
     found = {f"finetune/scratch/10/{seed}": result(0.40 + 0.01 * seed) for seed in range(3)}
     found |= {f"finetune/tokens-blocks/10/0-{seed}": result(0.41 + gain) for seed in range(3)}
+    found["finetune/tokens-blocks/10/0-7"] = result(0.0)  # from random weights, no run had its labels
     write_page(found, tmp_path / "results.md", tmp_path / "images")
     page = (tmp_path / "results.md").read_text()
-    assert f"| 10 % | {41 + 100 * gain:.1f} ± 0.0 (3) | 41.0 ± 1.0 (3) | not run |" in page
-    assert f"10 % of the labels, +8 points, {said}." in page
+    mean, deviation = 0.75 * (41 + 100 * gain), 0.5 * (41 + 100 * gain)
+    assert f"| 10 % | {mean:.1f} ± {deviation:.1f} (4) | 41.0 ± 1.0 (3) | not run | " in page
+    assert f"10 % of the labels, +8 points, {said} ± 1.0 (3)." in page
     assert (tmp_path / "images" / "results_labels.png").exists()
     assert "CamVid" not in page, "nothing is said of what was not run"
 
