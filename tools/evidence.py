@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: a trial has one core, whatever the machine has
 
 import argparse
+import importlib.metadata
 import json
 import math
 import re
@@ -19,8 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from beit_dist.errors import ConfigError, UserError, exit_cleanly
-from study.jobs import Jobs, Places
+from study.jobs import Jobs
 from study.lists import write_lists
+from study.places import Places
 from study.trials import SHARES, Seeds, Trial, chosen, parts, study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +40,7 @@ each, and photos. Only what the chosen trials read has to be there.
 
 
 class StudyError(UserError):
-    """Trials failed."""
+    """Trials failed, or do not fit together."""
 
     exit_code = 1
 
@@ -68,6 +70,8 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study, or as much of it as was asked for; the exit code."""
     options = command_line().parse_args(argv)
+    if options.quick and options.publish:
+        raise ConfigError("--publish", True, "no --quick: its trials learn nothing")
     forked = not _on_a_gpu(options.device)
     if forked:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for a GPU
@@ -77,13 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(_listed(_trials(options), places)))
         return 0
+    _refuse_others(places, wanted)
     if options.quick:
         from study.quick import write_data
 
         write_data(data)
     _prepare(places, seeds, wanted)
     device = options.device if options.device != "auto" else "cpu" if forked else "cuda"
-    jobs = Jobs(places, device, forked)
+    jobs = Jobs(places, device, forked, {"machine": _machine(forked)})
     jobs.run(wanted, options.jobs or len(os.sched_getaffinity(0)), time.monotonic() + 3600 * options.hours)
     _report(places, _trials(options), publish=options.publish)
     left = [trial.name for trial in wanted if not places.done(trial)]
@@ -145,13 +150,36 @@ def _on_a_gpu(device: str) -> bool:
     return device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
 
 
+def _refuse_others(places: Places, wanted: Sequence[Trial]) -> None:
+    """Stop if a trial in the folder was run otherwise than it would be now.
+
+    Raises:
+        ConfigError: one was.
+    """
+    others = [trial.name for trial in wanted if places.differs(trial)]
+    if others:
+        raise ConfigError(
+            "--out",
+            str(places.work),
+            f"trials run with the present commands, recipes and precision, unlike {', '.join(others)}",
+            "Take another folder, or remove those trials: NAME and NAME.*.",
+        )
+
+
+def _machine(forked: bool) -> str:
+    """What trials compute on. A processor is named without a look for a GPU, which would spoil a fork."""
+    from beit_dist.commands.bench import cpu_model, machine
+
+    return f"{cpu_model() if forked else machine()['gpu']}, PyTorch {importlib.metadata.version('torch')}"
+
+
 def _listed(trials: Sequence[Trial], places: Places) -> list[str]:
     lines = []
     for number, part in enumerate(parts(trials), 1):
         minutes = sum(trial.seconds for trial in part) / 120
         lines.append(f"part {number}{', extra' if part[0].extra else ''}: {minutes:.0f} minutes on two cores")
         for trial in part:
-            state = "done" if places.done(trial) else ""
+            state = "done" if places.done(trial) else "run otherwise" if places.differs(trial) else ""
             lines.append(f"  {trial.name:<36} {trial.seconds / 60:6.1f} min of a core  {state}".rstrip())
     return lines
 
@@ -167,18 +195,20 @@ def _prepare(places: Places, seeds: Seeds, trials: Sequence[Trial]) -> None:
 
 def _report(places: Places, trials: Sequence[Trial], *, publish: bool) -> None:
     """Write the results, and say how they differ from those in docs/."""
-    from beit_dist.commands.bench import machine
-    from study.outcomes import differences, outcome
+    from study.outcomes import differences, outcome, unlike
     from study.page import write_page
 
-    about = machine()
-    where = f"{about['gpu'] or about['cpu']}, PyTorch {about['torch']}"
-    found = {trial.name: outcome(trial, places, where) for trial in trials if places.done(trial)}
+    found = {trial.name: outcome(trial, places) for trial in trials if places.done(trial)}
     earlier = json.loads(RESULTS.read_text())["trials"] if RESULTS.exists() else {}
     print("\n".join(differences(found, earlier)))
     (places.work / "results.json").write_text(json.dumps({"trials": found}, indent=1) + "\n")
     write_page(found, places.work / "results.md", places.work / "images")
     if publish:
+        if mixed := unlike({**earlier, **found}):
+            raise StudyError(
+                f"not published: {', '.join(mixed)} would have trials with other settings in {RESULTS} than in "
+                f"{places.work}. Remove them from the one or the other."
+            )
         RESULTS.write_text(json.dumps({"trials": {**earlier, **found}}, indent=1) + "\n")
         write_page({**earlier, **found}, PAGE, ROOT / "docs" / "images")
     print(f"wrote {places.work / 'results.md'}" + (f" and {PAGE}" if publish else ""))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STRENGTHS = tuple(10.0**power for power in range(1, -6, -1))
+STRENGTHS = tuple(10.0**power for power in range(1, -8, -1))
 """L2 penalties that are tried, strongest first: λ in mean loss + λ / 2 · ‖weights‖², of standardised features."""
 TOLERANCE = 1e-4
 """Largest entry of a gradient that counts as solved (scikit-learn's)."""

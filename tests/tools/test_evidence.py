@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from beit_dist.config.pretraining import PretrainingConfig
 from beit_dist.config.reading import load_recipe
 from beit_dist.config.run import RunConfig
 from beit_dist.config.tokenizer import TokenizerConfig
-from study.jobs import Jobs, Places, spent
+from study.jobs import Jobs, spent
 from study.lists import part, write_lists
-from study.outcomes import differences
+from study.outcomes import differences, unlike
 from study.page import write_page
+from study.places import Places
+from study.spreads import Spread, gain, verdict
 from study.trials import AT_THE_END, FIRST, PART_SECONDS, Seeds, Trial, chosen, parts
 from study.trials import study as all_trials
 
@@ -178,7 +181,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     monkeypatch.setattr(study.jobs, "main", beit)
     monkeypatch.setattr(study.jobs, "_preload", lambda: None)
     (tmp_path / "plan").mkdir()
-    return Jobs(Places(tmp_path / "work", tmp_path, tmp_path), "cpu", forked=True)
+    return Jobs(Places(tmp_path / "work", tmp_path, tmp_path), "cpu", True, {"machine": "M"})
 
 
 def begun(folder: Path) -> list[str]:
@@ -215,8 +218,33 @@ def test_when_time_is_over_a_trial_is_stopped_and_the_next_start_continues(
     assert not jobs.failed
     assert begun(tmp_path) == ["a"]
     (tmp_path / "plan" / "a").unlink()
-    Jobs(Places(tmp_path / "work", tmp_path, tmp_path), "cpu", forked=True).run(trials, 1, time.monotonic() + 60)
+    Jobs(Places(tmp_path / "work", tmp_path, tmp_path), "cpu", True, {"machine": "M"}).run(
+        trials, 1, time.monotonic() + 60
+    )
     assert begun(tmp_path) == ["a", "a", "b"]
+
+
+def test_what_was_run_otherwise_is_not_taken_for_a_trial(tmp_path: Path, jobs: Jobs) -> None:
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text("epochs: 1")
+    first = Trial("a", ("train", "--config", "{recipes}/a.yaml", "precision={precision}", "{own}"), "DONE", 1.0)
+    second = trial("b", "a")
+    jobs.run([first, second], 1, time.monotonic() + 60)
+    places = Places(tmp_path / "work", tmp_path, tmp_path)
+    assert places.done(first)
+    assert places.done(second)
+    record = places.record(first)
+    assert record is not None
+    assert record["command"] == "beit train --config configs/evidence/a.yaml precision=fp32 evidence/a"
+    assert record["machine"] == "M"
+    assert places.differs(replace(first, words=(*first.words, "seed=1")))
+    assert Places(tmp_path / "work", tmp_path, tmp_path, "bf16").differs(first)
+    recipe.write_text("epochs: 2")
+    assert not places.done(first)
+    assert places.differs(first)
+    (tmp_path / "work" / "a.trial.json").unlink()
+    assert places.differs(first), "nobody knows how it was run"
+    assert places.differs(second), "what it was made from is not known any more"
 
 
 # ------------------------------------------------------------------------------------------ the report
@@ -224,7 +252,14 @@ def test_when_time_is_over_a_trial_is_stopped_and_the_next_start_continues(
 
 def result(accuracy: float, **more: Any) -> dict[str, Any]:
     numbers = {"accuracy": accuracy, "linear": accuracy, "knn": accuracy}
-    return {"command": "beit", "machine": "M", "cpu_seconds": 60, "curves": {}, "numbers": numbers} | more
+    return {
+        "command": "beit",
+        "recipe": None,
+        "machine": "M",
+        "cpu_seconds": 60,
+        "curves": {},
+        "numbers": numbers,
+    } | more
 
 
 def test_differences_name_the_trials_that_came_to_something_else() -> None:
@@ -255,18 +290,56 @@ def test_trials_of_other_seeds_are_compared_by_their_means() -> None:
     assert len(said) == 2
 
 
-@pytest.mark.parametrize(("gain", "said"), [(0.1, "is reached: +10.0"), (0.05, "is not reached: +5.0")])
-def test_the_page_says_what_an_aim_came_to(tmp_path: Path, gain: float, said: str) -> None:
+@pytest.mark.parametrize(
+    ("points", "comparisons", "said"),
+    [
+        ((8.0, 9.0), 2, "reached in every comparison: +8.5 ± 0.7 (2), +8.0 to +9.0"),
+        ((7.0, 10.0), 2, "reached on average: +8.5 ± 2.1 (2), +7.0 to +10.0"),
+        ((7.0, 8.0), 2, "not reached: +7.5 ± 0.7 (2), +7.0 to +8.0"),
+        ((9.0,), 2, "not decided yet: +9.0 (1), +9.0 to +9.0, of 2 comparisons"),
+    ],
+)
+def test_an_aim_is_reached_by_all_comparisons_or_on_average_or_not(
+    points: tuple[float, ...], comparisons: int, said: str
+) -> None:
+    assert verdict(Spread(tuple(point / 100 for point in points)), 8.0, comparisons) == said
+
+
+def test_runs_are_compared_with_those_of_the_same_labels() -> None:
+    found = {f"finetune/scratch/10/{seed}": result(0.4 + 0.1 * seed) for seed in range(2)}
+    found |= {
+        f"finetune/tokens-blocks/10/{pre}-{seed}": result(0.5 + 0.1 * seed) for pre in "01" for seed in (0, 1)
+    }
+    found["finetune/tokens-blocks/10/0-7"] = result(0.0)  # no run from random weights had these labels
+    found["finetune/pixels-blocks/10/1-0"] = result(0.3)
+    found["finetune/scratch/1/0"] = found["finetune/scratch-4x/10/0"] = result(0.9)
+    with_random = gain(found, "finetune/tokens-blocks/10", "finetune/scratch/10")
+    assert with_random.values == pytest.approx([0.1] * 4)
+    with_pixels = gain(found, "finetune/tokens-blocks/10", "finetune/pixels-blocks/10")
+    assert with_pixels.values == pytest.approx([0.2])
+    assert gain(found, "finetune/tokens-blocks/10", "finetune/scratch/100").values == ()
+
+
+def test_the_page_says_what_came_of_the_aims_and_nothing_of_what_was_not_run(tmp_path: Path) -> None:
     found = {f"finetune/scratch/10/{seed}": result(0.40 + 0.01 * seed) for seed in range(3)}
-    found |= {f"finetune/tokens-blocks/10/0-{seed}": result(0.41 + gain) for seed in range(3)}
-    found["finetune/tokens-blocks/10/0-7"] = result(0.0)  # from random weights, no run had its labels
+    found |= {f"finetune/tokens-blocks/10/{pre}-{seed}": result(0.51) for pre in "01" for seed in range(3)}
     write_page(found, tmp_path / "results.md", tmp_path / "images")
     page = (tmp_path / "results.md").read_text()
-    mean, deviation = 0.75 * (41 + 100 * gain), 0.5 * (41 + 100 * gain)
-    assert f"| 10 % | {mean:.1f} ± {deviation:.1f} (4) | 41.0 ± 1.0 (3) | not run | " in page
-    assert f"10 % of the labels, +8 points, {said} ± 1.0 (3)." in page
+    assert "| 10 % | 51.0 ± 0.0 (6) | 41.0 ± 1.0 (3) | not run | +10.0 ± 0.9 (6) | not run |" in page
+    assert "10 % of the labels, +8 points, is reached in every comparison: +10.0 ± 0.9 (6), +9.0 to +11.0." in page
     assert (tmp_path / "images" / "results_labels.png").exists()
-    assert "CamVid" not in page, "nothing is said of what was not run"
+    assert "CamVid" not in page
+    assert "100 %" not in page
+
+
+def test_trials_of_one_arm_differ_by_seeds_and_places_only() -> None:
+    command = "beit train --run evidence/pretrain/a/{0} seed={0} optimizer.lr={1}"
+    found = {f"pretrain/a/{seed}": result(0.5, command=command.format(seed, "1e-3")) for seed in range(2)}
+    assert not unlike(found)
+    found |= {f"shards/good-{views}": result(0, command=f"beit shards --views {views}") for views in (1, 8)}
+    assert not unlike(found)
+    assert unlike({**found, "pretrain/a/2": result(0.5, command=command.format(2, "2e-3"))}) == ["pretrain/a"]
+    assert unlike({**found, "pretrain/a/2": found["pretrain/a/1"] | {"recipe": "other"}}) == ["pretrain/a"]
 
 
 def test_the_published_page_is_the_one_of_the_published_results(tmp_path: Path) -> None:
@@ -301,6 +374,10 @@ def test_a_quick_study_runs_every_kind_of_trial_and_writes_the_page(tmp_path: Pa
     assert "## Segmentation of CamVid" in page
     listed = evidence(*where, "--list").stdout
     assert all(line.endswith("done") for line in listed.splitlines() if line.startswith("  "))
+    real = evidence(*where[1:], "--only", "probe/random")
+    assert real.returncode == 2
+    assert "unlike tokenizer/good" in real.stderr
+    assert evidence(*where, "--publish").returncode == 2
     again = evidence(*where, "--only", "probe/random")
     assert not [line for line in again.stdout.splitlines() if "  probe/random" in line]
 

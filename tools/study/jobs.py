@@ -16,12 +16,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from beit_dist.commands.main import main
 from beit_dist.errors import exit_cleanly
+from study.places import Places
 from study.trials import Trial
 
 _PRELOADED = (
@@ -48,30 +48,6 @@ _TAIL = 2000
 """Characters of its output that a failure is told with."""
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where things are."""
-
-    work: Path
-    data: Path
-    recipes: Path
-    precision: str = "fp32"
-    """What models compute in."""
-
-    def own(self, trial: Trial) -> Path:
-        """The folder of a trial."""
-        return self.work / trial.name
-
-    def done(self, trial: Trial) -> bool:
-        """Whether a trial is done."""
-        return (self.own(trial) / trial.made).exists()
-
-    def words(self, trial: Trial) -> list[str]:
-        """Its command line with real paths."""
-        named = {**vars(self), "own": self.own(trial)}
-        return [word.format(**named) for word in trial.words]
-
-
 class Jobs:
     """Trials that run, one process each.
 
@@ -79,10 +55,11 @@ class Jobs:
         places: where things are.
         device: ``cpu``, ``cuda`` or ``auto``, for trials that compute.
         forked: fork them from this process, which then imports what they need; else start a Python for each.
+        about: what the record of each says besides, such as the machine.
     """
 
-    def __init__(self, places: Places, device: str, forked: bool) -> None:
-        self._places, self._device, self._forked = places, device, forked
+    def __init__(self, places: Places, device: str, forked: bool, about: Mapping[str, str]) -> None:
+        self._places, self._device, self._forked, self._about = places, device, forked, about
         self._running: dict[int, tuple[Trial, float]] = {}
         self.failed: dict[str, str] = {}
         self.stopped = False
@@ -125,6 +102,7 @@ class Jobs:
         device = ("--device", self._device)
         words[1:1] = device
         own.mkdir(parents=True, exist_ok=True)
+        self._places.begin(trial, self._about)
         log = os.open(f"{own}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         sys.stdout.flush()
         own_pid = os.getpid()
@@ -205,8 +183,3 @@ def _become(log: int, parent: int) -> None:
         os.dup2(descriptor, place)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 (for as long as the process lives)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-
-
-def facts_of(trial: Trial, words: Mapping[str, str]) -> str:
-    """Its command line, for people."""
-    return " ".join(("beit", *(word.format(**words) for word in trial.words)))

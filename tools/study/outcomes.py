@@ -9,26 +9,40 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study.jobs import Places, facts_of, spent
+from study.jobs import spent
+from study.places import Places
 from study.trials import Trial
 
 Outcome = dict[str, Any]
 
-SHOWN = {"work": "evidence", "data": "DATA", "recipes": "configs/evidence"}
-"""How the places of a command are called in the results."""
 HEADLINE = ("mean_iou", "linear", "accuracy", "probe_linear", "psnr", "samples")
 """Of a trial's numbers, that by which two runs of it are compared: the first that it has."""
 _POINTS = 60
 """Of a curve that is kept."""
 
 
-def outcome(trial: Trial, places: Places, machine: str) -> Outcome:
-    """What a trial that is done came to."""
+def outcome(trial: Trial, places: Places) -> Outcome:
+    """What a trial that is done came to, with what it was run with."""
     own = places.own(trial)
     read = {"tokenizer": _tokenizer, "shards": _shards, "probe": _probe}.get(trial.words[0], _run)
-    words = {**SHOWN, "precision": places.precision, "own": f"{SHOWN['work']}/{trial.name}"}
     took = {name: round(value) for name, value in spent(own).items()}
-    return {"command": facts_of(trial, words), "machine": machine, **took, **read(own)}
+    return {**(places.record(trial) or {}), **took, **read(own)}
+
+
+def unlike(found: Mapping[str, Outcome]) -> list[str]:
+    """Arms of which trials differ by more than their seeds: a mean over them would mean nothing."""
+    commands: dict[str, set[str]] = {}
+    for name, each in found.items():
+        if arm := _arm(name):
+            plain = re.sub(r"(--run|--data|--out|--json) \S+|(seed|init_from)=\S+", "", each["command"])
+            commands.setdefault(arm, set()).add(f"{plain} {each['recipe']}")
+    return [arm for arm, different in commands.items() if len(different) > 1]
+
+
+def _arm(name: str) -> str | None:
+    """What trials share that differ by their seeds only: the name without them; None if it has none."""
+    match = re.fullmatch(r"(.+)/\d+(-\d+)?", name)
+    return match[1] if match else None
 
 
 def differences(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> Iterator[str]:
@@ -68,15 +82,16 @@ def _but_precision(found: Outcome) -> str:
 
 def _of_other_seeds(ours: Mapping[str, Outcome], theirs: Mapping[str, Outcome]) -> Iterator[str]:
     """Means of trials that differ from earlier ones by their seeds only."""
-    for group in dict.fromkeys(name.rpartition("/")[0] for name in ours):
-        now, before = ({name for name in each if name.rpartition("/")[0] == group} for each in (ours, theirs))
-        key = headline(ours[next(iter(now))])
-        if before and key is not None and now != before:
+    for arm in dict.fromkeys(filter(None, map(_arm, ours))):
+        now, before = ([name for name in each if _arm(name) == arm] for each in (ours, theirs))
+        key = headline(ours[now[0]])
+        known = [name for name in before if key in theirs[name]["numbers"]]
+        if known and key is not None and set(now) != set(before):
             means = [
                 statistics.fmean(each[name]["numbers"][key] for name in names)
-                for each, names in ((ours, now), (theirs, before))
+                for each, names in ((ours, now), (theirs, known))
             ]
-            yield f"{group}: mean {key} {means[0]:.4f} of {len(now)}, earlier {means[1]:.4f} of {len(before)}"
+            yield f"{arm}: mean {key} {means[0]:.4f} of {len(now)}, earlier {means[1]:.4f} of {len(known)}"
 
 
 def headline(found: Outcome) -> str | None:
@@ -100,7 +115,7 @@ def _run(own: Path) -> Outcome:
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> list[list[float]]:
-    """Of a number, (samples trained on, mean of the steps since the point before)."""
+    """Of a number, (step, mean of the steps since the point before)."""
     known = [line for line in lines if isinstance(line.get(name), float) and "step" in line]
     pieces = [
         known[at : at + max(1, len(known) // _POINTS)]

@@ -15,8 +15,14 @@ EPOCHS, VIEWS, BATCH = 24, 8, 32
 """Of a pre-training."""
 CURVE = 6
 """Measurements in it, from which its curve is drawn."""
-FIRST = {"pre-trained": ("layer_decay=0.75",), "scratch": ("layer_decay=1.0",)}
-"""What differs by the first weights, as either gets what suits it. From random ones there is nothing to keep."""
+FIRST = {
+    "pre-trained": ("layer_decay=0.75", "optimizer.lr=2e-3"),
+    "scratch": ("layer_decay=1.0", "optimizer.lr=2e-3"),
+}
+"""What differs by the first weights. From random ones there is nothing to keep. The rates were best with 10 % of
+the labels, on training images (docs/evidence.md)."""
+RATES_TRIED = ("1e-3", "2e-3", "4e-3")
+"""Of fine-tuning, for either."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "as-it-is": (),
     "lr-2e-3": ("optimizer.lr=2e-3",),
@@ -24,6 +30,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ratio-0.6": ("masking.ratio=0.6",),
     "batch-16": ("global_batch=16", "micro_batch=16"),
     "width-192": ("model.width=192", "model.depth=4", "model.heads=3"),
+    "pixels": ("model.target=pixels",),
+    "pixels-lr-2e-3": ("model.target=pixels", "optimizer.lr=2e-3"),
+    "pixels-lr-8e-3": ("model.target=pixels", "optimizer.lr=8e-3"),
 }
 """Settings of short pre-trainings that are compared with the recipe's."""
 CHOOSING = "{work}/lists/choose.csv"
@@ -111,7 +120,7 @@ def chosen(trials: Sequence[Trial], wanted: Iterable[Trial]) -> list[Trial]:
 def _must(seeds: Seeds) -> Iterator[Trial]:
     """The questions that the study must answer."""
     yield from _tokens("good", VIEWS)
-    yield from _untrained("random")
+    yield from _untrained("random", seeds)
     yield from _pretrained("tokens-blocks", seeds)
     yield from _finetuned("tokens-blocks", 10, seeds)
     yield from _scratch("scratch", 10, seeds)
@@ -135,10 +144,10 @@ def _choices(origin: str) -> Iterator[Trial]:
         epochs = EPOCHS // 4
         yield _pretraining(f"choose/pretrain/{name}", 0, f"shards/good-{VIEWS}", *settings, epochs=epochs)
         yield _probing(f"choose/probe/{name}", f"choose/pretrain/{name}", "{work}/lists/fit-100.csv", CHOOSING)
-    for rate in ("5e-4", "1e-3", "2e-3", "4e-3"):
+    for rate in RATES_TRIED:
         for arm, first in FIRST.items():
             start, needs = ((f"init_from={{work}}/{origin}",), (origin,)) if arm == "pre-trained" else ((), ())
-            settings = (*first, f"optimizer.lr={rate}", *start)
+            settings = (first[0], f"optimizer.lr={rate}", *start)
             yield _finetuning(f"choose/{arm}/10/lr-{rate}", 10, 0, 1, *settings, needs=needs)
 
 
@@ -172,7 +181,7 @@ def _tokens(name: str, views: int, *settings: str) -> Iterator[Trial]:
             *("tokenizer", "--images", "{data}/cifar10/train", "--out", "{own}/tokenizer.safetensors"),
             *("--run", "{own}/run", "--config", "{recipes}/tokenizer.yaml", *settings),
         ),
-        "tokenizer.safetensors",
+        "run/DONE",
         400 * 16 / RATES["tokenizer"],
     )
     yield from _shards(name, views)
@@ -193,11 +202,13 @@ def _shards(name: str, views: int) -> Iterator[Trial]:
     )
 
 
-def _untrained(name: str) -> Iterator[Trial]:
-    """A backbone as it is at the first step, probed: one step is taken, at a rate that moves no weight."""
+def _untrained(name: str, seeds: Seeds) -> Iterator[Trial]:
+    """Backbones as they are at the first step, probed: one step is taken, at a rate that moves no weight."""
     settings = ("steps=1", "optimizer.lr=1e-12", "optimizer.min_lr=0", "validation.probe.data=null")
-    yield _pretraining(f"pretrain/{name}/0", 0, f"shards/good-{VIEWS}", *settings, epochs=1, cost=0)
-    yield _probe(name, 0)
+    for seed in seeds.pretraining:
+        shards = f"shards/good-{VIEWS}"
+        yield _pretraining(f"pretrain/{name}/{seed}", seed, shards, *settings, epochs=1, cost=0)
+        yield _probe(name, seed)
 
 
 def _pretraining(
@@ -294,7 +305,7 @@ def _camvid(seeds: Seeds) -> Iterator[Trial]:
             *("--config", "{recipes}/tokenizer.yaml", "view_size=112", "held_out=48", "model.vocabulary=512"),
             *("global_batch=8", "micro_batch=8"),
         ),
-        "tokenizer.safetensors",
+        "run/DONE",
         400 * 8 / RATES["tokenizer112"],
     )
     yield Trial(
