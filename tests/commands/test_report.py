@@ -161,7 +161,7 @@ def test_every_section_of_the_runs_is_there(page: Path) -> None:
         "time",
         "about",
     } == ids
-    assert "The surest mistakes" in found.text
+    assert "Most confident mistakes" in found.text
     assert "10.0%" in found.text  # the IoU of the second class
     pictures = [attributes for tag, attributes in found.tags if tag == "img"]
     assert len(pictures) > 20
