@@ -38,12 +38,12 @@ EXAMPLES = """\
   beit bench loader --json loader.json
   beit bench step --quick                  # a minute, for a look
   beit bench step --original unilm/beit/   # the released code beside the others
-  beit bench gpu --json gpu.json           # a GPU in eight minutes, what matters first
+  beit bench gpu --json gpu.json           # a GPU in eight minutes, key cases first
 """
 
 MORE = """\
-Ours runs beside a yardstick, in turn and several times; the median is the value, the range is shown beside it.
-docs/performance.md holds figures and what they mean.
+Our code and a yardstick run alternately, several times. The value is the median, with the range beside it.
+docs/performance.md has figures and explains them.
 """
 
 

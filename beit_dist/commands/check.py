@@ -20,10 +20,10 @@ EXAMPLES = """\
 MORE = """\
 Every shard is read and compared with the manifest: sha256, tar headers, json, npy headers, keys and
 their order in every view, the crc32 of every sample, tokens, padding. Held-out images are checked too:
-none of them may be trained on. What is wrong is printed with its place. A statistics.json that is
-missing or wrong is named, but is not a fault of the data set.
+none of them may be trained on. Each fault is printed with its place. A statistics.json that is
+missing or wrong is reported, but is not a fault of the data set.
 
-Exit code 0: whole; 1: something is wrong; 2: there is no data set to check.
+Exit code 0: the data set is intact; 1: something is wrong; 2: there is no data set to check.
 """
 
 
@@ -38,7 +38,7 @@ def parser() -> CommandParser:
         "--threads",
         type=at_least("--threads", 1),
         metavar="N",
-        help="shards read at once (default: one for each core; 16 for a store, which is far)",
+        help="shards read at once (default: one for each core; 16 for a store)",
     )
     how.add_argument(
         "--limit",

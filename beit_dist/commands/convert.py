@@ -19,7 +19,7 @@ EXAMPLES = """\
 MORE = """\
 OpenAI's files are read as data: nothing in them is run, and a file that would run code is refused. The encoder
 may also be mmpretrain's dalle_encoder.pth, or Hugging Face's FLAVA image codebook. Tokens, and so pre-training,
-need the encoder only; pictures of tokens need the decoder too.
+need only the encoder; pictures of tokens need the decoder too.
 """
 
 

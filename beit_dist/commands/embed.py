@@ -29,12 +29,13 @@ EXAMPLES = """\
 """
 
 MORE = """\
-There is a row for each image that can be read: source by source, in each by name, whatever the ranks. Columns are
-source, name, label (where the images lie in class folders, or their source has labels), and for each layer a
-vector such as mean_8. Images that cannot be read are listed in F.unreadable.csv, and counted at the end.
+F has a row for each image that can be read, source by source and sorted by name in each, whatever the number of
+ranks. The columns are source, name, label (if the images are in class folders, or their source has labels), and a
+vector for each layer, such as mean_8. Images that cannot be read are listed in F.unreadable.csv, and counted at
+the end.
 
-The same command, on any number of ranks, continues a job that was stopped or killed: what is finished lies in
-F.parts until F is there. .npz needs NumPy alone, .parquet pyarrow: pip install 'beit_dist[parquet]'.
+The same command, on any number of ranks, continues a job that was stopped or killed: finished parts are in F.parts
+until F is written. .npz needs only NumPy; .parquet needs pyarrow: pip install 'beit_dist[parquet]'.
 """
 
 
@@ -44,7 +45,7 @@ def parser() -> CommandParser:
     add_model(parser, "which model")
     add_sources(parser)
     what = parser.add_argument_group("what is written")
-    add_out(what, "F", "the file, .parquet or .npz, which all ranks reach")
+    add_out(what, "F", "the file, .parquet or .npz, which all ranks can reach")
     add_features(what)
     add_work(parser)
     return parser
@@ -55,8 +56,8 @@ def add_features(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--layers",
         metavar="N,N",
-        help="blocks whose outputs are taken, from 1, or all (default: of a pre-trained model the one at two "
-        "thirds of the depth, 8 of 12; of a fine-tuned one the last)",
+        help="blocks whose outputs are taken, counted from 1, or all (default: for a pre-trained model the one at "
+        "two thirds of the depth, such as 8 of 12; for a fine-tuned one the last)",
     )
     group.add_argument(
         "--token",

@@ -18,15 +18,15 @@ EXAMPLES = """\
 """
 
 MORE = """\
-  safetensors  one file, parameters under the names they have in the model; memory for one tensor
-  hf           a folder that BeitForMaskedImageModeling.from_pretrained reads, with the image processor; of a
-               classification BeitForImageClassification, with the names of its classes
-  timm         a folder of timm's Beit: of pre-training without a classifier, mask token or head over tokens; of a
-               classification with its head and the names of its classes
+  safetensors  one file, with the model's own parameter names; needs memory for one tensor
+  hf           a folder that BeitForMaskedImageModeling.from_pretrained reads, with the image processor; for
+               a classification, BeitForImageClassification, with the names of its classes
+  timm         a folder for timm's Beit: for pre-training, without classifier, mask token or head over tokens;
+               for a classification, with its head and the names of its classes
   unilm        model.pth, which the original fine-tuning scripts read
 Segmentations are exported as safetensors only.
 
-What is written needs neither DeepSpeed nor beit_dist to be read. Every byte of the checkpoint is verified first.
+Reading the result needs neither DeepSpeed nor beit_dist. Every byte of the checkpoint is verified first.
 Needs no GPU; may be called while the run is training.
 """
 
@@ -39,7 +39,7 @@ def parser() -> CommandParser:
     what.add_argument("--ema", action="store_true", help="the averaged weights, if the run keeps them")
     add_storage(what)
     form = parser.add_argument_group("what to write")
-    form.add_argument("--to", choices=["safetensors", *FORMS], required=True, help="names and form of the weights")
+    form.add_argument("--to", choices=["safetensors", *FORMS], required=True, help="names and format of weights")
     add_out(form, "DIR_OR_FILE", "folder; or, for safetensors, a .safetensors file")
     form.add_argument(
         "--precision", "--dtype", choices=PRECISIONS, default="fp32", help="default: %(default)s, exact"

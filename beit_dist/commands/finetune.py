@@ -52,9 +52,9 @@ MORE = """\
 
 A classification takes folders named after the classes, a CSV of paths and labels, or WebDataset tars, zips and
 parquet files with labels. A segmentation (task=segmentation) takes images/ with label maps beside it in labels/.
-The classes come from the data. docs/finetuning.md says the rest.
+The classes come from the data. See docs/finetuning.md for the rest.
 
-What init_from is known to have of the model need not be set: its sizes, patches and normalisation.
+Settings of the model that are known from init_from need not be set: its sizes, patches and normalisation.
 
 Exit codes: 0 done, or stopped on request with a checkpoint (RUN/DONE or PREEMPTED); 1 failed (RUN/FAILED says
 why); 2 the command or the recipe is wrong.

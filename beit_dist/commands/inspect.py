@@ -33,11 +33,11 @@ EXAMPLES = """\
 """
 
 MORE = """\
-Counts and sizes, how many of the tokens are used and how evenly, baselines, labels, sources, and pictures. Looks
-at a bounded number of samples, of images evenly spread over all shards: quick for any size and at any URL. Writes
-statistics.json, from which runs take their baselines, if the data set has none.
+Shows counts and sizes, how many of the tokens are used and how evenly, baselines, labels, sources, and pictures.
+It looks at a limited number of samples, from images spread evenly over all shards, so it is quick for any size and
+at any URL. If the data set has no statistics.json, from which runs take their baselines, it writes one.
 
-Exit code 0: all samples that were looked at are whole; 1: some are damaged; 2: there is no data set.
+Exit code 0: all samples that were looked at are intact; 1: some are damaged; 2: there is no data set.
 """
 
 

@@ -72,6 +72,6 @@ def help_text() -> str:
             "Pre-train BEiT: from a folder of images to a model that has learnt from them.",
             f"\nusage: {beit} COMMAND ...\n\ncommands:",
             *(f"  {name:<{width}}  {sentence}" for name, sentence in sentences.items()),
-            f"\n{beit} COMMAND --help says more of each, with examples.\n{beit} --version prints the version.",
+            f"\n{beit} COMMAND --help describes a command, with examples.\n{beit} --version prints the version.",
         )
     )

@@ -45,7 +45,9 @@ def add_work(parser: CommandParser) -> None:
     """How and where the work is done."""
     group = parser.add_argument_group("how and where")
     group.add_argument(
-        "--dry-run", action="store_true", help="say how many images there are, what it takes, and start nothing"
+        "--dry-run",
+        action="store_true",
+        help="say how many images there are and what the job takes, and start nothing",
     )
     add_device(group)
     group.add_argument(
@@ -72,7 +74,7 @@ def add_batch(group: argparse._ArgumentGroup) -> None:
         type=at_least("--workers", 1),
         default=2,
         metavar="N",
-        help="threads of each rank that decode images (default: %(default)s)",
+        help="threads per rank that decode images (default: %(default)s)",
     )
 
 

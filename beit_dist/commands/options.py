@@ -59,7 +59,7 @@ def add_images(group: Group) -> None:
         "--sniff",
         action="store_true",
         help="in folders at URLs too, look into files whose suffix is not one of the usual ones; takes one "
-        "request a file",
+        "request per file",
     )
 
 

@@ -33,13 +33,13 @@ EXAMPLES = """\
 
 MORE = """\
   loss.png    loss and accuracy by step, in training and on held-out images, beside their baselines; learning rate,
-              gradient norm, and where the run was resumed. Of a tokenizer's run, its own numbers
+              gradient norm, and where the run was resumed. For a tokenizer's run, its own numbers
   panel.png   a few held-out images: the image; what the model sees of it; its true tokens, decoded by the
-              tokenizer; and the same with those of masked patches as the model predicts them. With
+              tokenizer; and the same with the tokens that the model predicts for the masked patches. With
               model.target=pixels: the image with the masked patches as the model paints them
 
-Several runs are drawn over each other, in loss.png alone. Needs no GPU, and may be called while a run is training:
-the newest whole checkpoint is taken.
+Several runs are drawn in one loss.png, and no panel is drawn. Needs no GPU, and may be called while a run is
+training: it uses the newest complete checkpoint.
 """
 
 

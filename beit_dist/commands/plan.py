@@ -32,13 +32,13 @@ EXAMPLES = """\
 """
 
 MORE = """\
-Nothing is started and no GPU is needed. Figures are from datasheets, measured or assumed, and say which. --gpu
-cpu measures products of matrices on this machine. docs/scaling.md has the formulas, and what breaks first on the
-way to 1,024 GPUs.
+Nothing is started and no GPU is needed. Each figure says whether it comes from a datasheet, was measured or is
+assumed. --gpu cpu measures matrix products on this machine. docs/scaling.md has the formulas, and what breaks
+first on the way to 1,024 GPUs.
 
 --measured compares the plan for a run's own settings with what the run recorded.
 
-Exit codes: 0 done; 1 nothing fits into the memory; 2 the command or the recipe is wrong.
+Exit codes: 0 done; 1 nothing fits in memory; 2 the command or the recipe is wrong.
 """
 
 
@@ -56,35 +56,38 @@ def parser() -> CommandParser:
         "--samples",
         type=at_least("--samples", 1),
         metavar="N",
-        help="of an epoch (default: those of data=)",
+        help="samples of an epoch (default: those of data=)",
     )
     what.add_argument(
         "--views",
         type=at_least("--views", 1),
         metavar="N",
-        help="of each sample (default: those of data=, or 1)",
+        help="views of each sample (default: those of data=, or 1)",
     )
     what.add_argument(
-        "--classes", type=at_least("--classes", 2), metavar="N", help="of a fine-tuning (default: those of data=)"
+        "--classes",
+        type=at_least("--classes", 2),
+        metavar="N",
+        help="classes of a fine-tuning (default: those of data=)",
     )
     add_overrides(what, "global_batch=4096 or compile=true")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--gpus", type=at_least("--gpus", 1), default=1, metavar="N", help="ranks (default: 1)")
     where.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, a100 or cpu (default: h100)")
     where.add_argument(
-        "--per-node", type=at_least("--per-node", 1), default=8, metavar="N", help="GPUs of a node (default: 8)"
+        "--per-node", type=at_least("--per-node", 1), default=8, metavar="N", help="GPUs per node (default: 8)"
     )
     where.add_argument(
         "--network",
         type=_positive("--network"),
         metavar="GB/s",
-        help="of a node, one way (default: the GPU's)",
+        help="network bandwidth of a node, one way (default: the GPU's)",
     )
     where.add_argument(
         "--storage-bandwidth",
         type=_positive("--storage-bandwidth"),
         metavar="GB/s",
-        help="of the store (default: no limit)",
+        help="bandwidth of the store (default: no limit)",
     )
     where.add_argument(
         "--mfu", type=_positive("--mfu"), metavar="X", help="share of the peak that the model reaches, 0 to 1"

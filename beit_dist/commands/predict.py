@@ -26,10 +26,10 @@ EXAMPLES = """\
 """
 
 MORE = """\
-Of a classification, F has a row for each image that can be read, source by source, by name in each: source, name,
-label (where the images lie in class folders, or their source has labels), and the likeliest classes with their
-probabilities. Of a segmentation, F is a folder with maps/NAME.png, whose values are the numbers that the run's own
-label maps have. F/predictions.json tells their colours, and the share that each class has of an image.
+For a classification, F has a row for each image that can be read, source by source and sorted by name in each:
+source, name, label (if the images are in class folders, or their source has labels), and the likeliest classes
+with their probabilities. For a segmentation, F is a folder with maps/NAME.png, which use the same numbers as the
+run's own label maps. F/predictions.json gives their colours, and the share of each class in an image.
 
 Images that cannot be read are listed in F.unreadable.csv, and counted at the end. The same command, on any number
 of ranks, continues a job that was stopped or killed.
@@ -47,24 +47,24 @@ def parser() -> CommandParser:
     add_out(
         what,
         "F",
-        "a file, .json, .csv or .parquet; of a segmentation a folder. All ranks reach it",
+        "a file, .json, .csv or .parquet; for a segmentation, a folder. All ranks must reach it",
     )
     what.add_argument(
         "--top",
         type=at_least("--top", 1),
         default=5,
         metavar="K",
-        help="classes of each image, at most (default: %(default)s)",
+        help="largest number of classes per image (default: %(default)s)",
     )
     what.add_argument(
         "--overlays",
         action="store_true",
-        help="of a segmentation: also write the images with their maps over them",
+        help="for a segmentation: also write the images with their maps over them",
     )
     what.add_argument(
         "--quick",
         action="store_true",
-        help="of a segmentation: at one scale, where the run's recipe has several for its last measurement",
+        help="for a segmentation: use one scale, even if the run's recipe has several for its last measurement",
     )
     add_work(parser)
     return parser

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from beit_dist.storage.access import Access
     from beit_dist.storage.place import Place
 
-SENTENCE = "Measure what a model's frozen features are worth, layer by layer."
+SENTENCE = "Measure how good a model's frozen features are, layer by layer."
 
 EXAMPLES = """\
   beit probe runs/base --data imagenet/train --test imagenet/val
@@ -40,11 +40,11 @@ EXAMPLES = """\
 MORE = """\
 Features are the class token and the mean of the patches' tokens, of every layer, from one pass over the images.
 Each layer gets a linear classifier (multinomial logistic regression with L2) and 20 nearest neighbours. The
-strength of the L2 and the layer are chosen on a fifth of the training images that is held out; then the classifier
-is fitted to all of them. The test images choose nothing.
+strength of the L2 and the layer are chosen on a held-out fifth of the training images; then the classifier is
+fitted to all training images. The test images are not used to choose anything.
 
-Features lie in OUT until all is done: the same command, on any number of ranks, continues a probe that was stopped
-or killed.
+Features are kept in OUT until the probe is done: the same command, on any number of ranks, continues a probe that
+was stopped or killed.
 """
 
 
@@ -63,7 +63,7 @@ def parser() -> CommandParser:
     what.add_argument(
         "--layers",
         metavar="N,N",
-        help="blocks whose outputs are looked at, from 1 (default: all)",
+        help="blocks whose outputs are probed, counted from 1 (default: all)",
     )
     images = parser.add_argument_group("with which images")
     images.add_argument(
@@ -83,7 +83,7 @@ def parser() -> CommandParser:
         "--samples",
         type=at_least("--samples", 1),
         metavar="N",
-        help="most images of --data, taken at random, the same ones every time (default: all)",
+        help="largest number of images of --data; chosen at random, the same ones every time (default: all)",
     )
     add_storage(images)
     _add_work(parser)
@@ -92,7 +92,7 @@ def parser() -> CommandParser:
 
 def _add_work(parser: CommandParser) -> None:
     how = parser.add_argument_group("how and where")
-    add_out(how, "DIR", "folder for the features, which all ranks reach (default: RUN/probe)", required=False)
+    add_out(how, "DIR", "folder for the features, which all ranks can reach (default: RUN/probe)", required=False)
     add_json(how)
     add_device(how)
     how.add_argument(
@@ -113,7 +113,7 @@ def _add_work(parser: CommandParser) -> None:
         type=at_least("--workers", 1),
         default=2,
         metavar="N",
-        help="threads of each rank that decode images (default: %(default)s)",
+        help="threads per rank that decode images (default: %(default)s)",
     )
     how.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 

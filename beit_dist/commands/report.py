@@ -30,13 +30,13 @@ EXAMPLES = """\
 """
 
 MORE = """\
-The page says first what the run came to beside its baselines. Then come curves, settings, and what its newest
+The page first says what the run has reached beside its baselines. Then come curves, settings, and what its newest
 checkpoint makes of held-out images: reconstructions of masked patches, confused classes, label maps,
-self-attention. Data and time follow. What is not there (data that was moved, no checkpoint) is left out, with a
-line that says why.
+self-attention. Data and time follow. A part that cannot be made (data that was moved, no checkpoint) is left out,
+with a line that says why.
 
-The page is one file, which needs no network and runs no script. Runs of several kinds may be named. A run that is
-still training is not disturbed. The curve of a probe by layer is shown for runs with a probe.json in their folder:
+The page is one file, which needs no network and runs no script. You may name runs of different kinds. A run that
+is still training is not disturbed. A probe's curve by layer is shown for runs with a probe.json in their folder:
 beit probe RUN ... --json RUN/probe.json.
 """
 
@@ -56,7 +56,11 @@ def parser() -> CommandParser:
         "the run's own)",
     )
     add_their_tokenizer(what)
-    add_samples(what, 6, "images of the reconstructions; other pictures in proportion, and fewer for several runs")
+    add_samples(
+        what,
+        6,
+        "images in the reconstructions; other pictures scale with it, and there are fewer for several runs",
+    )
     what.add_argument(
         "--predicted",
         type=at_least("--predicted", 1),
@@ -64,7 +68,7 @@ def parser() -> CommandParser:
         metavar="N",
         help="held-out images that a classification predicts, spread evenly (default: %(default)s)",
     )
-    what.add_argument("--ema", action="store_true", help="the averaged weights, of runs that keep them")
+    what.add_argument("--ema", action="store_true", help="the averaged weights, for runs that keep them")
     add_storage(what)
     how = parser.add_argument_group("how and where")
     add_out(how, "F.html", "the page", required=False)

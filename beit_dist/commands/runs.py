@@ -30,21 +30,21 @@ EXAMPLES = """\
 """
 
 MORE = """\
-  running     steps are made
-  waiting     the newest start has not made a step yet
-  done        all steps are made
+  running     steps are completing
+  waiting     the newest start has not completed a step yet
+  done        all steps are complete
   preempted   stopped on request, can continue
-  failed      an error ended it, whose first line is told
-  stalled     no sign of life for long; its processes run, as far as is known
+  failed      an error ended it; its first line is shown
+  stalled     no sign of life for a long time; as far as is known, its processes still run
   dead        its processes ended and left no marker
-  unfinished  a data set that lacks shards; STEP counts them
+  unfinished  a data set with missing shards; STEP counts the finished ones
   unknown     a data set whose job cannot be read
 
-Everything is read from the folders, and no run is disturbed. Processes are looked for on this host alone. The
-numbers of a run at a URL are those of its newest checkpoint. LEFT is at the pace of the last steps. A terminal
+Everything is read from the folders, and no run is disturbed. Processes are looked for only on this host. The
+numbers of a run at a URL are those of its newest checkpoint. LEFT assumes the pace of the last steps. A terminal
 shows what fits its width, the newest run first; a pipe gets every column, and no colours.
 
---follow of one run ends when it is done or has failed; of a folder, with Ctrl-C.
+With --follow, a single run is followed until it is done or has failed, and a folder until you press Ctrl-C.
 
 Exit codes: 0 done; 1 there are no runs, or the run that was followed has failed; 2 the command is wrong.
 """
@@ -65,7 +65,7 @@ def parser() -> CommandParser:
         type=at_least("--depth", 0),
         default=3,
         metavar="N",
-        help="levels of folders below to look into (default: %(default)s)",
+        help="levels of subfolders to look into (default: %(default)s)",
     )
     add_storage(what)
     how = parser.add_argument_group("how to show it")
@@ -73,7 +73,7 @@ def parser() -> CommandParser:
         "--follow",
         "--watch",
         action="store_true",
-        help="look again and again: a terminal is drawn anew, a pipe gets a line for each change",
+        help="keep looking: a terminal is redrawn, a pipe gets a line for each change",
     )
     how.add_argument(
         "--every",

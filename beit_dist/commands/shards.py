@@ -32,7 +32,7 @@ EXAMPLES = """\
   one machine does everything:
     beit shards --images photos/ --out shards/ --tokenizer dvae.safetensors
 
-  with 2% of the images held out, to measure on; first, what it would take:
+  with 2% of the images held out for measurements; first, show what it would take:
     beit shards --images photos/ --out shards/ --tokenizer dvae.safetensors \\
         --held-out 2% --dry-run
     beit shards --images photos/ --out shards/ --tokenizer dvae.safetensors --held-out 2%
@@ -57,7 +57,7 @@ EXAMPLES = """\
 """
 
 MORE = """\
-Training reads the shards without decoding anything. A worker that was killed is run again with the same command;
+Training reads the shards without decoding anything. If a worker was killed, run it again with the same command;
 finished shards are kept. The bytes are the same for any number of workers, on one device type, thread count and
 set of versions.
 """
@@ -111,13 +111,13 @@ def parser() -> CommandParser:
         "--metrics-port",
         type=int,
         metavar="PORT",
-        help="serve this worker's Prometheus metrics at this port; 0 takes any free one",
+        help="serve this worker's Prometheus metrics on this port; 0 takes any free one",
     )
     beside.add_argument(
         "--metrics-address",
         metavar="ADDR",
         default="127.0.0.1",
-        help="address to serve them at; 0.0.0.0 lets other hosts read them (default: %(default)s)",
+        help="address to serve them on; 0.0.0.0 lets other hosts read them (default: %(default)s)",
     )
     beside.add_argument(
         "--metrics-textfile",
@@ -144,8 +144,8 @@ def _add_settings(parser: CommandParser) -> None:
         "--crop-area",
         type=float,
         metavar="SHARE",
-        help="smallest share of an image's area that a random crop takes (default 0.08, as the original; "
-        "images of 32 px or so need more)",
+        help="smallest share of an image's area that a random crop takes (default 0.08, as in the original; "
+        "images of about 32 px need more)",
     )
     add("--shard-samples", type=int, help="images in a shard (default 4096: 631 MB)")
     add("--seed", type=int, help="seed of the order, crops, flips and jitter (default 0)")
@@ -160,21 +160,22 @@ def _add_settings(parser: CommandParser) -> None:
         "--decoder",
         choices=("pillow", "simplejpeg"),
         default="pillow",
-        help="of JPEGs: pillow (default), or simplejpeg, which is faster and gives the same pixels; "
+        help="decoder of JPEGs: pillow (default), or simplejpeg, which is faster and gives the same pixels; "
         "pip install 'beit_dist[jpeg]'",
     )
-    add("--batch", type=int, help="images that the encoder takes at a time (default 64)")
+    add("--batch", type=int, help="images that the encoder processes at a time (default 64)")
     add_precision(
         group,
-        "of the encoder's residual paths, which do most of its work: fp32, fp16 or bf16. fp32, the default, "
-        "rounds least; the others are faster on devices that have them, and change a few near-tied tokens",
+        "precision of the encoder's residual paths, which do most of its work: fp32, fp16 or bf16. fp32, the "
+        "default, rounds least; the others are faster on devices that support them, and change a few near-tied "
+        "tokens",
         ("fp32", "fp16", "bf16"),
     )
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the encoder, which rounds differently (default: as the folder's job has begun; else on a "
-        "GPU, where there is a C compiler)",
+        help="compile the encoder, which rounds differently (default: as the job in this folder began; for a new "
+        "job, on a GPU if there is a C compiler)",
     )
 
 
@@ -184,7 +185,7 @@ def _add_work(parser: CommandParser) -> None:
     add(
         "--index",
         type=int,
-        help="this worker's number from 0; by default the task's id in the SLURM array, or Kubernetes' index",
+        help="this worker's number, from 0; by default its task id in the SLURM array, or its index in Kubernetes",
     )
     add("--count", type=int, help="number of workers; by default $BEIT_WORKERS, else 1")
     add("--index-only", action="store_true", help="only freeze the list of images; needed before several workers")
@@ -200,14 +201,14 @@ def _add_work(parser: CommandParser) -> None:
     add(
         "--decoders",
         type=int,
-        help="decoding processes, shared by the encoders (default: one for each core, at most 16 for an encoder)",
+        help="decoding processes, shared by the encoders (default: one for each core, at most 16 per encoder)",
     )
     add(
         "--encoders",
         type=int,
         default=1,
         metavar="N",
-        help="encoding processes of this host, each the worker of a part of its shards; they take the GPUs in "
+        help="encoding processes on this host, each a worker for a part of its shards; they take the GPUs in "
         "turn (default 1)",
     )
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from beit_dist.reports.similar_sheet import Shown
     from beit_dist.storage.access import Access
 
-SENTENCE = "Show the images that are most similar to some."
+SENTENCE = "Show the images that are most similar to given ones."
 
 EXAMPLES = """\
   beit similar runs/base cat.jpg --images photos/ --out similar.png
@@ -40,8 +40,9 @@ EXAMPLES = """\
 
 MORE = """\
 The picture has a row for each query: the query, and beside it the images that are most similar to it, by the
-cosine of their features, which is told below each. Above 0.999 an image is marked as a duplicate: most likely it
-is the same one in another file or size. To ask more than once, name a file of beit embed in place of the images.
+cosine of their features, which is shown below each. Above 0.999 an image is marked as a duplicate: most likely it
+is the same image in another file or size. To search more than once, name a file of beit embed instead of the
+images.
 """
 
 
@@ -56,15 +57,15 @@ def parser() -> CommandParser:
         "--layer",
         type=at_least("--layer", 1),
         metavar="N",
-        help="block whose output is compared, from 1 (default: of a pre-trained model the one at two thirds of "
-        "the depth, of a fine-tuned one the last; or the only one in F)",
+        help="block whose output is compared, counted from 1 (default: for a pre-trained model the one at two "
+        "thirds of the depth, for a fine-tuned one the last; or the only one in F)",
     )
     what.add_argument(
         "--token", choices=("mean", "class"), metavar="T", help="mean (of the patches, the default) or class"
     )
     where = parser.add_argument_group("where to look")
     add_images(where)
-    where.add_argument("--embedded", metavar="F", help="a file of beit embed, in place of --images")
+    where.add_argument("--embedded", metavar="F", help="a file of beit embed, instead of --images")
     add_storage(where)
     how = parser.add_argument_group("how and where")
     add_out(how, "F.png", "the picture")

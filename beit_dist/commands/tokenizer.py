@@ -39,13 +39,13 @@ EXAMPLES = """\
 """
 
 MORE = """\
-The tokenizer is a discrete VAE. It is written as FILE.safetensors, with FILE.png beside it: held-out images over
-their reconstructions from tokens. Look at that picture before sharding a data set with the tokenizer. Any other
-name is kept whole: dvae-0.1 has dvae-0.1.png and dvae-0.1.run.
+The tokenizer is a discrete VAE. It is written as FILE.safetensors, with FILE.png beside it: held-out images above
+their reconstructions from tokens. Look at that picture before sharding a data set with the tokenizer. A name
+without this suffix is kept as it is: dvae-0.1 has dvae-0.1.png and dvae-0.1.run.
 
-Both are written at the end, whole. Meanwhile FILE.run has checkpoints, the numbers of every step, measurements on
-held-out images and pictures. The same command resumes a training that was stopped or killed from its newest whole
-checkpoint. A stop signal on any rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves one first.
+Both files are written at the end, in one piece. Until then, FILE.run holds checkpoints, the numbers of every step,
+measurements on held-out images, and pictures. If the training was stopped or killed, the same command resumes it
+from its newest complete checkpoint. A stop signal on any rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves one first.
 
 Exit codes: 0 done, or stopped on request with a checkpoint (FILE.run/DONE or PREEMPTED); 1 failed, for instance
 because the codebook collapsed (FILE.run/FAILED says why); 2 the command or the recipe is wrong.

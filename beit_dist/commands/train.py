@@ -39,10 +39,12 @@ EXAMPLES = """\
 """
 
 MORE = """\
---run and --data are the settings run= and data=. Under torchrun write run=, as it takes --run for its --run-path.
+--run and --data are the settings run= and data=. Under torchrun write run=, because it takes --run for its own
+--run-path.
 
-Started again with the same run folder, training continues from its newest whole checkpoint. A stop signal on any
-rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves one and leaves RUN/PREEMPTED. docs/running.md says the rest.
+If you start it again with the same run folder, training continues from the newest complete checkpoint. A stop
+signal on any rank (SIGTERM, SIGINT, SIGUSR1, SIGHUP) saves a checkpoint and leaves RUN/PREEMPTED. See
+docs/running.md for the rest.
 
 Exit codes: 0 done, or stopped on request with a checkpoint (RUN/DONE or PREEMPTED); 1 failed (RUN/FAILED says
 why); 2 the command or the recipe is wrong.

@@ -51,7 +51,7 @@ def add_computing(parser: CommandParser, ds_config: str | None, built_in: str) -
         "--ranks",
         type=number_of_ranks,
         metavar="N",
-        help="start N ranks on this machine, or auto: one for each GPU; with --dry-run the number that it assumes "
+        help="start N ranks on this machine, or auto: one for each GPU; with --dry-run, the number to assume "
         "(default: 1, or the launcher's)",
     )
     add_storage(group, nargs=1)
@@ -65,12 +65,12 @@ def add_looking(parser: CommandParser) -> None:
     group.add_argument(
         "--measure",
         action="store_true",
-        help="with --dry-run: also take some steps, throw them away, and tell how long the run takes",
+        help="with --dry-run: also take some steps, throw them away, and estimate how long the run takes",
     )
     group.add_argument(
         "--preflight",
         action="store_true",
-        help="look in a few seconds whether this host can take part in the run, and start nothing; a job does so "
+        help="check in a few seconds whether this host can take part in the run, and start nothing; a job does so "
         "once on each of its hosts",
     )
 

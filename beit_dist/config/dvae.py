@@ -18,8 +18,8 @@ class DVAEConfig(Section):
     blocks_per_group: int = Field(2, ge=1)
     """Residual blocks in each of the four groups."""
     decoder_input: int = Field(128, ge=0)
-    """Width of the codebook: the channels that the decoder makes of a token. 0 leaves the decoder out; such a
-    tokenizer makes tokens but cannot draw them."""
+    """Width of the codebook: the number of channels that the decoder makes from a token. 0 leaves the decoder out;
+    such a tokenizer makes tokens but cannot draw them as images."""
 
     @model_validator(mode="after")
     def _check(self) -> DVAEConfig:

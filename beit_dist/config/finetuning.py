@@ -23,10 +23,10 @@ _WARM_UPS = ("epochs", "steps", "share")
 
 
 class FinetunedBackbone(BackboneConfig):
-    """The backbone. What ``init_from`` is known to have need not be given."""
+    """The backbone. Settings that are known from ``init_from`` need not be given."""
 
     block_positions: bool = True
-    """Each block has a table of relative position biases of its own, as in the released fine-tuning code. A shared
+    """Each block has its own table of relative position biases, as in the released fine-tuning code. A shared
     table of ``init_from`` is copied into each block."""
 
 
@@ -37,7 +37,7 @@ class FinetuningOptimizer(OptimizerConfig):
     min_lr: float = Field(1e-6, ge=0)
     clip_grad: float = Field(0.0, ge=0)
     warmup_share: float | None = Field(None, ge=0, lt=1)
-    """The same as a share of the steps that the schedule has. Where no ``warmup_`` is set, a twentieth."""
+    """Null takes a twentieth if no ``warmup_`` setting is given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -51,13 +51,14 @@ class MixingConfig(Section):
     """Training images are mixed in pairs (mixup, arXiv 1710.09412; CutMix, arXiv 1905.04899)."""
 
     mixup: float = Field(0.8, ge=0)
-    """Both parameters of the beta distribution of mixup's shares: above 0.5, or 0 for no mixup."""
+    """Value of both parameters of the beta distribution from which mixup draws its shares: above 0.5, or 0 for no
+    mixup."""
     cutmix: float = Field(1.0, ge=0)
     """The same for CutMix."""
     probability: float = Field(1.0, ge=0, le=1)
     """Probability that a pair is mixed at all."""
     switch: float = Field(0.5, ge=0, le=1)
-    """Probability of CutMix where both are in use."""
+    """Probability of CutMix, rather than mixup, if both are in use."""
 
     @model_validator(mode="after")
     def _check(self) -> MixingConfig:
@@ -105,11 +106,11 @@ class FinetuningConfig(ViTRunConfig):
     epochs: float = Field(100, gt=0)
     optimizer: FinetuningOptimizer = FinetuningOptimizer()
     layer_decay: float = Field(0.65, gt=0, le=1)
-    """Each block learns at this share of the rate of the block behind it; 1 gives all the same rate."""
+    """Each block's learning rate is this share of the next block's; 1 gives all blocks the same rate."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of a target that is spread over all classes, in classification."""
     head_scale: float = Field(0.001, gt=0)
-    """The classifier's first weights are this small, as a share of the usual ones."""
+    """Scale of the classifier's initial weights, relative to the usual scale."""
     augmentation: AugmentationConfig = AugmentationConfig()
     mixing: MixingConfig = MixingConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
@@ -117,8 +118,8 @@ class FinetuningConfig(ViTRunConfig):
     maps: LabelMapsConfig = LabelMapsConfig()
     loader: LabelledLoaderConfig = LabelledLoaderConfig()
     activation_checkpointing: bool = False
-    """Keep only the input of each block for the backward pass and compute the rest again: less memory, a third
-    more arithmetic, the same gradients."""
+    """Keep only the input of each block for the backward pass and recompute the rest: less memory, a third more
+    arithmetic, the same gradients."""
 
     @model_validator(mode="after")
     def _check(self) -> FinetuningConfig:

@@ -16,14 +16,15 @@ _SHARE = 224 / 256
 
 
 class RandAugmentConfig(Section):
-    """RandAugment (arXiv 1909.13719) as timm reads ``rand-m9-mstd0.5-inc1``, which unilm fine-tunes with."""
+    """RandAugment (arXiv 1909.13719) as timm interprets ``rand-m9-mstd0.5-inc1``, the setting that unilm
+    fine-tunes with."""
 
     magnitude: float = Field(9.0, ge=0, le=10)
     """Mean strength of an operation, from 0 to 10."""
     std: float = Field(0.5, ge=0)
     """Standard deviation of that strength."""
     layers: int = Field(2, ge=1)
-    """Operations in a row, each of which is applied with probability 1/2."""
+    """Number of operations in a row; each is applied with probability 1/2."""
 
 
 class AugmentationConfig(Section):
@@ -38,15 +39,15 @@ class AugmentationConfig(Section):
     rand_augment: RandAugmentConfig | None = RandAugmentConfig()
     """Null applies ``color_jitter`` instead."""
     color_jitter: float = Field(0.4, ge=0, le=1)
-    """Brightness, contrast and saturation change by a factor of up to this below or above 1. As in timm, it is
-    used only where ``rand_augment`` is null."""
+    """Brightness, contrast and saturation change by a factor that is up to this much below or above 1. As in timm,
+    this is used only if ``rand_augment`` is null."""
     erasing: float = Field(0.25, ge=0, le=1)
     """Probability that noise covers a rectangle of 2 % to 33 % of the area."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """How crops are resized, and what RandAugment turns or shifts."""
+    """How pixels are interpolated when crops are resized and when RandAugment rotates or shifts an image."""
     crop_share: float | None = Field(None, gt=0, le=1)
-    """Side of the centred square that is evaluated, as a share of the shorter side. Null takes 224/256, and 1
-    from ``model.image_size`` 384 on."""
+    """Side of the centred square that is evaluated, as a share of the shorter side. Null takes 224/256, or 1 if
+    ``model.image_size`` is 384 or more."""
 
     @model_validator(mode="after")
     def _check(self) -> AugmentationConfig:
@@ -71,12 +72,13 @@ class SegmentationViewConfig(Section):
     """How an image of a segmentation is scaled, cropped and changed; the values are mmseg's for BEiT on ADE20K."""
 
     base_size: int | None = Field(None, ge=1)
-    """An image is scaled until its shorter side has so many pixels, or its longer side four times as many,
+    """An image is scaled until its shorter side has this many pixels, or its longer side four times as many,
     whichever comes first. Null takes ``model.image_size``."""
     resize_ratio: tuple[float, float] = (0.5, 2.0)
-    """Smallest and largest factor by which it is scaled besides, in training."""
+    """Smallest and largest factor by which an image is scaled in addition, in training."""
     cat_max_ratio: float = Field(0.75, gt=0, le=1)
-    """Most of a crop's labelled pixels that one class may have. After ten attempts, any crop is taken."""
+    """Largest share of a crop's labelled pixels that one class may have. After ten attempts, any crop is
+    accepted."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of mirroring left to right."""
     photometric: bool = True
@@ -96,12 +98,12 @@ class LabelMapsConfig(Section):
     """What the numbers in label maps mean."""
 
     ids: tuple[int, int] | None = None
-    """Smallest and largest number of a class in the maps: ``[1, 150]`` for ADE20K. Null takes 0 and up: as many
-    as ``classes.txt`` has lines, or, without that file, up to the largest number in any map of ``data``, all of
-    which are then read at the start."""
+    """Smallest and largest class number in the maps: ``[1, 150]`` for ADE20K. Null counts from 0: as many classes
+    as ``classes.txt`` has lines. Without that file, all maps of ``data`` are read at the start, and the largest
+    number in any of them is the last class."""
     ignore_label: int | None = Field(255, ge=0)
-    """The number of pixels without a class, which count neither in training nor in measurements. Null: there is
-    none."""
+    """The value that marks pixels without a class. Such pixels count neither in training nor in measurements.
+    Null: there is none."""
 
     @model_validator(mode="after")
     def _check(self) -> LabelMapsConfig:
@@ -114,8 +116,8 @@ class LabelledLoaderConfig(Section):
     """The processes that read, decode and augment labelled images."""
 
     workers: int = Field(2, ge=0)
-    """Processes of each rank. 0 works in a thread of the rank itself."""
+    """Processes per rank. 0 works in a thread of the rank itself."""
     prefetch: int = Field(2, ge=1)
-    """How many steps the workers are ahead."""
+    """How many steps the workers prepare ahead."""
     timeout_seconds: float = Field(600.0, gt=0)
     """How long the trainer waits for a batch before it gives up, in seconds."""

@@ -45,7 +45,7 @@ class BackboneConfig(Section):
     heads: int = Field(0, ge=0)
     """Attention heads, a divisor of ``width``. 0 takes that of ``size``."""
     mlp_ratio: float = Field(4.0, gt=0)
-    """Width of the hidden layer of each MLP, in units of ``width``."""
+    """Width of the hidden layer of each MLP, as a multiple of ``width``."""
     image_size: int = Field(224, gt=0)
     """Side of the square image, in pixels. Must match the shards."""
     patch_size: int = Field(16, gt=0)
@@ -55,10 +55,10 @@ class BackboneConfig(Section):
     relative_positions: bool = True
     """One table of relative position biases, shared by all blocks, as in the released code."""
     block_positions: bool = False
-    """Each block has a table of relative position biases of its own in place of the shared one, as fine-tuned
-    models have (unilm ``--rel_pos_bias``)."""
+    """Each block has its own table of relative position biases instead of the shared one, as in fine-tuned models
+    (unilm ``--rel_pos_bias``)."""
     layer_scale: float = Field(0.1, ge=0)
-    """Initial value of LayerScale; 0 leaves it out. The released code has 0.1 for base and 1e-5 for large."""
+    """Initial value of LayerScale; 0 leaves it out. The released code uses 0.1 for base and 1e-5 for large."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic-depth rate of the last block. It rises linearly from 0 at the first."""
     pixel_mean: Unit = HALF
@@ -121,7 +121,7 @@ class ModelConfig(BackboneConfig):
     """The BEiT v1 backbone and the head that predicts masked patches."""
 
     target: str = "tokens"
-    """What the model predicts of a masked patch: its visual token, or its pixels."""
+    """What the model predicts for a masked patch: its visual token, or its pixels."""
     vocabulary: int = Field(8192, ge=2, le=32768)
     """Number of visual tokens. Must match the tokenizer. Used by ``target: tokens`` only."""
     pixels: PixelsConfig = PixelsConfig()

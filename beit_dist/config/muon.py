@@ -11,7 +11,7 @@ class MuonConfig(Section):
     """Used by ``optimizer.name: muon`` only. The defaults are those of its author and of torch."""
 
     momentum: float = Field(0.95, ge=0, lt=1)
-    """Share of the momentum that stays at each update."""
+    """Share of the momentum that is kept at each update."""
     nesterov: bool = True
     """Look ahead: orthogonalise the gradient and the momentum together, not the momentum alone."""
     ns_steps: int = Field(5, ge=1, lt=100)

@@ -32,11 +32,11 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(3.0, ge=0)
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
     warmup_epochs: float | None = Field(None, ge=0)
-    """Epochs over which the learning rate rises from 0. Set one ``warmup_`` at most."""
+    """Epochs over which the learning rate rises from 0. Set at most one ``warmup_`` setting."""
     warmup_steps: int | None = Field(None, ge=0)
-    """Steps over which the learning rate rises from 0. Set one ``warmup_`` at most."""
+    """Steps over which the learning rate rises from 0. Set at most one ``warmup_`` setting."""
     warmup_share: float | None = Field(None, ge=0, lt=1)
-    """The same as a share of the steps that the schedule has: 0.05, for instance. Set one ``warmup_`` at most."""
+    """Warm-up as a share of the schedule's steps, such as 0.05. Set at most one ``warmup_`` setting."""
     lr_steps: int | None = Field(None, ge=1)
     """Step at which the learning rate reaches ``min_lr``; null takes the end of the run."""
     muon: MuonConfig = MuonConfig()

@@ -20,24 +20,24 @@ class LoaderConfig(Section):
     """The order of samples and the processes that read them; ``docs/data.md`` explains it."""
 
     workers: int = Field(2, ge=0)
-    """Reading processes of each rank. 0 reads in a thread of the rank itself."""
+    """Reading processes per rank. 0 reads in a thread of the rank itself."""
     prefetch: int = Field(2, ge=1)
     """How many steps the workers read ahead."""
     lanes: int | None = Field(None, ge=1)
-    """Independent streams into which the data is dealt, a divisor of ``global_batch``. Null takes the largest
-    divisor up to an eighth of it."""
+    """Number of independent streams that the data is divided into; a divisor of ``global_batch``. Null takes the
+    largest divisor up to an eighth of it."""
     block_samples: int | None = Field(None, ge=1)
     """Consecutive samples of a shard that are read together. Null takes min(64, samples // (16 · lanes))."""
     window_blocks: int = Field(1, ge=1)
     """How many blocks are shuffled together."""
     memory_gib: float = Field(4.0, gt=0)
-    """For ``data`` at a URL: the memory of a rank for blocks fetched ahead, in GiB. If the blocks need more,
-    samples are fetched one by one, which is slower. ``--dry-run`` prints the need."""
+    """For ``data`` at a URL: the memory per rank for blocks fetched ahead, in GiB. If the blocks need more,
+    samples are fetched one by one, which is slower. ``--dry-run`` prints how much they need."""
     cache_dir: str | None = None
-    """For ``data`` at a URL: a folder on a local disk in which fetched blocks are kept, shared by the ranks of a
+    """For ``data`` at a URL: a folder on a local disk that keeps fetched blocks and is shared by the ranks of a
     host. Null keeps none."""
     cache_gib: float = Field(100.0, gt=0)
-    """Most that is kept in ``cache_dir``, in GiB. The block unused for longest is deleted first."""
+    """Largest size of ``cache_dir``, in GiB. The block that has been unused for longest is deleted first."""
     bad_samples: int = Field(0, ge=0)
     """How many damaged samples a run may leave out, each with loss weight 0, before it stops."""
     timeout_seconds: float = Field(600.0, gt=0)
@@ -67,14 +67,14 @@ class PretrainingConfig(ViTRunConfig):
     data: str | None = None
     validation: PretrainingValidation = PretrainingValidation()
     tokenizer: str | None = None
-    """File of the tokenizer. If it is given, the run checks that the shards were made with it."""
+    """Tokenizer file. If it is set, the run checks that the shards were made with it."""
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
     epochs: float = Field(800, gt=0)
     loader: LoaderConfig = LoaderConfig()
     activation_checkpointing: bool = False
-    """Keep only the input of each block for the backward pass and compute the rest again: less memory, a third
-    more arithmetic, the same gradients."""
+    """Keep only the input of each block for the backward pass and recompute the rest: less memory, a third more
+    arithmetic, the same gradients."""
 
     @model_validator(mode="after")
     def _check(self) -> PretrainingConfig:

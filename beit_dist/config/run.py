@@ -28,7 +28,7 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this number of steps are never deleted."""
     keep_every_hours: float | None = Field(None, gt=0)
-    """The first checkpoint, and then one every so many hours, is never deleted."""
+    """The first checkpoint, and then one every this many hours, is never deleted."""
     max_failed_saves: int = Field(3, ge=1)
     """How many saves in a row may fail before the run stops."""
     timeout_seconds: float = Field(1800.0, gt=0)
@@ -39,7 +39,7 @@ class EMAConfig(Section):
     """An exponential moving average of the weights, kept beside the trained weights."""
 
     decay: float | None = Field(None, gt=0, lt=1)
-    """Share of the average that stays at each update, such as 0.9998. Null keeps no average."""
+    """Share of the average that is kept at each update, such as 0.9998. Null keeps no average."""
 
 
 class ValidationConfig(Section):
@@ -63,8 +63,8 @@ class LoggingConfig(Section):
     metrics_port: int | None = Field(9400, ge=0, le=65535)
     """Port of the Prometheus endpoint on rank 0. 0 takes any free port, null turns the endpoint off."""
     metrics_address: str = "127.0.0.1"
-    """Address on which the Prometheus endpoint listens. By default only programs of rank 0's host can ask; with
-    ``0.0.0.0`` the network can."""
+    """Address on which the Prometheus endpoint listens. By default only programs on rank 0's host can read it;
+    with ``0.0.0.0`` the whole network can."""
     progress: bool = True
     """Print progress lines."""
     tensorboard: bool = False
@@ -88,7 +88,8 @@ class ProfileConfig(Section):
 
 
 class GuardConfig(Section):
-    """Checks of a running training. Gradients that are not finite are never applied, whatever these say."""
+    """Checks of a running training. Gradients that are not finite are never applied, whatever these settings
+    say."""
 
     spikes: Literal["off", "warn", "stop"] = "warn"
     """What to do when a loss lies far above the ones before it."""
@@ -111,9 +112,9 @@ class WatchdogConfig(Section):
     """When a rank counts as hanging."""
 
     stall_seconds: float = Field(600.0, gt=0)
-    """A rank that ends no step for this many seconds writes its stacks to ``RUN/ranks``."""
+    """A rank that completes no step for this many seconds writes its stacks to ``RUN/ranks``."""
     start_seconds: float | None = Field(None, gt=0)
-    """The same before the first step ends; null does not watch the start."""
+    """The same limit for the time until the first step has ended; null does not watch the start."""
 
 
 class TimeoutsConfig(Section):
@@ -163,20 +164,21 @@ class RunConfig(Section):
     """Seed of everything random: the initial weights, the order of samples, masks, crops and noise."""
     precision: Precision = "auto"
     """What the model computes in. Master weights and moments are always fp32. ``auto`` follows the DeepSpeed JSON;
-    if that says ``"auto"`` too, a resumed run keeps the precision of its checkpoint and a new run measures what
-    the devices are fast in. At ZeRO stage 0, ``auto`` is fp32."""
+    if that says ``"auto"`` too, a resumed run keeps the precision of its checkpoint and a new run measures which
+    precision its devices compute fast. At ZeRO stage 0, ``auto`` is fp32."""
     global_batch: int = Field(2048, ge=1)
     """Samples in one optimizer step, over all ranks."""
     micro_batch: int = Field(128, ge=1)
-    """Most samples that a rank runs at once. Gradient accumulation follows from it."""
+    """Largest number of samples that a rank processes at once. Gradient accumulation follows from it."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the data; may have a fraction."""
+    """Passes over the data; fractions are allowed."""
     steps: int | None = Field(None, ge=1)
     """Number of optimizer steps. In pre-training it replaces ``epochs``."""
     optimizer: OptimizerConfig = OptimizerConfig()
     init_from: str | None = None
-    """Where a new run takes its first weights from: a run, a step folder or their URL, or the file of a tokenizer,
-    or a model of Hugging Face, timm or unilm (``docs/weights.md``). Optimizer and position start anew."""
+    """Where a new run takes its first weights from: a run, a step folder or the URL of either, a tokenizer file,
+    or a model of Hugging Face, timm or unilm (``docs/weights.md``). The optimizer and the position in the data
+    start afresh."""
     ema: EMAConfig = EMAConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -187,8 +189,8 @@ class RunConfig(Section):
     watchdog: WatchdogConfig = WatchdogConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     compile: bool = False
-    """Compile each block with torch.compile at its first call. Results are rounded differently. Not available at
-    ZeRO stage 3."""
+    """Compile each block with torch.compile at its first call. Results differ by rounding. Not available at ZeRO
+    stage 3."""
     deterministic: bool = False
     """Use deterministic algorithms on CUDA, which are slower. A CPU is deterministic anyway."""
     max_skipped_in_a_row: int = Field(20, ge=1)
@@ -196,11 +198,12 @@ class RunConfig(Section):
     preflight: bool = True
     """Check memory and the connection between ranks before anything is allocated."""
     max_minutes: float | None = Field(None, gt=0)
-    """Stop this many minutes after the start, with a checkpoint, as a stop signal does. For queues with a time
+    """Stop this many minutes after the start and save a checkpoint, as after a stop signal. For queues with a time
     limit."""
     max_fruitless_starts: int | None = Field(5, ge=1)
-    """How many starts in a row may make no checkpoint before the next one is refused, which ends a job that a
-    scheduler would start again and again; null: any number. A start that is stopped after a step makes one."""
+    """How many starts in a row may make no checkpoint before the next one is refused. The refusal ends a job that
+    a scheduler would otherwise start again and again. Null: any number. A start that is stopped after a step makes
+    a checkpoint."""
 
     @model_validator(mode="after")
     def _check_places(self, info: ValidationInfo) -> RunConfig:

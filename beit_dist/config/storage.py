@@ -32,7 +32,7 @@ class StorageConfig(Section):
     read_seconds: float = Field(30.0, gt=0)
     """How long a store may stay silent in the middle of an answer, in seconds."""
     connections: int = Field(32, ge=1)
-    """Most connections of one process to one store."""
+    """Largest number of connections from one process to one store."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options for fsspec, by protocol: ``{s3: {endpoint_url: "https://..."}}``."""
 

@@ -22,7 +22,7 @@ class CollapseConfig(Section):
 
     below: float | None = Field(_COLLAPSED, gt=0, lt=1)
     """Perplexity below which the codebook counts as collapsed, as a share of the vocabulary; a perplexity below 2
-    always does. Null never stops a training, and judges the finished tokenizer by the default."""
+    always does. Null never stops the training, and judges the finished tokenizer by the default."""
     after_steps: int | None = Field(None, ge=0)
     """Steps at the beginning that are not judged. Null takes the steps in which the KL weight rises."""
     for_steps: int | None = Field(None, ge=1)
@@ -41,7 +41,7 @@ class TokenizerOptimizer(OptimizerConfig):
 
 
 class TokenizerEMA(EMAConfig):
-    """The averaged weights, which are measured and written."""
+    """The averaged weights, which are the ones that are measured and written."""
 
     decay: float | None = Field(0.999, gt=0, lt=1)
     """The averaged weights become the tokenizer. Null takes the last weights."""
@@ -54,11 +54,11 @@ class TokenizerConfig(RunConfig):
 
     model: DVAEConfig = DVAEConfig()
     start: Literal["random", "clusters"] = "random"
-    """The first weights: noise, as in the paper, or with the clusters of some training patches as tokens, which
-    saves a short training most of its way."""
+    """The initial weights. ``random``: noise, as in the paper. ``clusters``: clusters of some training patches are
+    the first tokens, which saves a short training most of its way."""
     encoder_lr_share: float = Field(1.0, ge=0, le=1)
-    """Share of the learning rate that the encoder has. After a start from clusters, a small one keeps their tokens
-    in use while the decoder learns to draw them; 0 keeps the encoder as it is."""
+    """The encoder's learning rate, as a share of the decoder's. After a start from clusters, a small share keeps
+    their tokens in use while the decoder learns to draw them; 0 leaves the encoder unchanged."""
     global_batch: int = Field(64, ge=1)
     micro_batch: int = Field(64, ge=1)
     steps: int = Field(_STEPS, ge=1)
@@ -72,23 +72,23 @@ class TokenizerConfig(RunConfig):
     crop_scale: tuple[float, float] = (0.3, 1.0)
     """Smallest and largest side of the square that becomes a view, as a share of the shorter side of the image."""
     temperature: tuple[float, float] = (1.0, 1 / 16)
-    """Gumbel-softmax temperature at the start and at the end of its cosine."""
+    """Gumbel-softmax temperature at the start and at the end of its cosine schedule."""
     temperature_steps: int | None = Field(None, ge=1)
-    """Steps of that cosine. Null takes three quarters of ``steps``."""
+    """Length of that schedule, in steps. Null takes three quarters of ``steps``."""
     kl_weight: float = Field(6.6, ge=0)
     """Final weight of the KL term, in the paper's units: the loss is divided by the number of pixel values."""
     kl_warmup_steps: int | None = Field(None, ge=1)
     """Steps over which the KL weight rises from 0, on a cosine. Null takes a quarter of ``steps``."""
     usage_weight: float = Field(0.0, ge=0)
     """Weight of the usage term, in the same units: the KL of the batch's average token distribution to the uniform
-    one. It keeps the codebook in use in short trainings on little data. The paper has no such term."""
+    one. It keeps the codebook in use in short training runs on little data. The paper has no such term."""
     held_out: int = Field(64, ge=1)
     """How many images to hold out for measurements, if ``validation.data`` names none."""
     collapse: CollapseConfig = CollapseConfig()
     workers: int = Field(2, ge=1)
-    """Threads of each rank that decode and crop images."""
+    """Threads per rank that decode and crop images."""
     cache_gib: float = Field(2.0, ge=0)
-    """Memory of each rank for decoded images, in GiB. Images that do not fit are decoded again each time."""
+    """Memory per rank for decoded images, in GiB. Images that do not fit are decoded again each time."""
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerConfig:

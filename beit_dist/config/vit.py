@@ -12,11 +12,11 @@ class ViTRunConfig(RunConfig):
     """The settings of every training of a backbone. Each kind adds its own."""
 
     attention: Literal["library", "kernel"] = "library"
-    """What computes attention: PyTorch, or a kernel of this package in Triton, for GPUs. Results are rounded
-    differently. ``docs/precision-and-memory.md`` says what is known of both."""
+    """What computes attention: PyTorch (``library``), or this package's Triton kernel for GPUs (``kernel``).
+    Results differ by rounding. ``docs/precision-and-memory.md`` says what is known about both."""
     fp8: bool = False
-    """Compute the products of the blocks in float8, forward and backward, on a GPU that has it. Needs
-    ``precision=bf16`` and ``compile=true``, and not ZeRO stage 3."""
+    """Compute the matrix products of the blocks in float8, forward and backward, on a GPU that supports it. Needs
+    ``precision=bf16`` and ``compile=true``. Not available at ZeRO stage 3."""
 
     def check_engine(self, stage: int, precision: str) -> None:
         """Refuse float8 where the engine rules it out, or where it would only be slower."""

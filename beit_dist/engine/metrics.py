@@ -27,7 +27,7 @@ class Metric:
 
 METRICS = (
     Metric("beit_build", "info", "Kind of training, run, versions, ZeRO stage and precision of this process."),
-    Metric("beit_train_attempt", "gauge", "Number of this start of the run; each start has the next one."),
+    Metric("beit_train_attempt", "gauge", "Number of this start of the run; each start adds one."),
     Metric("beit_train_first_step", "gauge", "Step after which this start continues; 0 for a new run."),
     Metric("beit_train_start_timestamp_seconds", "gauge", "Unix time at which this start was ready to train."),
     Metric("beit_train_steps", "counter", "Optimizer steps attempted, over all starts of the run."),
@@ -45,14 +45,14 @@ METRICS = (
     Metric(
         "beit_train_last_step_timestamp_seconds",
         "gauge",
-        "Unix time at which the last step ended on rank 0, or a measurement or save for which the steps waited.",
+        "Unix time at which rank 0 last ended a step, or a measurement or save that held up the steps.",
     ),
     Metric(
         "beit_train_stall_limit_seconds",
         "gauge",
         "Time without a step after which a rank counts as hanging (watchdog.stall_seconds).",
     ),
-    Metric("beit_train_stalls", "counter", "Times that no step ended on rank 0 for watchdog.stall_seconds."),
+    Metric("beit_train_stalls", "counter", "How often no step ended on rank 0 for watchdog.stall_seconds."),
     Metric(
         "beit_train_step_duration_max_over_mean_ratio",
         "gauge",
@@ -64,11 +64,11 @@ METRICS = (
         "gauge",
         "Share of a step by which the slowest rank's own time exceeds the mean.",
     ),
-    Metric("beit_train_world_size", "gauge", "Ranks."),
+    Metric("beit_train_world_size", "gauge", "Number of ranks."),
     Metric(
         "beit_train_baseline",
         "gauge",
-        "Value that a number has without learning from images, on training data or on held-out data.",
+        "Value that a number reaches without learning from images, on training data or on held-out data.",
         ("number", "baseline", "data"),
     ),
     Metric("beit_validation_step", "gauge", "Step after which the held-out loss was last measured."),

@@ -61,7 +61,7 @@ def limits(task: AnyTask, ds_configs: Mapping[int, Mapping[str, Any]], plan: Pla
                 found.setdefault(name, limit)
     if largest < MOST:
         instead = "raise global_batch, and optimizer.lr by the square root of its ratio (docs/recipes.md)"
-        found["deal"] = Limit(2 * largest, f"they do not divide the global batch of {batch:,}", instead)
+        found["deal"] = Limit(2 * largest, f"this many GPUs do not divide the global batch of {batch:,}", instead)
     return sorted(found.values(), key=lambda limit: limit.gpus)
 
 
@@ -91,7 +91,7 @@ def _of(task: AnyTask, plan: Plan, best: Choice) -> dict[str, Limit]:
     limit(
         "exposed",
         best.exposed_share > EXPOSED,
-        f"exchanging gradients and weights takes {best.exposed_share:.0%} of a step, beside nothing",
+        f"the exposed exchange of gradients and weights takes {best.exposed_share:.0%} of a step",
         _less_exchange(resolved.stage, plan),
     )
     store = question.store or STORE
@@ -99,7 +99,7 @@ def _of(task: AnyTask, plan: Plan, best: Choice) -> dict[str, Limit]:
         "store",
         config.global_batch * best.reading.sample * best.reading.again
         > store.value * (best.compute + best.exposed),
-        f"the GPUs read more than a store of {store.value / GB:g} GB/s ({store.source}) sends",
+        f"the GPUs read more than a store of {store.value / GB:g} GB/s ({store.source}) can send",
         "set loader.cache_dir, copy the shards to the nodes, or use a faster store",
     )
     again = best.reading.again
@@ -113,7 +113,7 @@ def _of(task: AnyTask, plan: Plan, best: Choice) -> dict[str, Limit]:
     limit(
         "checkpoint",
         saved is not None and saved.every is not None and saved.write > saved.every,
-        "a checkpoint takes longer to write than there is time between two",
+        "writing a checkpoint takes longer than the time between two checkpoints",
         "save less often, or to a faster store",
     )
     files = files_of_rank_0(gpus, question.device.is_cpu)

@@ -37,7 +37,7 @@ METRICS = (
     Metric(
         "beit_tokenize_images_rejected",
         "counter",
-        "Images found unusable since the start, by kind of reason.",
+        "Images found unusable since the start, by reason.",
         ("worker", "reason"),
     ),
     Metric("beit_tokenize_shards_finished", "gauge", "Shards of this worker that are committed.", ("worker",)),

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Who may work in a run folder: RUN/slurm-jobs has the numbers of the jobs to which it belongs.
+# Who may work in a run folder: RUN/slurm-jobs holds the numbers of the jobs that own it.
 
-# claim RUN JOB: take a run folder for a job, unless it belongs to others of which one is queued or runs.
+# claim RUN JOB: take a run folder for a job, unless it belongs to other jobs and one of them is queued or running.
 claim() {
   local lock=
   open_claim "$1" || return 0
@@ -12,16 +12,16 @@ claim() {
   exec {lock}>&-
 }
 
-# open_claim RUN: hold the file, in `lock`, so that of two that look at it one is first. Fails where it cannot be made;
+# open_claim RUN: lock the file (`lock`), so that two jobs cannot look at it at once. Fails if the file cannot be made;
 # the trainer then finds out why.
 open_claim() {
   [[ $1 != *://* ]] || return 1
   { mkdir -p "$1" && exec {lock}>>"$1/slurm-jobs"; } 2>/dev/null || return 1
-  # Where a file system has no locks, two could both be first, and the trainer's own numbers of starts decide.
+  # On a file system without locks, two jobs can both succeed; then the trainer's own start numbers decide.
   flock --wait 60 "$lock" 2>/dev/null || true
 }
 
-# refuse_claimed RUN: say to which job the folder belongs, if one of them is queued or runs.
+# refuse_claimed RUN: fail, and name the job that owns the folder, if one of its jobs is queued or running.
 refuse_claimed() {
   local jobs owner
   jobs=$(squeue --noheader --format='%F %j %T') || return 0

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Images to weights as SLURM jobs, each after the one before has succeeded: freeze the list of images, the array of
-# workers, finish the data set, pre-train, export.
+# From images to weights as SLURM jobs, each started after the one before has succeeded: freeze the list of images,
+# run the array of workers, finish the data set, pre-train, export.
 #
 #   BEIT_WORKERS=64 IMAGES=photos TOKENIZER=dvae.safetensors cluster/slurm/pipeline.sh
 #   RUN=runs/large RECIPE=configs/beit_large.yaml cluster/slurm/pipeline.sh steps=1000 -- --views 4 --held-out 2%
 #   cluster/slurm/pipeline.sh --dry-run                # prints the sbatch lines
 #
-# key=value overrides are pre-training's; what follows `--` are options of beit shards. Start it again after a failure,
-# once none of its jobs is left: steps whose results are there are left out.
+# key=value overrides go to pre-training; options after `--` go to beit shards. After a failure, start it again once
+# none of its jobs is left: steps whose results exist are skipped.
 set -euo pipefail
 
 BEIT_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -62,11 +62,11 @@ lock=
 if [[ -z $dry ]] && open_claim "$RUN"; then
   refuse_claimed "$RUN" || exit 2
 fi
-last= # the job that was submitted before
+last= # the job that was submitted last
 submitted=()
 
-# step NAME RESULT ARGUMENTS OF SBATCH...: submit it, unless its result is there. What comes after a step that is
-# made again is made again.
+# step NAME RESULT ARGUMENTS OF SBATCH...: submit a step, unless its result exists. If a step runs again, so do the
+# steps after it.
 step() {
   local name=$1 result=$2
   shift 2
@@ -86,12 +86,12 @@ step() {
   last=$("${command[@]}")
   last=${last%%;*} # the cluster's name may follow
   submitted+=("$last")
-  # At once: should the next one be refused, those before are known.
+  # At once, so that the jobs submitted so far are on record if the next one is refused.
   [[ -z $lock ]] || printf '%s\n' "${submitted[@]}" >"$RUN/slurm-jobs"
   echo "$name: job $last"
 }
 
-# Each step of the offline job gets the same options: those that decide the bytes are compared.
+# Every step of the offline job gets the same options; those that affect the bytes are compared.
 shards=(--images "$IMAGES" --out "$DATA" "${options[@]}")
 if [[ -e $DATA/manifest.json ]]; then
   echo "tokenize: $DATA/manifest.json is there"
@@ -102,6 +102,6 @@ else
   step finish "$DATA/manifest.json" "${step_options[@]}" "$BEIT_SLURM/beit.sbatch" shards "${shards[@]}" --finish
 fi
 step pretrain "$RUN/DONE" "${train_options[@]}" "$BEIT_SLURM/pretrain.sbatch" "${overrides[@]}"
-export BEIT_NEEDS=$RUN/DONE # pre-training that was stopped too often has no error
+export BEIT_NEEDS=$RUN/DONE # pre-training that was stopped too often counts as no error
 step export "$EXPORT/model.safetensors" "${step_options[@]}" "$BEIT_SLURM/beit.sbatch" export "$RUN" --to safetensors \
   --out "$EXPORT"

@@ -14,7 +14,7 @@ from beit_dist.step_numbers import Baselines, Number
 
 LOSS = Number(
     name="loss",
-    help="Mean loss of the masked patches (of tokens: cross-entropy, in nats).",
+    help="Mean loss of the masked patches (for tokens: cross-entropy, in nats).",
     metric="beit_train_loss",
     held_out="beit_validation_loss",
     text="loss {:.4f}",

@@ -26,7 +26,7 @@ class TokensHead(Head):
         LOSS,
         Number(
             name="accuracy",
-            help="Share of the masked patches whose token was predicted right.",
+            help="Share of the masked patches whose token was predicted correctly.",
             metric="beit_train_accuracy_ratio",
             held_out="beit_validation_accuracy_ratio",
             text="accuracy {:.1%}",

@@ -15,7 +15,7 @@ LOSS = Number(
 )
 ACCURACY = Number(
     name="accuracy",
-    help="Share of the images whose class was predicted right.",
+    help="Share of the images whose class was predicted correctly.",
     metric="beit_train_accuracy_ratio",
     held_out="beit_validation_accuracy_ratio",
     text="accuracy {:.1%}",
@@ -30,7 +30,7 @@ TOP5 = Number(
 )
 PIXEL_LOSS = Number(
     name="loss",
-    help="Mean cross-entropy of the labelled pixels, in nats; in training with the auxiliary head's.",
+    help="Mean cross-entropy of the labelled pixels, in nats; in training, including the auxiliary head's.",
     metric="beit_train_loss",
     held_out="beit_validation_loss",
     text="loss {:.4f}",
@@ -38,7 +38,7 @@ PIXEL_LOSS = Number(
 )
 PIXEL_ACCURACY = Number(
     name="accuracy",
-    help="Share of the labelled pixels whose class was predicted right.",
+    help="Share of the labelled pixels whose class was predicted correctly.",
     metric="beit_train_accuracy_ratio",
     held_out="beit_validation_accuracy_ratio",
     text="pixel accuracy {:.1%}",
@@ -46,8 +46,8 @@ PIXEL_ACCURACY = Number(
 )
 MEAN_IOU = Number(
     name="mean_iou",
-    help="Mean over the classes of intersection over union: of the pixels that are, or were called, a class, the "
-    "share that are and were.",
+    help="Mean over the classes of intersection over union: of all pixels that belong to a class or were "
+    "predicted as it, the share for which both are true.",
     held_out="beit_validation_mean_iou_ratio",
     text="mIoU {:.1%}",
     better="higher",

@@ -8,13 +8,13 @@ from beit_dist.step_numbers import Number
 NUMBERS = (
     Number(
         name="loss",
-        help="What is minimised, in nats for a pixel value.",
+        help="The loss that is minimised, in nats per pixel value.",
         metric="beit_train_loss",
         text="loss {:.4f}",
     ),
     Number(
         name="nll",
-        help="The loss's first part: -ln likelihood of the pixels, in nats for a pixel value.",
+        help="First part of the loss: -ln likelihood of the pixels, in nats per pixel value.",
         metric="beit_tokenizer_nll",
     ),
     Number(
@@ -32,13 +32,13 @@ NUMBERS = (
 KNOWN = (
     Number(
         name="perplexity",
-        help="Tokens in use, weighted by how evenly, over about 50 steps.",
+        help="Number of tokens in use, weighted by how evenly they are used, over about 50 steps.",
         metric="beit_tokenizer_perplexity",
         text="perplexity {:.0f}",
     ),
     Number(
         name="dead",
-        help="Tokens that were most likely nowhere in about 200 steps.",
+        help="Tokens that were the most likely one nowhere in about 200 steps.",
         metric="beit_tokenizer_dead_tokens",
         text="dead tokens {}",
     ),
@@ -60,7 +60,7 @@ MEASURED = (
     ),
     Number(
         name="perplexity",
-        help="Tokens in use, weighted by how evenly.",
+        help="Number of tokens in use, weighted by how evenly they are used.",
         held_out="beit_validation_perplexity",
         text="perplexity {:.1f}",
     ),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a pod of the training Job runs: check the settings, start this node's ranks, and give the Job an exit code
-# that tells how the run ended. torchrun's own does not: it is 1 for a rank's 2, and 0 for a run that was stopped,
-# after which the Job would count this index as complete and never start it again.
+# that tells how the run ended. torchrun's own code does not: it turns a rank's 2 into 1, and a stopped run into 0, after
+# which the Job would count this index as complete and never start it again.
 #
 #   0 done    2 the input is wrong    75 stopped with a complete checkpoint    anything else: failed, try again
 set -u
@@ -9,7 +9,7 @@ set -u
 rank_of_node=$JOB_COMPLETION_INDEX
 python=${PYTHON:-python}
 
-# Before the launcher has begun nothing is lost.
+# Nothing is lost if the launcher has not begun.
 launcher=
 trap '[[ -n $launcher ]] || exit 75; kill -TERM "$launcher" 2>/dev/null' TERM INT
 
@@ -19,13 +19,13 @@ trap '[[ -n $launcher ]] || exit 75; kill -TERM "$launcher" 2>/dev/null' TERM IN
 # Markers of the last start would mislead the end of this script.
 [[ $rank_of_node == 0 ]] && rm -f "$RUN/DONE" "$RUN/PREEMPTED" "$RUN/FAILED"
 
-# A pod's name can be looked up only some seconds after it has started.
+# A pod's name can be looked up only some seconds after the pod has started.
 for ((tries = 0; tries < ${DNS_SECONDS:-300}; tries++)); do
   getent hosts "$MASTER_ADDR" >/dev/null && break
   sleep 1
 done
 
-# Ranks that refuse the start leave this and no marker; torchrun hides their exit code.
+# Ranks that refuse the start leave this file and no marker; torchrun hides their exit code.
 export BEIT_DIST_REFUSED=${TMPDIR:-/tmp}/beit-refused
 rm -f "$BEIT_DIST_REFUSED"
 
@@ -35,8 +35,8 @@ rm -f "$BEIT_DIST_REFUSED"
   -m "$MODULE" "$@" &
 launcher=$!
 
-# When the ranks of this pod have ended, torchrun waits up to 300 seconds for the launchers of all others. That of a
-# deleted pod is gone, and until then the replacements would meet at this one.
+# When the ranks of this pod have ended, torchrun waits up to 300 seconds for the launchers of all other pods. The launcher
+# of a deleted pod is gone, and during this wait the replacements would meet at this pod.
 left=${TMPDIR:-/tmp}/beit-left
 rm -f "$left"
 has_ranks() {
@@ -47,7 +47,7 @@ has_ranks() {
   return 1
 }
 leave() {
-  while ! has_ranks "$1"; do sleep 1; done # they have not been started
+  while ! has_ranks "$1"; do sleep 1; done # the ranks have not been started
   while has_ranks "$1"; do sleep 1; done
   sleep "${LEAVE_SECONDS:-10}"
   touch "$left"
@@ -67,7 +67,7 @@ kill "$watcher" 2>/dev/null
 
 [[ -e $BEIT_DIST_REFUSED ]] && exit 2
 
-# Rank 0 may leave its marker, on a file system of its own pace, after the ranks here have ended.
+# Rank 0's marker may appear after the ranks here have ended, depending on how fast the file system is.
 [[ -e $left ]] && code=0
 for ((tries = 0; code == 0 && tries < ${MARKER_SECONDS:-60}; tries++)); do
   [[ -f $RUN/DONE || -f $RUN/PREEMPTED || -f $RUN/FAILED ]] && break

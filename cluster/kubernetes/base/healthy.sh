@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Whether steps are being made: /healthz of rank 0's metrics. Other pods serve none, and are healthy while they run.
+# Whether steps are completing: /healthz of rank 0's metrics. Other pods serve none, and are healthy while they run.
 #
 #   healthy.sh PORT
 set -u

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The offline job: each step when the one before is complete. Started again after a failure, it makes what is missing.
+# The offline job: runs each step once the one before is complete. Run it again after a failure: it makes what is missing.
 #
 #   run.sh [FOLDER]    FOLDER: a kustomization on top of this folder; by default this one
 set -euo pipefail
@@ -8,7 +8,7 @@ folder=${1:-$(dirname "$0")}
 
 for step in freeze work finish; do
   job=beit-tokenize-$step
-  kubectl delete job "$job" --ignore-not-found # of an earlier start
+  kubectl delete job "$job" --ignore-not-found # left by an earlier start
   kubectl apply -k "$folder" -l "beit-dist/step=$step"
   ended=
   until [[ $ended == *Complete* || $ended == *Failed* ]]; do
