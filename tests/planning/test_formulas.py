@@ -351,7 +351,7 @@ def test_what_breaks_is_told_with_the_first_number_that_it_holds_for() -> None:
     lanes = next(limit for limit in found if "share lanes" in limit.what)
     assert (lanes.gpus, lanes.instead) == (512, "start with loader.lanes=512")
     assert found[-1].what == "this many GPUs do not divide the global batch of 2,048"
-    exposed = next(limit for limit in found if "exchanging" in limit.what)
+    exposed = next(limit for limit in found if "exchange" in limit.what)
     for gpus, holds in ((exposed.gpus, True), (exposed.gpus // 2, False)):
         best = planned(gpus, "compile=true").best
         assert best is not None
