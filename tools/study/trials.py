@@ -16,13 +16,13 @@ EPOCHS, VIEWS, BATCH = 24, 8, 32
 CURVE = 6
 """Measurements in it, from which its curve is drawn."""
 FIRST = {
-    "pre-trained": ("layer_decay=0.75", "optimizer.lr=2e-3"),
-    "scratch": ("layer_decay=1.0", "optimizer.lr=2e-3"),
+    "pre-trained": ("layer_decay=0.75", "optimizer.lr=4e-3"),
+    "scratch": ("layer_decay=1.0", "optimizer.lr=1e-3"),
 }
 """What differs by the first weights. From random ones there is nothing to keep. The rates were best with 10 % of
 the labels, on training images (docs/evidence.md)."""
-RATES_TRIED = ("1e-3", "2e-3", "4e-3")
-"""Of fine-tuning, for either."""
+RATES_TRIED = {"pre-trained": ("1e-3", "2e-3", "4e-3", "8e-3"), "scratch": ("5e-4", "1e-3", "2e-3", "4e-3")}
+"""Of fine-tuning: for either until the best one was not at an end."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "as-it-is": (),
     "lr-2e-3": ("optimizer.lr=2e-3",),
@@ -144,8 +144,8 @@ def _choices(origin: str) -> Iterator[Trial]:
         epochs = EPOCHS // 4
         yield _pretraining(f"choose/pretrain/{name}", 0, f"shards/good-{VIEWS}", *settings, epochs=epochs)
         yield _probing(f"choose/probe/{name}", f"choose/pretrain/{name}", "{work}/lists/fit-100.csv", CHOOSING)
-    for rate in RATES_TRIED:
-        for arm, first in FIRST.items():
+    for arm, first in FIRST.items():
+        for rate in RATES_TRIED[arm]:
             start, needs = ((f"init_from={{work}}/{origin}",), (origin,)) if arm == "pre-trained" else ((), ())
             settings = (first[0], f"optimizer.lr={rate}", *start)
             yield _finetuning(f"choose/{arm}/10/lr-{rate}", 10, 0, 1, *settings, needs=needs)
