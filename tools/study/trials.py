@@ -21,7 +21,10 @@ FIRST = {
 }
 """What differs by the first weights. From random ones there is nothing to keep. The rates were best with 10 % of
 the labels, on training images (docs/evidence.md)."""
-RATES_TRIED = {"pre-trained": ("1e-3", "2e-3", "4e-3", "8e-3"), "scratch": ("5e-4", "1e-3", "2e-3", "4e-3")}
+RATES_TRIED = {
+    "pre-trained": ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2"),
+    "scratch": ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3"),
+}
 """Of fine-tuning: for either until the best one was not at an end."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "as-it-is": (),
