@@ -15,7 +15,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from beit_dist.engine.compiled import keep_compiled_code, spare_compiler
 from beit_dist.engine.optimizers.guarding import guard_updates
 from beit_dist.engine.optimizers.table import build_optimizer
-from beit_dist.engine.ranks.processors import sum_in_place
+from beit_dist.engine.ranks.processors import is_left_to_us, sum_in_place
 from beit_dist.engine.resolve import AUTO, Resolved
 from beit_dist.engine.task import Task
 from beit_dist.models.buffers import keep_in_fp32
@@ -57,8 +57,8 @@ def initialize_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
             # Gradients would be copied together, rounded to bf16, sent to nobody and copied apart again: 7 % of a
             # step of base with 8 images on a CPU.
             engine.enable_backward_allreduce = False
-        elif torch.distributed.get_backend() == "gloo":
-            sum_in_place(engine, settings)
+        elif torch.distributed.get_backend() == "gloo" and is_left_to_us(settings):
+            sum_in_place(engine)
     keep_in_fp32(engine.module)
     engine.train()
     return engine

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from beit_dist.engine.ranks.processors import is_left_to_us
 from beit_dist.engine.resolve import Resolved
 from beit_dist.planning.devices import Device
 
@@ -58,8 +59,8 @@ class Exchange:
         return self.sent(ranks) / (REACHED * rate) + self.times * self.calls * hops * HOP
 
 
-def exchanges(resolved: Resolved, parameters: int) -> Iterator[Exchange]:
-    """What DeepSpeed exchanges in a step.
+def exchanges(resolved: Resolved, parameters: int, *, cpu: bool) -> Iterator[Exchange]:
+    """What ranks exchange in a step, as DeepSpeed does it and, on CPUs, :mod:`beit_dist.engine.ranks.processors`.
 
     Stage 0 and, in bf16 with sums in fp32, stage 1 reduce once a step, after the backward pass. Stages 2 and 3
     reduce in each micro-batch. Stages 1 and 2 reduce by all-reduce (``use_multi_rank_bucket_allreduce``) and
@@ -69,6 +70,7 @@ def exchanges(resolved: Resolved, parameters: int) -> Iterator[Exchange]:
 
     Args:
         parameters: of the model.
+        cpu: whether ranks are on CPUs.
     """
     zero = resolved.deepspeed.get("zero_optimization", {})
     size = 4 if resolved.precision == "fp32" else 2
@@ -76,7 +78,9 @@ def exchanges(resolved: Resolved, parameters: int) -> Iterator[Exchange]:
     bucket = zero.get("reduce_bucket_size", _BUCKET)
     hidden = bool(zero.get("overlap_comm", stage == 3))
     if stage == 0 or sums_beside(resolved):
-        yield Exchange("all-reduce", payload, 1, math.ceil(parameters / _FALLBACK), False)
+        as_summed = cpu and stage == 1 and is_left_to_us(resolved.deepspeed)
+        reduced = 4 * parameters if as_summed else payload
+        yield Exchange("all-reduce", reduced, 1, math.ceil(parameters / _FALLBACK), False)
     elif stage < 3:
         times = resolved.accumulation if stage == 2 else 1
         yield Exchange("all-reduce", payload, times, math.ceil(parameters / bucket), hidden)

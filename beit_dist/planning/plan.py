@@ -190,7 +190,7 @@ def choose(task: AnyTask, resolved: Resolved, question: Question, *, recompute: 
     )
     parameters = parameters_of(task)
     update = update_seconds(parameters, question.gpus, resolved.stage, device)
-    all_of_them = tuple(exchanges(resolved, parameters))
+    all_of_them = tuple(exchanges(resolved, parameters, cpu=question.device.is_cpu))
     seconds = {each: each.seconds(question.gpus, question.per_node, device) for each in all_of_them}
     hidden = sum(taken for each, taken in seconds.items() if each.hidden)
     exposed = sum(seconds.values()) - min(hidden, resolved.accumulation * micro.backward)

@@ -163,7 +163,7 @@ def test_no_micro_batch_takes_less_than_starting_its_kernels() -> None:
 )
 def test_what_is_exchanged_by_stage(stage: int, precision: str, expected: dict[str, tuple[int, int]]) -> None:
     config = task("global_batch=16", "micro_batch=4", f"precision={precision}").config
-    found = list(exchanges(resolve(config, STAGES[stage], 2), 1000))
+    found = list(exchanges(resolve(config, STAGES[stage], 2), 1000, cpu=False))
     assert {each.kind: (each.payload / 1000, each.times) for each in found} == expected
     assert {each.hidden for each in found} == {stage == 3}
 
@@ -377,7 +377,7 @@ def test_stage_3_gathers_twice_what_it_may_not_keep() -> None:
     config = task("global_batch=16", "micro_batch=16", "precision=bf16").config
     resolved = resolve(config, STAGES[3], 2)
     kept = resolved.deepspeed["zero_optimization"].setdefault("stage3_max_live_parameters", 1000)
-    times = [next(exchanges(resolved, parameters)).times for parameters in (kept, kept + 1)]
+    times = [next(exchanges(resolved, parameters, cpu=False)).times for parameters in (kept, kept + 1)]
     assert times == [1, 2]
 
 

@@ -5,24 +5,28 @@ Gradients are summed where they lie and in the type in which they are kept; weig
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+_EXCHANGE = {"communication_data_type", "prescale_gradients", "gradient_predivide_factor"}
 
-def sum_in_place(engine: Any, settings: dict[str, Any]) -> None:
+
+def is_left_to_us(settings: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's settings do not say how to exchange gradients."""
+    return not _EXCHANGE & settings.keys()
+
+
+def sum_in_place(engine: Any) -> None:
     """Have a bf16 engine's gradients averaged over the ranks in the buffers that they are accumulated in.
 
-    DeepSpeed copies all of them together, casts, exchanges, casts and copies apart. It still does where
-    ``settings`` say how to exchange them.
+    DeepSpeed copies all of them together, casts, exchanges, casts and copies apart.
 
     Args:
         engine: DeepSpeed's, around its ``BF16_Optimizer``.
-        settings: those that it was made with.
     """
-    if settings.keys() & {"communication_data_type", "prescale_gradients", "gradient_predivide_factor"}:
-        return
 
     def average(**_: Any) -> None:
         gradients, _experts = engine.optimizer.get_grads_for_reduction()

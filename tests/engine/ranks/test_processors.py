@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from beit_dist.engine.ranks.processors import gather_in_place, sum_in_place
+from beit_dist.engine.ranks.processors import gather_in_place, is_left_to_us, sum_in_place
 
 RANKS = 2
 
@@ -30,7 +30,7 @@ def averaged(rank: int) -> list[torch.Tensor]:
     ]
     optimizer = SimpleNamespace(get_grads_for_reduction=lambda: (flat, {}))
     engine = SimpleNamespace(optimizer=optimizer)
-    sum_in_place(engine, {})
+    sum_in_place(engine)
     engine.buffered_allreduce_fallback(grads=None, elements_per_buffer=5)
     return flat
 
@@ -70,6 +70,5 @@ def test_parts_are_gathered_whether_they_lie_in_the_whole_or_not(found: list[dic
 
 @pytest.mark.parametrize("said", ["communication_data_type", "prescale_gradients", "gradient_predivide_factor"])
 def test_who_says_how_to_exchange_is_obeyed(said: str) -> None:
-    engine = SimpleNamespace(optimizer=None)
-    sum_in_place(engine, {said: "bf16"})
-    assert not hasattr(engine, "buffered_allreduce_fallback")
+    assert is_left_to_us({"bf16": {"enabled": True}})
+    assert not is_left_to_us({said: "bf16"})
