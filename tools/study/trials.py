@@ -16,8 +16,8 @@ EPOCHS, VIEWS, BATCH = 24, 8, 32
 CURVE = 6
 """Measurements in it, from which its curve is drawn."""
 FIRST = {
-    "pre-trained": ("layer_decay=0.75", "optimizer.lr=4e-3"),
-    "scratch": ("layer_decay=1.0", "optimizer.lr=1e-3"),
+    "pre-trained": ("layer_decay=0.75", "optimizer.lr=8e-3"),
+    "scratch": ("layer_decay=1.0", "optimizer.lr=5e-4"),
 }
 """What differs by the first weights. From random ones there is nothing to keep. The rates were best with 10 % of
 the labels, on training images (docs/evidence.md)."""
