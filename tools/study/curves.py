@@ -38,7 +38,7 @@ def probes(found: Found, out: Path) -> bool:
     }
     if not curves:
         return False
-    figure, axes = _axes("steps of pre-training", "linear probe, per cent")
+    figure, axes = _axes("steps of pre-training", "quick linear probe, per cent (± 2)")
     for name, curve in curves.items():
         steps, values = zip(*curve, strict=True)
         axes.plot(steps, [100 * value for value in values], marker="o", markersize=3, label=name.partition("/")[2])

@@ -72,7 +72,7 @@ def _page(found: Found, drawn: Sequence[str], folder: str) -> Iterator[str]:
 
 
 def _paragraph(text: str) -> list[str]:
-    return textwrap.wrap(text, 115)
+    return textwrap.wrap(text.strip(), 115)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -141,8 +141,8 @@ def _probes(found: Found) -> Iterator[str]:
     yield from _table(["backbone", "linear probe", "20 nearest neighbours"], rows)
     more = gain(found, "probe/tokens-blocks", "probe/random", "linear")
     yield ""
-    yield f"The aim, {PROBE_AIM:.0f} points more than the same weights before the first step, is"
-    yield f"{verdict(more, PROBE_AIM, 2)}."
+    than = f"The aim, {PROBE_AIM:.0f} points more than the same weights before the first step"
+    yield f"{than}, is {verdict(more, PROBE_AIM, 2)}."
 
 
 def _arms(found: Found, names: Sequence[str]) -> list[list[str]]:
