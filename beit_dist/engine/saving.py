@@ -92,7 +92,7 @@ class Saving:
             self._metrics.observe("beit_checkpoint_stall_seconds", self._last - began)
 
     def find_memory(self) -> None:
-        """Make the first save as quick as the others: to be called when the first step has what it needs."""
+        """Make the first save as fast as later ones. To be called after the first step."""
         self._store.find_memory()
 
     def finish(self) -> None:

@@ -19,17 +19,16 @@ INIT_STD = 0.02
 _THREADS = 4
 """At most, as there may be eight ranks on a host."""
 
-
 Draw = Callable[[str, Sequence[int]], Tensor]
 """The first value of a parameter, by its name and shape."""
 
 
 def fill(module: nn.Module, draw: Draw) -> None:
-    """Give every parameter its first value. They depend on each other in nothing, so threads draw side by side."""
+    """Give every parameter its first value. No draw depends on another, so several threads draw at once."""
 
     def set_one(named: tuple[str, nn.Parameter]) -> None:
         name, parameter = named
-        with torch.no_grad():  # of each thread its own
+        with torch.no_grad():  # holds for one thread only
             parameter.copy_(draw(name, parameter.shape))
 
     with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0)))) as threads:

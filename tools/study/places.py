@@ -60,7 +60,7 @@ class Places:
         """Write down what it is run with, at its first start.
 
         Args:
-            about: what else is to be known, such as the machine.
+            about: what to add, such as the machine.
         """
         path = self._record(trial.name)
         if not path.exists():
@@ -92,7 +92,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _digest(record: Mapping[str, Any] | None) -> str | None:
-    """Of what of a record is compared."""
+    """Of the fields of a record that are compared."""
     if record is None:
         return None
     return hashlib.sha256(json.dumps([record[name] for name in _COMPARED]).encode()).hexdigest()

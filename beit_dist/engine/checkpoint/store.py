@@ -196,7 +196,8 @@ class CheckpointStore:
     def find_memory(self) -> None:
         """Have the system find the memory for the copies, in a thread: the first save then need not wait for it.
 
-        Beside the first step this would hold it up, which needs much new memory of its own. Once is enough.
+        To be called after the first step, which needs much new memory itself and would be held up. Further calls
+        do nothing.
         """
         if self._preparing is not None and self._preparing.ident is None:
             self._preparing.start()

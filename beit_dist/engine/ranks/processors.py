@@ -20,9 +20,9 @@ def is_left_to_us(settings: Mapping[str, Any]) -> bool:
 
 
 def sum_in_place(engine: Any) -> None:
-    """Have a bf16 engine's gradients averaged over the ranks in the buffers that they are accumulated in.
+    """Average a bf16 engine's gradients over the ranks in the buffers that accumulate them.
 
-    DeepSpeed copies all of them together, casts, exchanges, casts and copies apart.
+    DeepSpeed would flatten all of them into one tensor, cast it, exchange it, cast it back and copy it apart.
 
     Args:
         engine: DeepSpeed's, around its ``BF16_Optimizer``.
@@ -38,10 +38,10 @@ def sum_in_place(engine: Any) -> None:
 
 
 def gather_in_place(backend: Any) -> None:
-    """Have equal parts of a tensor collected by a broadcast of each, which takes a fifth of gloo's own gathering.
+    """Gather equal parts of a tensor by broadcasting each, which takes a fifth of the time of gloo's all-gather.
 
     Args:
-        backend: DeepSpeed's, of which gathering into one tensor is replaced.
+        backend: DeepSpeed's; its function that gathers into one tensor is replaced.
     """
     usual = backend.all_gather_function
 
